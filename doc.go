@@ -1,0 +1,2 @@
+// Package fwd carries the forward context of an inference engine.
+package fwd

@@ -1,0 +1,4 @@
+package fwd
+
+// LastUBatchEmpty is tested by itself: the vectors have cases that no agreement reaches.
+var LastUBatchEmpty = lastUBatchEmpty
