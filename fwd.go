@@ -29,7 +29,7 @@ func (e *sentinel) ErrorType() string { return e.word }
 var (
 	ErrNoForwardContext = &sentinel{"no_forward_context", "no forward context"}       // ctx is not in a pass
 	ErrNoMetadata       = &sentinel{"no_metadata", "no metadata"}                     // the pass has none, as dummy passes
-	ErrLayer            = &sentinel{"layer", "layer"}                                 // an unknown name, or another type
+	ErrLayer            = &sentinel{"layer", "layer lookup"}                          // an unknown name, or another type
 	ErrNoDescriptor     = &sentinel{"no_descriptor", "no batch descriptor"}           // a graph cache has no key
 	ErrInvalid          = &sentinel{"invalid", "invalid"}                             // an argument, a configuration
 	ErrTokenMismatch    = &sentinel{"token_mismatch", "token counts differ"}          // the own count across ranks
@@ -127,6 +127,10 @@ func lookup(ctx context.Context) *passContext {
 	if c, ok := ctx.(*passContext); ok {
 		return c
 	}
+	return lookupOuter(ctx)
+}
+
+func lookupOuter(ctx context.Context) *passContext {
 	c, _ := ctx.Value(contextKey{}).(*passContext)
 	return c
 }
@@ -147,17 +151,14 @@ func NewContext(parent context.Context, fc *ForwardContext) context.Context {
 // FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. ok is false outside a
 // pass.
 func FromContext(ctx context.Context) (fc *ForwardContext, ok bool) {
-	if c, ok := ctx.(*passContext); ok { // as in lookup, but small enough for the compiler to inline
-		return c.fc, c.fc != nil
+	c, ok := ctx.(*passContext) // not lookup, which is not inlined: this is the hottest call of all
+	if !ok {
+		c = lookupOuter(ctx)
 	}
-	return fromOuter(ctx)
-}
-
-func fromOuter(ctx context.Context) (*ForwardContext, bool) {
-	if c := lookup(ctx); c != nil {
-		return c.fc, c.fc != nil
+	if c == nil {
+		return nil, false
 	}
-	return nil, false
+	return c.fc, c.fc != nil
 }
 
 // MustFromContext is [FromContext] for code that runs in passes alone. It panics with ErrNoForwardContext outside one.
@@ -246,7 +247,7 @@ func (e *layerError) Error() string {
 	case e.value != nil:
 		return fmt.Sprintf("%s is a %T, want %v", text, e.value, e.want)
 	}
-	return fmt.Sprintf("%s: there is none, only those of %s", text, abbreviate(slices.Sorted(maps.Keys(e.from))))
+	return fmt.Sprintf("%s is not among %s", text, abbreviate(slices.Sorted(maps.Keys(e.from))))
 }
 
 // ForwardFunc is the forward pass of a model, or a part of it. ctx is the pass's.
