@@ -552,7 +552,9 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 	if err != nil {
 		return nil, err
 	}
-	return slices.Clone(votes), nil
+	own := make([]Vote, len(votes))
+	copy(own, votes)
+	return own, nil
 }
 
 func twice(rank int, step uint64) error {
@@ -600,10 +602,14 @@ func (g *localGroup) end(self *localRank, step uint64, err error) {
 
 // wait waits for the end of the round that c has joined, and breaks it when ctx ends first.
 func (c *localRank) wait(ctx context.Context) error {
+	done := ctx.Done()
+	if done == nil { // never ends; a plain receive is a good deal cheaper
+		return <-c.wake
+	}
 	select {
 	case err := <-c.wake:
 		return err
-	case <-ctx.Done():
+	case <-done:
 	}
 	if err := c.group.breakRound(c, context.Cause(ctx)); err != nil {
 		return err
@@ -651,17 +657,30 @@ func (r *Runner) exchange(ctx context.Context, v Vote) (*Agreement, error) {
 	defer r.exchanging.Unlock()
 	v.Step = r.step.Load() + 1
 	span := r.telemetry.startCoordinate(ctx, r.parallel, &v)
-	votes, err := r.askCoordinator(span.ctx, v)
-	r.step.Store(stepAfter(v, votes, err))
-	var a Agreement
-	if err == nil {
-		a, err = r.agree(v, votes)
-	}
+	a, step, err := r.agreeAt(span.ctx, v)
+	r.step.Store(step)
 	span.end(v.Step, &a, err)
 	if err != nil {
 		return nil, err
 	}
 	return &a, nil
+}
+
+// agreeAt exchanges the vote and agrees. step is the one that the group then has behind it, also after an error.
+func (r *Runner) agreeAt(ctx context.Context, v Vote) (a Agreement, step uint64, err error) {
+	votes, err := r.askCoordinator(ctx, v)
+	step = v.Step
+	switch {
+	case errors.Is(err, ErrInvalid):
+		step-- // refused before anything was sent
+	case err == nil:
+		a, err = r.agree(v, votes)
+		step = max(step, a.Step) // later than v.Step where this rank came late to a broken step
+	}
+	if rankErr, ok := errors.AsType[*RankError](err); ok {
+		step = rankErr.Step
+	}
+	return a, step, err
 }
 
 // askCoordinator waits for the other ranks, but not for ever.
@@ -672,20 +691,6 @@ func (r *Runner) askCoordinator(ctx context.Context, v Vote) ([]Vote, error) {
 		defer cancel()
 	}
 	return r.coordinator.Exchange(ctx, v)
-}
-
-// stepAfter returns the step that the group has now behind it.
-func stepAfter(v Vote, votes []Vote, err error) uint64 {
-	if rankErr, ok := errors.AsType[*RankError](err); ok {
-		return rankErr.Step
-	}
-	if errors.Is(err, ErrInvalid) {
-		return v.Step - 1 // refused before anything was sent
-	}
-	if len(votes) > 0 {
-		return max(v.Step, votes[0].Step) // later than v.Step where this rank came late to a broken step
-	}
-	return v.Step
 }
 
 // agree checks that the votes are those of this step, and agrees. A coordinator that mixes rounds up must not go unnoticed:

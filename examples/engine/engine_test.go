@@ -1,0 +1,393 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/examples/model"
+	"go.opentelemetry.io/otel/attribute"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
+)
+
+func newModel(t testing.TB) *model.Model {
+	t.Helper()
+	w, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return model.New(w)
+}
+
+func newEngine(t testing.TB, cfg Config) *Engine {
+	t.Helper()
+	e, err := New(newModel(t), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+func newRequests(n, maxPrompt, maxAnswer int) []Request {
+	rng := rand.New(rand.NewPCG(7, uint64(n)))
+	requests := make([]Request, n)
+	for i := range requests {
+		requests[i] = Request{ID: i, Prompt: make([]int, 1+rng.IntN(maxPrompt)), MaxTokens: 1 + rng.IntN(maxAnswer)}
+		for p := range requests[i].Prompt {
+			requests[i].Prompt[p] = rng.IntN(256)
+		}
+	}
+	return requests
+}
+
+// serve runs requests to their end and compares every answer with the reference.
+func serve(t *testing.T, cfg Config, requests []Request) Stats {
+	t.Helper()
+	e := newEngine(t, cfg)
+	results, stats, err := e.Run(t.Context(), requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	prompt, generated := 0, 0
+	for _, r := range requests {
+		prompt, generated = prompt+len(r.Prompt), generated+r.MaxTokens
+	}
+	if stats.Finished != len(requests) || stats.PromptTokens != prompt || stats.GeneratedTokens != generated {
+		t.Errorf("finished %d requests with %d prompt and %d generated tokens, want %d, %d, %d",
+			stats.Finished, stats.PromptTokens, stats.GeneratedTokens, len(requests), prompt, generated)
+	}
+	compareAll(t, e, requests, results)
+	return stats
+}
+
+func compareAll(t *testing.T, e *Engine, requests []Request, results []Result) {
+	t.Helper()
+	for _, err := range Check(context.Background(), e.model.Weights(), requests, results, nil) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestAgreesWithReference(t *testing.T) {
+	requests := newRequests(11, 150, 12)
+	for _, dp := range []int{1, 2, 3, 4} {
+		for _, chunk := range []int{1, 7, 64} {
+			t.Run(fmt.Sprintf("dp=%d/chunk=%d", dp, chunk), func(t *testing.T) {
+				t.Parallel()
+				serve(t, Config{DataParallelSize: dp, MaxChunk: chunk}, requests)
+			})
+		}
+	}
+	for name, cfg := range map[string]Config{
+		"more ranks than experts":  {DataParallelSize: 10},
+		"more ranks than requests": {DataParallelSize: 13},
+		"one token a step":         {DataParallelSize: 2, MaxNumBatchedTokens: 1},
+		"one request a step":       {DataParallelSize: 2, MaxNumSeqs: 1},
+		"blocks of one token":      {DataParallelSize: 2, BlockSize: 1},
+		"hardly any blocks":        {DataParallelSize: 2, NumBlocks: 11},
+		"large blocks":             {BlockSize: 1000, NumBlocks: 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			serve(t, cfg, requests)
+		})
+	}
+}
+
+// TestStats: figures that can be known beforehand.
+func TestStats(t *testing.T) {
+	t.Run("alone", func(t *testing.T) {
+		// 200 prompt tokens: 128 are too large for a graph, 72 as well; then 4 decode steps.
+		stats := serve(t, Config{}, []Request{{Prompt: make([]int, 200), MaxTokens: 5}})
+		if stats.Steps != 6 || stats.Passes[fwd.ReasonTooLarge] != 2 || stats.Passes[fwd.ReasonExact] != 4 || stats.DummyPasses != 0 ||
+			stats.GraphPadding != 0 || stats.DataPadding != 0 {
+			t.Errorf("%+v", stats)
+		}
+	})
+	t.Run("idle rank", func(t *testing.T) {
+		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in dummy passes.
+		stats := serve(t, Config{DataParallelSize: 2}, []Request{{Prompt: make([]int, 30), MaxTokens: 10}})
+		if stats.DummyPasses < stats.Steps || stats.GraphPadding != 2 || stats.DataPadding != 31 {
+			t.Errorf("%+v, want a dummy pass a step, 2 tokens of graph padding and 31 of DP padding", stats)
+		}
+	})
+	t.Run("lowered by a rank", func(t *testing.T) {
+		requests := []Request{{Prompt: make([]int, 100), MaxTokens: 1}, {Prompt: make([]int, 1), MaxTokens: 1}}
+		stats := serve(t, Config{DataParallelSize: 2}, requests)
+		if stats.Passes[fwd.ReasonTooLarge] != 1 || stats.Passes[fwd.ReasonDPRank] != 1 {
+			t.Errorf("%+v, want one pass too large and one lowered by it", stats)
+		}
+	})
+}
+
+// liar is a coordinator whose rank is told wrong votes.
+type liar struct {
+	fwd.Coordinator
+	lie func(votes []fwd.Vote)
+}
+
+func (l liar) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	votes, err := l.Coordinator.Exchange(ctx, v)
+	if err == nil {
+		l.lie(votes)
+	}
+	return votes, err
+}
+
+// TestWrongVotes: where ranks know different numbers of each other's tokens, no answer comes out, and nobody hangs.
+func TestWrongVotes(t *testing.T) {
+	for name, lie := range map[string]func(votes []fwd.Vote){
+		"one token more": func(votes []fwd.Vote) { votes[0].NumTokens++; votes[0].NumTokensPadded++ },
+		"ranks swapped":  func(votes []fwd.Vote) { votes[0], votes[1] = votes[1], votes[0] },
+		"another chunk":  func(votes []fwd.Vote) { votes[0].NumTokensPadded += 400 },
+	} {
+		t.Run(name, func(t *testing.T) {
+			group, err := fwd.NewLocalGroup(3)
+			if err != nil {
+				t.Fatal(err)
+			}
+			group[2] = liar{group[2], lie}
+			// No batch has a graph: then ranks are not padded, and each size counts.
+			requests := []Request{{ID: 0, Prompt: make([]int, 100), MaxTokens: 9}, {ID: 1, Prompt: make([]int, 90), MaxTokens: 9}, {ID: 2, Prompt: make([]int, 80), MaxTokens: 9}}
+			_, stats, err := newEngine(t, Config{DataParallelSize: 3, Coordinators: group}).Run(t.Context(), requests)
+			if !errors.Is(err, ErrRefused) || stats.Finished != 0 {
+				t.Errorf("%v, %d requests finished; want ErrRefused", err, stats.Finished)
+			}
+		})
+	}
+}
+
+// TestRankFails: a rank that fails in a pass ends the run at once, with its own error.
+func TestRankFails(t *testing.T) {
+	broken := errors.New("broken layer")
+	for _, dp := range []int{1, 2, 4} {
+		var passes atomic.Int64
+		e := newEngine(t, Config{DataParallelSize: dp, ExchangeTimeout: time.Hour, Middleware: func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					if rank == dp-1 && passes.Add(1) == 5 {
+						return broken
+					}
+					return next(ctx)
+				}
+			}}
+		}})
+		requests := newRequests(20, 50, 20)
+		results, stats, err := e.Run(t.Context(), requests)
+		if !errors.Is(err, broken) || stats.Steps != 4 || stats.Requests != 20 {
+			t.Errorf("dp %d: %v after %d steps, want %v after 4", dp, err, stats.Steps, broken)
+		}
+		compareAll(t, e, requests, results) // what had finished stays right
+	}
+}
+
+// TestCancel: an interrupted run ends between two steps and returns what there is.
+func TestCancel(t *testing.T) {
+	stop := errors.New("stop")
+	for _, dp := range []int{1, 3} {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		var passes atomic.Int64
+		e := newEngine(t, Config{DataParallelSize: dp, Middleware: func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					if rank == 0 && passes.Add(1) == 30 {
+						cancel(stop)
+					}
+					return next(ctx)
+				}
+			}}
+		}})
+		requests := newRequests(60, 50, 30)
+		results, stats, err := e.Run(ctx, requests)
+		// The other ranks may have entered the next step already.
+		if !errors.Is(err, stop) || stats.Steps < 30 || stats.Steps > 31 || stats.Finished == 0 || stats.Finished == len(requests) {
+			t.Errorf("dp %d: %v after %d steps, %d finished", dp, err, stats.Steps, stats.Finished)
+		}
+		compareAll(t, e, requests, results)
+		if finished, generated := e.Progress(); finished != stats.Finished || generated != stats.GeneratedTokens {
+			t.Errorf("progress says %d, %d, the figures %d, %d", finished, generated, stats.Finished, stats.GeneratedTokens)
+		}
+	}
+}
+
+// TestCancelHangingStep: a step that does not end is given up after StopGrace.
+func TestCancelHangingStep(t *testing.T) {
+	stop := errors.New("stop")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	e := newEngine(t, Config{DataParallelSize: 2, StopGrace: time.Millisecond, Middleware: func(rank int) []fwd.Middleware {
+		return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+			return func(ctx context.Context) error {
+				if rank == 1 {
+					cancel(stop)
+					<-ctx.Done()
+					return context.Cause(ctx)
+				}
+				return next(ctx)
+			}
+		}}
+	}})
+	if _, stats, err := e.Run(ctx, newRequests(4, 10, 10)); !errors.Is(err, stop) || stats.Finished != 0 {
+		t.Errorf("%v, %d finished", err, stats.Finished)
+	}
+}
+
+// TestSpeed: requests are not served before they arrive, and ranks sleep until then.
+func TestSpeed(t *testing.T) {
+	requests := newRequests(6, 20, 3)
+	for i := range requests {
+		requests[i].Arrival = time.Duration(i) * time.Second
+	}
+	for _, dp := range []int{1, 2} {
+		stats := serve(t, Config{DataParallelSize: dp, Speed: 20}, requests)
+		if stats.Duration < 250*time.Millisecond || stats.Duration > 10*time.Second {
+			t.Errorf("dp %d: 5 s at 20 times the speed took %v", dp, stats.Duration)
+		}
+		if stats.Steps > 40 {
+			t.Errorf("dp %d: %d steps: ranks did not sleep", dp, stats.Steps)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	requests[5].Arrival = time.Hour
+	if _, stats, err := newEngine(t, Config{DataParallelSize: 2, Speed: 1e4}).Run(ctx, requests); !errors.Is(err, context.DeadlineExceeded) || stats.Finished != 5 {
+		t.Errorf("%v, %d finished, want the deadline in the long sleep", err, stats.Finished)
+	}
+}
+
+// TestSpans: passes are linked to the requests in them, and a step of all ranks is one trace.
+func TestSpans(t *testing.T) {
+	const dp = 3
+	recorder := tracetest.NewSpanRecorder()
+	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	requests := newRequests(7, 60, 5)
+	stats := serve(t, Config{DataParallelSize: dp, TracerProvider: provider, StepTrace: true}, requests)
+	served := map[trace.SpanID]sdktrace.ReadOnlySpan{}
+	steps := map[trace.TraceID]int{}
+	for _, s := range recorder.Ended() {
+		switch s.Name() {
+		case "request":
+			served[s.SpanContext().SpanID()] = s
+		case "fwd.forward":
+			steps[s.SpanContext().TraceID()]++
+		}
+	}
+	if len(served) != len(requests) || len(steps) != stats.Steps || len(recorder.Started()) != len(recorder.Ended()) {
+		t.Errorf("%d request spans for %d requests, %d traces for %d steps, %d of %d spans ended",
+			len(served), len(requests), len(steps), stats.Steps, len(recorder.Ended()), len(recorder.Started()))
+	}
+	for id, n := range steps {
+		if n != dp {
+			t.Errorf("trace %v has %d passes, want one of each of %d ranks", id, n, dp)
+		}
+	}
+	linked := map[trace.SpanID]int{}
+	for _, s := range recorder.Ended() {
+		for _, l := range s.Links() {
+			if request := served[l.SpanContext.SpanID()]; request == nil {
+				t.Errorf("%s links to a span that is no request's", s.Name())
+			} else if s.Name() == "fwd.forward" {
+				linked[l.SpanContext.SpanID()]++
+			}
+		}
+	}
+	for id, s := range served {
+		attrs := attribute.NewSet(s.Attributes()...)
+		n, _ := attrs.Value("engine.request.id")
+		r := requests[n.AsInt64()]
+		if tokens, _ := attrs.Value("engine.request.generated_tokens"); int(tokens.AsInt64()) != r.MaxTokens {
+			t.Errorf("request %d: %v generated tokens on its span, want %d", r.ID, tokens, r.MaxTokens)
+		}
+		if linked[id] < r.MaxTokens { // one pass for each token, and more for the prompt if it took several
+			t.Errorf("request %d: %d passes are linked to it, want at least %d", r.ID, linked[id], r.MaxTokens)
+		}
+	}
+}
+
+// TestNoGoroutines: nothing is left of a run, whatever its end.
+func TestNoGoroutines(t *testing.T) {
+	before := runtime.NumGoroutine()
+	requests := newRequests(8, 30, 10)
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 10 {
+		e := newEngine(t, Config{DataParallelSize: 4})
+		if _, _, err := e.Run(t.Context(), requests); err != nil {
+			t.Fatal(err)
+		}
+		if _, stats, err := e.Run(canceled, requests); !errors.Is(err, context.Canceled) || stats.Steps != 0 {
+			t.Fatalf("%v after %d steps", err, stats.Steps)
+		}
+	}
+	for range 100 {
+		if runtime.NumGoroutine() <= before {
+			return
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	t.Errorf("%d goroutines, %d before", runtime.NumGoroutine(), before)
+}
+
+func TestBadConfig(t *testing.T) {
+	for _, c := range []struct {
+		cfg  Config
+		want string
+	}{
+		{Config{DataParallelSize: -1}, "DataParallelSize is -1"},
+		{Config{DataParallelSize: 65}, "DataParallelSize is 65, want at most 64"},
+		{Config{MaxChunk: -2}, "MaxChunk is -2"},
+		{Config{MaxNumBatchedTokens: -3}, "MaxNumBatchedTokens is -3"},
+		{Config{MaxNumSeqs: -4}, "MaxNumSeqs is -4"},
+		{Config{BlockSize: -5}, "BlockSize is -5"},
+		{Config{NumBlocks: -6}, "NumBlocks is -6"},
+		{Config{Speed: -0.5}, "Speed is -0.5"},
+		{Config{DataParallelSize: 2, Coordinators: make([]fwd.Coordinator, 3)}, "3 coordinators for 2 ranks"},
+	} {
+		if _, err := New(newModel(t), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want an error with %q", c.cfg, err, c.want)
+		}
+	}
+	for _, c := range []struct {
+		request Request
+		want    string
+	}{
+		{Request{ID: 7, MaxTokens: 1}, "request 7 has 0 prompt tokens"},
+		{Request{ID: 7, Prompt: []int{1}}, "0 tokens to generate"},
+		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Arrival: -time.Second}, "arrives at -1s"},
+		{Request{ID: 7, Prompt: []int{1, 256}, MaxTokens: 1}, "request 7: token 256 at position 1 is not in the vocabulary of 256"},
+		{Request{ID: 7, Prompt: make([]int, 60), MaxTokens: 6}, "request 7 needs 5 blocks of 16 tokens, the KV cache has 4"},
+	} {
+		_, _, err := newEngine(t, Config{NumBlocks: 4}).Run(t.Context(), []Request{c.request})
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want an error with %q", c.request, err, c.want)
+		}
+	}
+}
+
+// TestCheckNotices: the comparison itself finds a wrong token and a logit that is off by little.
+func TestCheckNotices(t *testing.T) {
+	e, requests := newEngine(t, Config{}), newRequests(4, 10, 5)
+	results, _, err := e.Run(t.Context(), requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	results[1].Tokens[0]++
+	results[2].Logits[9] += 1e-6
+	results[3].Finished = false
+	results[3].Tokens = nil
+	for i, err := range Check(t.Context(), e.model.Weights(), requests, results, nil) {
+		if want := i == 1 || i == 2; (err != nil) != want {
+			t.Errorf("request %d: %v", i, err)
+		}
+	}
+}

@@ -1,0 +1,103 @@
+package engine
+
+import (
+	"slices"
+	"time"
+
+	"go.opentelemetry.io/otel/trace"
+)
+
+// Request is one prompt to continue.
+type Request struct {
+	ID        int
+	Arrival   time.Duration // after the start of the run
+	Prompt    []int         // at least one token
+	MaxTokens int           // how many tokens to generate, at least one
+}
+
+// length is the number of tokens that end up in the KV cache: the last generated one is never fed back.
+func (r *Request) length() int { return len(r.Prompt) + r.MaxTokens - 1 }
+
+// Result is what became of a request.
+type Result struct {
+	ID       int
+	Finished bool
+	Tokens   []int     // generated so far
+	Logits   []float64 // that the last token was sampled from
+}
+
+// sequence is a request on its rank.
+type sequence struct {
+	request    *Request
+	result     *Result
+	blockTable []int
+	computed   int // tokens whose keys and values are in the cache
+	span       trace.Span
+	arrived    time.Time
+	scheduled  time.Time // first
+	firstToken time.Time
+}
+
+// token returns the token at a position of prompt and answer.
+func (s *sequence) token(position int) int {
+	if position < len(s.request.Prompt) {
+		return s.request.Prompt[position]
+	}
+	return s.result.Tokens[position-len(s.request.Prompt)]
+}
+
+// pending is the number of tokens known but not computed: the rest of the prompt, or the token sampled last.
+func (s *sequence) pending() int { return len(s.request.Prompt) + len(s.result.Tokens) - s.computed }
+
+// scheduled is a sequence's part of one step.
+type scheduled struct {
+	seq   *sequence
+	count int // tokens
+}
+
+// scheduler decides what a rank computes in each step: continuous batching with chunked prefill. Sequences join and leave
+// the batch at any step, and a long prompt is computed over several steps beside the decoding of others, because every
+// step has a budget of tokens.
+type scheduler struct {
+	waiting []*sequence // by arrival
+	running []*sequence // by admission
+	blocks  *blockAllocator
+	budget  int // tokens in a step
+	maxSeqs int // sequences in a step
+}
+
+// schedule returns the next step: first what is running, so that no admitted request starves, then new ones that have
+// arrived. It returns nothing when the rank is idle.
+func (s *scheduler) schedule(now time.Time) []scheduled {
+	var batch []scheduled
+	budget := s.budget
+	take := func(seq *sequence) {
+		count := min(seq.pending(), budget)
+		budget -= count
+		batch = append(batch, scheduled{seq, count})
+	}
+	for _, seq := range s.running {
+		if budget > 0 {
+			take(seq)
+		}
+	}
+	for budget > 0 && len(s.running) < s.maxSeqs && len(s.waiting) > 0 && !s.waiting[0].arrived.After(now) {
+		seq := s.waiting[0]
+		// A request gets blocks for all it will ever need, so nothing that runs ever has to be evicted.
+		blocks, ok := s.blocks.allocate(seq.request.length())
+		if !ok {
+			break
+		}
+		seq.blockTable, seq.scheduled = blocks, now
+		s.waiting = s.waiting[1:]
+		s.running = append(s.running, seq)
+		take(seq)
+	}
+	return batch
+}
+
+// finish takes a sequence out of the batch.
+func (s *scheduler) finish(seq *sequence) {
+	s.blocks.release(seq.blockTable)
+	s.running = slices.DeleteFunc(s.running, func(other *sequence) bool { return other == seq })
+}

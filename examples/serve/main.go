@@ -1,0 +1,227 @@
+// Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and says what came of it.
+//
+//	go -C examples run ./serve -check
+//
+// The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
+// that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
+// with the table so far; a second one ends it at once.
+//
+// It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
+// was interrupted, and with 2 for bad flags.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"math"
+	"net"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/forwardctx/fwd/examples/model"
+	"github.com/forwardctx/fwd/examples/trace"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop) // the next signal kills
+	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// options are the flags.
+type options struct {
+	trace      string
+	requests   int
+	maxContext int
+	dp         int
+	chunk      int
+	speed      float64
+	check      bool
+	json       bool
+	otlp       string
+}
+
+func parseFlags(args []string, stderr io.Writer) (o options, err error) {
+	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
+	flags.SetOutput(stderr)
+	flags.StringVar(&o.trace, "trace", "", "CSV `file` with TIMESTAMP, ContextTokens, GeneratedTokens (default: a small trace that is built in)")
+	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
+	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
+	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
+	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a rank sends to the experts at once")
+	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
+	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
+	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
+	flags.StringVar(&o.otlp, "otlp", "", "send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
+	if err := flags.Parse(args); err != nil {
+		return o, err // flags has printed it
+	}
+	if err := o.validate(flags.Args()); err != nil {
+		fmt.Fprintln(stderr, err)
+		flags.Usage()
+		return o, err
+	}
+	return o, nil
+}
+
+func (o *options) validate(rest []string) error {
+	var errs []error
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf("serve: "+format, args...)) }
+	if len(rest) > 0 {
+		bad("unexpected arguments %q: there are only flags", rest)
+	}
+	if o.requests < 0 {
+		bad("-requests is %d, want at least 0", o.requests)
+	}
+	if o.maxContext < 0 {
+		bad("-max-context is %d, want at least 0", o.maxContext)
+	}
+	if o.dp < 1 || o.dp > engine.MaxRanks {
+		bad("-dp is %d, want 1 to %d", o.dp, engine.MaxRanks)
+	}
+	if o.chunk < 1 {
+		bad("-chunk is %d, want at least 1", o.chunk)
+	}
+	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
+		bad("-speed is %v, want a finite number of at least 0", o.speed)
+	}
+	if o.otlp != "" {
+		if host, port, err := net.SplitHostPort(o.otlp); err != nil || host == "" || port == "" {
+			bad("-otlp is %q, want host:port", o.otlp)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int) {
+	o, err := parseFlags(args, stderr)
+	if errors.Is(err, flag.ErrHelp) {
+		return 0
+	}
+	if err != nil {
+		return 2
+	}
+	if err := serve(ctx, o, stdout, stderr); errors.Is(err, errCheck) {
+		return 1
+	} else if err != nil {
+		fmt.Fprintf(stderr, "serve: %v\n", err)
+		return 1
+	}
+	return 0
+}
+
+func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
+	rows, err := readTrace(o.trace)
+	if err != nil {
+		return err
+	}
+	if o.requests > 0 {
+		rows = rows[:min(o.requests, len(rows))]
+	}
+	requests := trace.Requests(rows, o.maxContext)
+	weights, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		return err
+	}
+	config := engine.Config{DataParallelSize: o.dp, MaxChunk: o.chunk, Speed: o.speed}
+	if o.otlp != "" {
+		t, err := startTelemetry(ctx, o.otlp)
+		if err != nil {
+			return err
+		}
+		defer t.stop(stderr)
+		config.TracerProvider, config.MeterProvider, config.StepTrace = t.traces, t.metrics, true
+	}
+	e, err := engine.New(model.New(weights), config)
+	if err != nil {
+		return err
+	}
+
+	bar := startBar(stderr, "serving", len(requests), func() (int, string) {
+		finished, tokens := e.Progress()
+		return finished, fmt.Sprintf("%d tokens", tokens)
+	})
+	results, stats, err := e.Run(ctx, requests)
+	bar.stop()
+	interrupted := err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
+	if err != nil && !interrupted {
+		if stats.Steps > 0 {
+			err = fmt.Errorf("%w (after %d steps, %d of %d requests finished)", err, stats.Steps, stats.Finished, stats.Requests)
+		}
+		return err
+	}
+	report := newReport(stats, interrupted)
+	if !o.check {
+		return report.print(stdout, o.json)
+	}
+
+	if !o.json {
+		if err := report.print(stdout, false); err != nil {
+			return err
+		}
+	}
+	checked := check(ctx, weights, requests, results, stderr)
+	report.Check = &checked
+	if o.json {
+		err = report.print(stdout, true)
+	} else {
+		_, err = fmt.Fprintf(stdout, "check: %d of %d requests agree with the reference\n", checked.Agreed, checked.Requests)
+	}
+	if err == nil && checked.Agreed < checked.Requests {
+		err = errCheck
+	}
+	return err
+}
+
+// errCheck ends the program with 1. What there is to say has been said by then.
+var errCheck = errors.New("not all requests agree with the reference")
+
+func readTrace(path string) ([]trace.Row, error) {
+	if path == "" {
+		return trace.Default(), nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("trace: %w", err)
+	}
+	defer f.Close()
+	rows, err := trace.Read(f)
+	if err != nil {
+		return nil, fmt.Errorf("trace %s: %w", path, err)
+	}
+	return rows, nil
+}
+
+// check recomputes the finished requests and prints the differences, at most maxDifferences of them. Once ctx has ended
+// nothing is compared any more, and what was not compared does not count as agreeing.
+func check(ctx context.Context, w *model.Weights, requests []engine.Request, results []engine.Result, stderr io.Writer) checkReport {
+	const maxDifferences = 10
+	var done counter
+	bar := startBar(stderr, "checking", len(requests), func() (int, string) { return done.get(), "" })
+	errs := engine.Check(ctx, w, requests, results, done.add)
+	bar.stop()
+	c := checkReport{Requests: len(requests)}
+	if ctx.Err() != nil {
+		fmt.Fprintln(stderr, "serve: check: interrupted before all requests were compared")
+	}
+	different := 0
+	for i, err := range errs {
+		switch {
+		case err != nil && ctx.Err() == nil:
+			if different++; different <= maxDifferences {
+				fmt.Fprintf(stderr, "serve: %v\n", err)
+			}
+		case err == nil && results[i].Finished:
+			c.Agreed++
+		}
+	}
+	if different > maxDifferences {
+		fmt.Fprintf(stderr, "serve: and %d more\n", different-maxDifferences)
+	}
+	return c
+}

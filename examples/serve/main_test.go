@@ -1,0 +1,251 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/forwardctx/fwd/examples/model"
+	"github.com/forwardctx/fwd/examples/trace"
+	collectormetrics "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
+	collectortrace "go.opentelemetry.io/proto/otlp/collector/trace/v1"
+	"google.golang.org/grpc"
+)
+
+func runServe(t *testing.T, args ...string) (exit int, stdout, stderr string) {
+	t.Helper()
+	var out, errs bytes.Buffer
+	exit = run(t.Context(), args, &out, &errs)
+	return exit, out.String(), errs.String()
+}
+
+func TestTable(t *testing.T) {
+	exit, out, errs := runServe(t, "-requests", "20", "-max-context", "40", "-check")
+	if exit != 0 || errs != "" {
+		t.Fatalf("exit %d, stderr %q", exit, errs)
+	}
+	for _, want := range []string{
+		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`, `(?m)^passes +\d+ `, `(?m)^  exact +\d+ `,
+		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `, `check: 20 of 20 requests agree with the reference\n$`,
+	} {
+		if !regexp.MustCompile(want).MatchString(out) {
+			t.Errorf("no %s in\n%s", want, out)
+		}
+	}
+}
+
+func TestJSON(t *testing.T) {
+	exit, out, errs := runServe(t, "-json", "-check", "-dp", "2", "-requests", "9", "-speed", "1000")
+	if exit != 0 || errs != "" {
+		t.Fatalf("exit %d, stderr %q", exit, errs)
+	}
+	var got report
+	in := json.NewDecoder(strings.NewReader(out))
+	in.DisallowUnknownFields()
+	if err := in.Decode(&got); err != nil {
+		t.Fatalf("%v in %s", err, out)
+	}
+	if _, err := in.Token(); err != io.EOF {
+		t.Errorf("more than one object: %s", out)
+	}
+	passes := 0
+	for _, n := range got.Passes {
+		passes += n
+	}
+	prompt, generated := 0, 0
+	for _, r := range trace.Default()[:9] {
+		prompt, generated = prompt+r.ContextTokens, generated+r.GeneratedTokens
+	}
+	if got.Requests != 9 || got.Finished != 9 || got.Interrupted || passes != 2*got.Steps || len(got.Waiting) != 2 || got.Waiting[1].Rank != 1 ||
+		got.PromptTokens != prompt || got.GeneratedTokens != generated || got.Tokens != prompt+generated || got.TokensPerSecond <= 0 ||
+		got.Check == nil || *got.Check != (checkReport{Requests: 9, Agreed: 9}) {
+		t.Errorf("%+v", got)
+	}
+	if _, out, _ := runServe(t, "-json", "-requests", "1"); strings.Contains(out, "check") {
+		t.Errorf("a check that was not asked for: %s", out)
+	}
+}
+
+func TestInterrupted(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	var out, errs bytes.Buffer
+	if exit := run(ctx, []string{"-speed", "1"}, &out, &errs); exit != 0 || errs.Len() > 0 || !strings.Contains(out.String(), "finished, interrupted\n") {
+		t.Errorf("exit %d, stderr %q, stdout %s", exit, &errs, &out)
+	}
+	out.Reset()
+	exit := run(ctx, []string{"-check"}, &out, &errs)
+	if want := "check: 0 of 400 requests agree with the reference\n"; exit != 1 || !strings.HasSuffix(out.String(), want) || !strings.Contains(errs.String(), "interrupted") {
+		t.Errorf("exit %d, stderr %q, stdout %s: want 1, and %q at the end", exit, &errs, &out, want)
+	}
+}
+
+func TestBadFlags(t *testing.T) {
+	for _, c := range []struct{ args, want string }{
+		{"-dp 0", "serve: -dp is 0, want 1 to 64"},
+		{"-dp 65", "serve: -dp is 65, want 1 to 64"},
+		{"-dp two", `invalid value "two" for flag -dp`},
+		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
+		{"-requests -1", "serve: -requests is -1, want at least 0"},
+		{"-max-context -1", "serve: -max-context is -1, want at least 0"},
+		{"-speed -1", "serve: -speed is -1, want a finite number of at least 0"},
+		{"-speed NaN", "serve: -speed is NaN"},
+		{"-speed Inf", "serve: -speed is +Inf"},
+		{"-otlp nowhere", `serve: -otlp is "nowhere", want host:port`},
+		{"-dp 0 -chunk -3", "serve: -chunk is -3"},
+		{"-unknown", "flag provided but not defined: -unknown"},
+		{"trace.csv", `serve: unexpected arguments ["trace.csv"]`},
+	} {
+		exit, out, errs := runServe(t, strings.Fields(c.args)...)
+		if exit != 2 || out != "" || !strings.Contains(errs, c.want) {
+			t.Errorf("%s: exit %d, stdout %q, stderr %q; want 2 and %q", c.args, exit, out, errs, c.want)
+		}
+	}
+	if exit, _, errs := runServe(t, "-h"); exit != 0 || !strings.Contains(errs, "-max-context") {
+		t.Errorf("-h: exit %d, %q", exit, errs)
+	}
+}
+
+func TestBadTrace(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "trace.csv")
+	if err := os.WriteFile(path, []byte("TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,5,5\n2026-01-01 00:00:00,5,-5\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 1 to 1048576\n"
+	if exit, out, errs := runServe(t, "-trace", path); exit != 1 || out != "" || errs != want {
+		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and %q", exit, out, errs, want)
+	}
+	if exit, out, errs := runServe(t, "-trace", path+"x"); exit != 1 || out != "" || !strings.Contains(errs, "no such file") {
+		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and the missing file", exit, out, errs)
+	}
+}
+
+// TestDifferences: wrong answers are printed and don't count as agreeing.
+func TestDifferences(t *testing.T) {
+	weights, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	requests := trace.Requests(trace.Default()[:14], 5)
+	results := make([]engine.Result, len(requests))
+	for i, r := range requests {
+		tokens, logits, err := model.Generate(t.Context(), weights, r.Prompt, r.MaxTokens)
+		if err != nil {
+			t.Fatal(err)
+		}
+		results[i] = engine.Result{ID: r.ID, Finished: true, Tokens: tokens, Logits: logits}
+		if i >= 2 {
+			tokens[len(tokens)-1] ^= 1
+		}
+	}
+	var errs bytes.Buffer
+	if got, want := check(t.Context(), weights, requests, results, &errs), (checkReport{Requests: 14, Agreed: 2}); got != want {
+		t.Errorf("%+v, want %+v", got, want)
+	}
+	if out := errs.String(); strings.Count(out, "\n") != 11 || !strings.Contains(out, "serve: request 2: served") || !strings.Contains(out, "and 2 more") {
+		t.Errorf("stderr %s", out)
+	}
+}
+
+// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a bounded time.
+func TestTelemetryAbsent(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts, as the kernel does, and never answers
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	for _, endpoint := range []string{"127.0.0.1:1", silent.Addr().String()} {
+		t.Run(endpoint, func(t *testing.T) {
+			t.Parallel()
+			began := time.Now()
+			exit, out, errs := runServe(t, "-requests", "12", "-check", "-otlp", endpoint)
+			if exit != 0 || !strings.HasSuffix(out, "check: 12 of 12 requests agree with the reference\n") || !strings.Contains(errs, "telemetry is incomplete") {
+				t.Errorf("exit %d, stderr %q, stdout %s", exit, errs, out)
+			}
+			if took := time.Since(began); took > shutdownTimeout+10*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
+
+// collector is an OTLP receiver that counts spans and metrics by name.
+type collector struct {
+	collectortrace.UnimplementedTraceServiceServer
+	mu    sync.Mutex
+	names map[string]int
+}
+
+type metricsService struct {
+	collectormetrics.UnimplementedMetricsServiceServer
+	*collector
+}
+
+func (c *collector) Export(_ context.Context, in *collectortrace.ExportTraceServiceRequest) (*collectortrace.ExportTraceServiceResponse, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range in.ResourceSpans {
+		for _, s := range r.ScopeSpans {
+			for _, span := range s.Spans {
+				c.names[span.Name]++
+			}
+		}
+	}
+	return &collectortrace.ExportTraceServiceResponse{}, nil
+}
+
+func (c metricsService) Export(_ context.Context, in *collectormetrics.ExportMetricsServiceRequest) (*collectormetrics.ExportMetricsServiceResponse, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range in.ResourceMetrics {
+		for _, s := range r.ScopeMetrics {
+			for _, m := range s.Metrics {
+				c.names[m.Name]++
+			}
+		}
+	}
+	return &collectormetrics.ExportMetricsServiceResponse{}, nil
+}
+
+func TestTelemetry(t *testing.T) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &collector{names: map[string]int{}}
+	server := grpc.NewServer()
+	collectortrace.RegisterTraceServiceServer(server, c)
+	collectormetrics.RegisterMetricsServiceServer(server, metricsService{collector: c})
+	go server.Serve(listener)
+	defer server.Stop()
+	exit, out, errs := runServe(t, "-requests", "5", "-max-context", "30", "-json", "-otlp", listener.Addr().String())
+	if exit != 0 || errs != "" {
+		t.Fatalf("exit %d, stderr %q", exit, errs)
+	}
+	var got report
+	if err := json.Unmarshal([]byte(out), &got); err != nil {
+		t.Fatal(err)
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.names["request"] != 5 || c.names["fwd.forward"] != 4*got.Steps || c.names["fwd.coordinate"] != 4*got.Steps || c.names["fwd.forward.duration"] == 0 {
+		t.Errorf("%v after %d steps of 4 ranks", c.names, got.Steps)
+	}
+}
+
+func TestLine(t *testing.T) {
+	const want = "serving  [###############...............] 5/10 requests, 7 tokens"
+	if got := line("serving", 5, 10, "7 tokens"); got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
