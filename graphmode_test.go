@@ -1,7 +1,14 @@
 package fwd_test
 
 import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -109,6 +116,539 @@ func TestDispatcherVectors(t *testing.T) {
 			if c.Batch.NumTokens != wantTokens[k] {
 				t.Errorf("case %d: capture %d has %d tokens, want %d", i, k, c.Batch.NumTokens, wantTokens[k])
 			}
+		}
+	}
+}
+
+// Why a dispatch went as it did, for each reason that a dispatcher gives.
+func TestDispatchReasons(t *testing.T) {
+	t.Parallel()
+	cfg := func(mode fwd.GraphMode, lora *fwd.LoRAConfig) fwd.DispatcherConfig {
+		return fwd.DispatcherConfig{Mode: mode, CaptureSizes: []int{2, 4, 8, 16}, MaxNumSeqs: 4, UniformDecodeQueryLen: 2, LoRA: lora}
+	}
+	some, byCount, only := &fwd.LoRAConfig{MaxLoRAs: 4}, &fwd.LoRAConfig{MaxLoRAs: 4, SpecializeCount: true}, &fwd.LoRAConfig{MaxLoRAs: 4, Unspecialized: true}
+	for _, tt := range []struct {
+		name string
+		cfg  fwd.DispatcherConfig
+		q    fwd.DispatchQuery
+		mode fwd.GraphMode
+		want fwd.Reason
+	}{
+		{"exact", cfg(fwd.GraphFullAndPiecewise, nil), fwd.DispatchQuery{NumTokens: 6, UniformDecode: true}, fwd.GraphFull, fwd.ReasonExact},
+		{"exact at the bound", cfg(fwd.GraphFullAndPiecewise, nil), fwd.DispatchQuery{NumTokens: 8, UniformDecode: true}, fwd.GraphFull, fwd.ReasonExact},
+		{"beyond the bound", cfg(fwd.GraphFullAndPiecewise, nil), fwd.DispatchQuery{NumTokens: 10, UniformDecode: true}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"beyond the bound, nothing else", cfg(fwd.GraphFullDecodeOnly, nil), fwd.DispatchQuery{NumTokens: 10, UniformDecode: true}, fwd.GraphNone, fwd.ReasonNoKey},
+		{"mixed", cfg(fwd.GraphFullAndPiecewise, nil), fwd.DispatchQuery{NumTokens: 6}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"mixed, nothing there", cfg(fwd.GraphFullDecodeOnly, nil), fwd.DispatchQuery{NumTokens: 6}, fwd.GraphNone, fwd.ReasonNoKey},
+		{"relaxed full", cfg(fwd.GraphFull, nil), fwd.DispatchQuery{NumTokens: 6}, fwd.GraphFull, fwd.ReasonRelaxed},
+		{"relaxed full of decode", cfg(fwd.GraphFull, nil), fwd.DispatchQuery{NumTokens: 6, UniformDecode: true}, fwd.GraphFull, fwd.ReasonRelaxed},
+		{"relaxed full excluded", cfg(fwd.GraphFull, nil), fwd.DispatchQuery{NumTokens: 6, ExcludeFull: true}, fwd.GraphNone, fwd.ReasonFullExcluded},
+		{"exact excluded", cfg(fwd.GraphFullAndPiecewise, nil), fwd.DispatchQuery{NumTokens: 6, UniformDecode: true, ExcludeFull: true}, fwd.GraphPiecewise, fwd.ReasonFullExcluded},
+		{"exact excluded, nothing else", cfg(fwd.GraphFullDecodeOnly, nil), fwd.DispatchQuery{NumTokens: 6, UniformDecode: true, ExcludeFull: true}, fwd.GraphNone, fwd.ReasonFullExcluded},
+		{"excluded where there is none", cfg(fwd.GraphPiecewise, nil), fwd.DispatchQuery{NumTokens: 6, UniformDecode: true, ExcludeFull: true}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"none", cfg(fwd.GraphNone, nil), fwd.DispatchQuery{NumTokens: 6}, fwd.GraphNone, fwd.ReasonDisabled},
+		{"none and too large", cfg(fwd.GraphNone, nil), fwd.DispatchQuery{NumTokens: 600}, fwd.GraphNone, fwd.ReasonDisabled},
+		{"largest", cfg(fwd.GraphPiecewise, nil), fwd.DispatchQuery{NumTokens: 16}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"too large", cfg(fwd.GraphPiecewise, nil), fwd.DispatchQuery{NumTokens: 17}, fwd.GraphNone, fwd.ReasonTooLarge},
+		{"adapters, not configured", cfg(fwd.GraphPiecewise, nil), fwd.DispatchQuery{NumTokens: 6, NumActiveLoRAs: 1}, fwd.GraphNone, fwd.ReasonLoRA},
+		{"adapters", cfg(fwd.GraphPiecewise, some), fwd.DispatchQuery{NumTokens: 6, NumActiveLoRAs: 9}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"adapters, as many as graphs are for", cfg(fwd.GraphPiecewise, byCount), fwd.DispatchQuery{NumTokens: 6, NumActiveLoRAs: 5}, fwd.GraphPiecewise, fwd.ReasonRelaxed},
+		{"adapters, more than graphs are for", cfg(fwd.GraphPiecewise, byCount), fwd.DispatchQuery{NumTokens: 6, NumActiveLoRAs: 6}, fwd.GraphNone, fwd.ReasonLoRA},
+		{"no adapters, and graphs only with", cfg(fwd.GraphPiecewise, only), fwd.DispatchQuery{NumTokens: 6}, fwd.GraphNone, fwd.ReasonLoRA},
+	} {
+		mode, batch, got := planDispatcher(t, tt.cfg).Dispatch(tt.q)
+		if mode != tt.mode || got != tt.want {
+			t.Errorf("%s: %v, %+v because %v; want %v because %v", tt.name, mode, batch, got, tt.mode, tt.want)
+		}
+		if mode == fwd.GraphNone && batch != (fwd.BatchDescriptor{NumTokens: tt.q.NumTokens}) {
+			t.Errorf("%s: no graph, and the descriptor is %+v", tt.name, batch)
+		}
+	}
+}
+
+// cacheGraph is a captured graph.
+type cacheGraph func(ctx context.Context) error
+
+func (g cacheGraph) Replay(ctx context.Context) error { return g(ctx) }
+
+// cacheCalls counts what a cache does.
+type cacheCalls struct{ forwards, captures, replays atomic.Int32 }
+
+func (c *cacheCalls) check(t *testing.T, when string, forwards, captures, replays int32) {
+	t.Helper()
+	got := [3]int32{c.forwards.Load(), c.captures.Load(), c.replays.Load()}
+	if want := [3]int32{forwards, captures, replays}; got != want {
+		t.Errorf("%s: %v forwards, captures and replays; want %v", when, got, want)
+	}
+}
+
+func (c *cacheCalls) forward(context.Context) error { c.forwards.Add(1); return nil }
+func (c *cacheCalls) replay(context.Context) error  { c.replays.Add(1); return nil }
+func (c *cacheCalls) capture(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
+	c.captures.Add(1)
+	return cacheGraph(c.replay), nil
+}
+
+func cacheNew(t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture fwd.CaptureFunc) *fwd.GraphCache {
+	t.Helper()
+	c, err := fwd.NewGraphCache(mode, forward, capture)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// cachePass is a context in a pass with that mode and key.
+func cachePass(ctx context.Context, mode fwd.GraphMode, tokens int) context.Context {
+	return fwd.NewContext(ctx, &fwd.ForwardContext{NumTokens: tokens, GraphMode: mode, Batch: fwd.BatchDescriptor{NumTokens: tokens}})
+}
+
+// The first pass with a key captures and replays, the later ones replay. What has no graph is called.
+func TestGraphCache(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFull} {
+		other := fwd.GraphPiecewise + fwd.GraphFull - mode
+		var calls cacheCalls
+		c := cacheNew(t, mode, calls.forward, calls.capture)
+		forward := func(ctx context.Context) {
+			t.Helper()
+			if err := c.Forward(ctx); err != nil {
+				t.Error(err)
+			}
+		}
+		var r *fwd.Runner
+		run := func(p fwd.Pass) {
+			t.Helper()
+			if err := r.Run(t.Context(), p, c.Forward); err != nil {
+				t.Error(err)
+			}
+		}
+		run(fwd.Pass{NumTokens: 4, GraphMode: mode})
+		calls.check(t, "the first pass", 0, 1, 1)
+		run(fwd.Pass{NumTokens: 4, GraphMode: mode, Batch: fwd.BatchDescriptor{NumTokens: 4}})
+		calls.check(t, "the second pass", 0, 1, 2)
+		run(fwd.Pass{NumTokens: 4, GraphMode: mode, Batch: fwd.BatchDescriptor{NumTokens: 4, NumReqs: 4, Uniform: true}})
+		calls.check(t, "another key with as many tokens", 0, 2, 3)
+		run(fwd.Pass{NumTokens: 4, GraphMode: other})
+		run(fwd.Pass{NumTokens: 4})
+		forward(t.Context())
+		forward(fwd.NewContext(cachePass(t.Context(), mode, 4), nil))
+		calls.check(t, "another mode, none, no pass, a hidden pass", 4, 2, 3)
+		split := ubatchPass(2)
+		split.GraphMode = mode
+		run(split)
+		calls.check(t, "a split pass", 5, 2, 3)
+		if err := r.Run(t.Context(), split, func(ctx context.Context) error {
+			return fwd.RunUBatches(ctx, func(ctx context.Context, _ int) error { return c.Forward(ctx) })
+		}); err != nil {
+			t.Error(err)
+		}
+		calls.check(t, "its two microbatches", 7, 2, 3)
+		if c.Len() != 2 {
+			t.Errorf("%d graphs, want 2", c.Len())
+		}
+	}
+}
+
+// A pass without descriptor has no key. Run gives it one, a context made by hand may not.
+func TestGraphCacheNoDescriptor(t *testing.T) {
+	t.Parallel()
+	var calls cacheCalls
+	c := cacheNew(t, fwd.GraphFull, calls.forward, calls.capture)
+	ctx := fwd.NewContext(t.Context(), &fwd.ForwardContext{NumTokens: 4, GraphMode: fwd.GraphFull})
+	if err := c.Forward(ctx); !errors.Is(err, fwd.ErrNoDescriptor) {
+		t.Errorf("%v, want %v", err, fwd.ErrNoDescriptor)
+	}
+	calls.check(t, "without descriptor", 0, 0, 0)
+	ctx = fwd.NewContext(t.Context(), &fwd.ForwardContext{NumTokens: 4})
+	if err := c.Forward(ctx); err != nil {
+		t.Errorf("without descriptor in mode NONE: %v", err)
+	}
+	calls.check(t, "in mode NONE", 1, 0, 0)
+}
+
+// 100 passes that meet 10 unknown keys at once capture 10 times, and every pass replays.
+func TestGraphCacheCapturesOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		release := make(chan struct{})
+		var replays [11]atomic.Int32
+		c := cacheNew(t, fwd.GraphPiecewise, calls.forward, func(_ context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+			calls.captures.Add(1)
+			<-release
+			return cacheGraph(func(ctx context.Context) error {
+				if fc := fwd.MustFromContext(ctx); fc.Batch != key {
+					t.Errorf("the graph of %+v replays for %+v", key, fc.Batch)
+				}
+				replays[key.NumTokens].Add(1)
+				return nil
+			}), nil
+		})
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() {
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphPiecewise, 1+i%10)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		synctest.Wait() // all wait for the captures
+		if calls.captures.Load() != 10 || c.Len() != 0 {
+			t.Errorf("%d captures have begun and %d have ended, want 10 and 0", calls.captures.Load(), c.Len())
+		}
+		close(release)
+		wg.Wait()
+		for key := 1; key <= 10; key++ {
+			if n := replays[key].Load(); n != 10 {
+				t.Errorf("key %d has %d replays, want 10", key, n)
+			}
+		}
+		calls.check(t, "at the end", 0, 10, 0)
+		if c.Len() != 10 {
+			t.Errorf("%d graphs, want 10", c.Len())
+		}
+	})
+}
+
+// Keys are captured side by side: one that takes its time holds up neither another's capture nor a replay.
+func TestGraphCacheKeysAreIndependent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		release := make(chan struct{})
+		c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+			if key.NumTokens == 1 {
+				<-release
+			}
+			return calls.capture(ctx, key, f)
+		})
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+				t.Error(err)
+			}
+		})
+		synctest.Wait()
+		for range 2 {
+			if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 2)); err != nil {
+				t.Error(err)
+			}
+		}
+		calls.check(t, "while the other key is captured", 0, 1, 2)
+		close(release)
+		wg.Wait()
+		calls.check(t, "at the end", 0, 2, 3)
+	})
+}
+
+// A failed capture fails the passes that wait for it, leaves no entry and is tried again by a later pass.
+func TestGraphCacheFailedCapture(t *testing.T) {
+	t.Parallel()
+	errCapture := errors.New("out of memory")
+	for _, tt := range []struct {
+		name string
+		fail func() (fwd.Graph, error)
+		want error
+	}{
+		{"error", func() (fwd.Graph, error) { return nil, errCapture }, errCapture},
+		{"error and graph", func() (fwd.Graph, error) {
+			return cacheGraph(func(context.Context) error { return nil }), errCapture
+		}, errCapture},
+		{"no graph", func() (fwd.Graph, error) { return nil, nil }, fwd.ErrInvalid},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var calls cacheCalls
+				release := make(chan struct{})
+				fail := true
+				c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+					if fail {
+						calls.captures.Add(1)
+						<-release
+						return tt.fail()
+					}
+					return calls.capture(ctx, key, f)
+				})
+				var wg sync.WaitGroup
+				for range 5 {
+					wg.Go(func() {
+						if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); !errors.Is(err, tt.want) {
+							t.Errorf("error %v, want %v", err, tt.want)
+						}
+					})
+				}
+				synctest.Wait()
+				close(release)
+				wg.Wait()
+				calls.check(t, "after the failure", 0, 1, 0)
+				if c.Len() != 0 {
+					t.Errorf("%d graphs, want none", c.Len())
+				}
+				fail = false
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+					t.Errorf("a later pass: %v", err)
+				}
+				calls.check(t, "after a later pass", 0, 2, 1)
+				if c.Len() != 1 {
+					t.Errorf("%d graphs, want 1", c.Len())
+				}
+			})
+		})
+	}
+}
+
+// A capture that panics, or exits its goroutine, does so on the capturing pass; the waiting ones get an error, and a later
+// pass tries again.
+func TestGraphCacheCapturePanics(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		release := make(chan struct{})
+		fail := true
+		c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+			if fail {
+				<-release
+				panic("boom")
+			}
+			return calls.capture(ctx, key, f)
+		})
+		var panics, errs atomic.Int32
+		var wg sync.WaitGroup
+		for range 5 {
+			wg.Go(func() {
+				defer func() {
+					if got := recover(); got == "boom" {
+						panics.Add(1)
+					} else if got != nil {
+						t.Errorf("recovered %v", got)
+					}
+				}()
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err == nil {
+					t.Error("a waiting pass succeeds")
+				}
+				errs.Add(1)
+			})
+		}
+		synctest.Wait()
+		close(release)
+		wg.Wait()
+		if panics.Load() != 1 || errs.Load() != 4 || c.Len() != 0 {
+			t.Errorf("%d panics, %d errors, %d graphs; want 1, 4, 0", panics.Load(), errs.Load(), c.Len())
+		}
+		fail = false
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+			t.Errorf("a later pass: %v", err)
+		}
+		calls.check(t, "after a later pass", 0, 1, 1)
+	})
+}
+
+// A waiting pass whose ctx ends returns its cause; the capture goes on for the others.
+func TestGraphCacheWaiterEnds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		release := make(chan struct{})
+		c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+			<-release
+			return calls.capture(ctx, key, f)
+		})
+		errStop := errors.New("stop")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		results := make(chan error, 3)
+		begin := func(ctx context.Context) {
+			go func() { results <- c.Forward(cachePass(ctx, fwd.GraphFull, 1)) }()
+			synctest.Wait()
+		}
+		begin(t.Context())
+		begin(ctx)
+		begin(t.Context())
+		cancel(errStop)
+		if err := <-results; !errors.Is(err, errStop) {
+			t.Errorf("the pass that ended: %v, want %v", err, errStop)
+		}
+		synctest.Wait()
+		if len(results) != 0 {
+			t.Errorf("another pass ended with %v", <-results)
+		}
+		close(release)
+		for range 2 {
+			if err := <-results; err != nil {
+				t.Error(err)
+			}
+		}
+		calls.check(t, "at the end", 0, 1, 2)
+	})
+}
+
+// A capture that fails because the capturing pass ended says nothing to the waiting ones: one of them captures.
+func TestGraphCacheCapturerEnds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		first := true
+		c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+			if first {
+				first = false
+				<-ctx.Done()
+				return nil, ctx.Err()
+			}
+			return calls.capture(ctx, key, f)
+		})
+		ctx, cancel := context.WithCancel(t.Context())
+		capturer := make(chan error)
+		go func() { capturer <- c.Forward(cachePass(ctx, fwd.GraphFull, 1)) }()
+		synctest.Wait()
+		var wg sync.WaitGroup
+		for range 5 {
+			wg.Go(func() {
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+					t.Errorf("a waiting pass: %v", err)
+				}
+			})
+		}
+		synctest.Wait()
+		cancel()
+		if err := <-capturer; !errors.Is(err, context.Canceled) {
+			t.Errorf("the capturing pass: %v, want %v", err, context.Canceled)
+		}
+		wg.Wait()
+		calls.check(t, "at the end", 0, 1, 5)
+	})
+}
+
+// After CloseCapture an unknown key is an error and never a capture; a known one replays, and a capture in progress ends
+// as it would have.
+func TestGraphCacheCloseCapture(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var calls cacheCalls
+		release := make(chan struct{})
+		c := cacheNew(t, fwd.GraphFull, calls.forward, func(ctx context.Context, key fwd.BatchDescriptor, f fwd.ForwardFunc) (fwd.Graph, error) {
+			if key.NumTokens == 2 {
+				<-release
+			}
+			return calls.capture(ctx, key, f)
+		})
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+			t.Error(err)
+		}
+		results := make(chan error, 2)
+		for range 2 {
+			go func() { results <- c.Forward(cachePass(t.Context(), fwd.GraphFull, 2)) }()
+		}
+		synctest.Wait()
+		c.CloseCapture()
+		c.CloseCapture()
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 3)); !errors.Is(err, fwd.ErrCaptureClosed) {
+			t.Errorf("an unknown key: %v, want %v", err, fwd.ErrCaptureClosed)
+		}
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil {
+			t.Errorf("a known key: %v", err)
+		}
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphPiecewise, 3)); err != nil {
+			t.Errorf("another mode: %v", err)
+		}
+		close(release)
+		for range 2 {
+			if err := <-results; err != nil {
+				t.Errorf("a capture in progress: %v", err)
+			}
+		}
+		calls.check(t, "at the end", 1, 2, 4)
+		if c.Len() != 2 {
+			t.Errorf("%d graphs, want 2", c.Len())
+		}
+	})
+}
+
+// Caches nest: a full one outside piecewise ones. A pass uses the graphs of its own mode.
+func TestGraphCachesNest(t *testing.T) {
+	t.Parallel()
+	var log []string
+	cache := func(name string, mode fwd.GraphMode, forward fwd.ForwardFunc) *fwd.GraphCache {
+		return cacheNew(t, mode, forward, func(ctx context.Context, key fwd.BatchDescriptor, forward fwd.ForwardFunc) (fwd.Graph, error) {
+			log = append(log, "capture "+name)
+			return cacheGraph(func(context.Context) error { log = append(log, "replay "+name); return nil }), forward(ctx)
+		})
+	}
+	piece := func(name string) fwd.ForwardFunc {
+		return cache(name, fwd.GraphPiecewise, func(context.Context) error { log = append(log, "run "+name); return nil }).Forward
+	}
+	a, b := piece("a"), piece("b")
+	model := cache("model", fwd.GraphFull, func(ctx context.Context) error { return errors.Join(a(ctx), b(ctx)) })
+	for _, tt := range []struct {
+		mode fwd.GraphMode
+		want []string
+	}{
+		{fwd.GraphNone, []string{"run a", "run b"}},
+		{fwd.GraphPiecewise, []string{"capture a", "run a", "replay a", "capture b", "run b", "replay b"}},
+		{fwd.GraphPiecewise, []string{"replay a", "replay b"}},
+		{fwd.GraphFull, []string{"capture model", "run a", "run b", "replay model"}},
+		{fwd.GraphFull, []string{"replay model"}},
+		{fwd.GraphNone, []string{"run a", "run b"}},
+	} {
+		log = nil
+		if err := (*fwd.Runner)(nil).Run(t.Context(), fwd.Pass{NumTokens: 8, GraphMode: tt.mode}, model.Forward); err != nil {
+			t.Error(err)
+		}
+		if diff := cmp.Diff(tt.want, log); diff != "" {
+			t.Errorf("%v (-want +got):\n%s", tt.mode, diff)
+		}
+	}
+}
+
+// The errors of the forward function and of the replay come out, and a failed replay does not lose its graph.
+func TestGraphCacheErrors(t *testing.T) {
+	t.Parallel()
+	errForward, errReplay := errors.New("forward"), errors.New("replay")
+	captures := 0
+	c := cacheNew(t, fwd.GraphFull, func(context.Context) error { return errForward },
+		func(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
+			captures++
+			return cacheGraph(func(context.Context) error { return errReplay }), nil
+		})
+	for range 2 {
+		if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); !errors.Is(err, errReplay) {
+			t.Errorf("a replay: %v, want %v", err, errReplay)
+		}
+	}
+	if err := c.Forward(t.Context()); !errors.Is(err, errForward) {
+		t.Errorf("a call: %v, want %v", err, errForward)
+	}
+	if captures != 1 || c.Len() != 1 {
+		t.Errorf("%d captures, %d graphs; want 1 and 1", captures, c.Len())
+	}
+}
+
+// Warm-up captures exactly what Dispatch can answer with, so that nothing is left to capture when it is closed.
+func TestCapturesServeDispatch(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFull, fwd.GraphFullDecodeOnly, fwd.GraphFullAndPiecewise} {
+		cfg := planMixed(2)
+		cfg.Mode, cfg.LoRA = mode, &fwd.LoRAConfig{MaxLoRAs: 3, SpecializeCount: true}
+		d := planDispatcher(t, cfg)
+		captured := d.Captures()
+		used := map[fwd.Capture]bool{}
+		for n := range 40 {
+			for k := range 6 {
+				for flags := range 4 {
+					q := fwd.DispatchQuery{NumTokens: n, NumActiveLoRAs: k, UniformDecode: flags&1 > 0, ExcludeFull: flags&2 > 0}
+					m, batch, reason := d.Dispatch(q)
+					if m == fwd.GraphNone {
+						continue
+					}
+					capture := fwd.Capture{Mode: m, Batch: batch}
+					if used[capture] = true; !slices.Contains(captured, capture) {
+						t.Errorf("%v: Dispatch(%+v) = %+v (%v), which is not captured", mode, q, capture, reason)
+					}
+				}
+			}
+		}
+		if len(used) != len(captured) {
+			t.Errorf("%v: %d graphs are captured, and %d used: %s", mode, len(captured), len(used), fmt.Sprint(captured))
 		}
 	}
 }

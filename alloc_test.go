@@ -1,0 +1,206 @@
+package fwd_test
+
+import (
+	"context"
+	"runtime"
+	"sync"
+	"testing"
+
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+	"gonum.org/v1/gonum/mat"
+
+	"github.com/forwardctx/fwd"
+)
+
+// providers are the options of Runners by what stands behind their telemetry. global is the default, with no SDK.
+func providers() map[string][]fwd.Option {
+	return map[string][]fwd.Option{
+		"noop":   {fwd.WithTracerProvider(tracenoop.NewTracerProvider()), fwd.WithMeterProvider(metricnoop.NewMeterProvider())},
+		"global": nil,
+		"sdk": {
+			fwd.WithTracerProvider(sdktrace.NewTracerProvider()),
+			fwd.WithMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewManualReader()))),
+		},
+	}
+}
+
+// decodePass is a pass that says all that a rank alone has to say.
+func decodePass() fwd.Pass {
+	maps := []map[string]any{{"": 1}}
+	return fwd.Pass{
+		NumTokens: 16, NumTokensUnpadded: 13, NumTokensGraph: 16, NumReqs: 13, AttnMetadata: maps, SlotMapping: maps,
+		GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact, Batch: fwd.BatchDescriptor{NumTokens: 16, NumReqs: 16, Uniform: true},
+	}
+}
+
+func wantAllocs(t *testing.T, name string, most float64, f func()) {
+	t.Helper()
+	if got := testing.AllocsPerRun(200, f); got > most {
+		t.Errorf("%s allocates %v times, want at most %v", name, got, most)
+	}
+}
+
+// Tests of allocations can't be parallel: the counts are the process's.
+
+func skipUnderRace(t *testing.T) {
+	t.Helper()
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+}
+
+func TestAllocsRun(t *testing.T) {
+	skipUnderRace(t)
+	through := func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error { return next(ctx) }
+	}
+	ctx, pass := context.Background(), decodePass()
+	forward := func(context.Context) error { return nil }
+	for provider, most := range map[string]float64{"noop": 2, "global": 4, "sdk": 6} {
+		for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": {through, through, through}} {
+			r, err := fwd.New(fwd.Config{Name: "target"}, append(providers()[provider], fwd.WithMiddleware(mw...))...)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantAllocs(t, provider+name, most, func() {
+				if err := r.Run(ctx, pass, forward); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+	}
+}
+
+func TestAllocsContext(t *testing.T) {
+	skipUnderRace(t)
+	type key struct{}
+	var none *fwd.Runner
+	var outer context.Context
+	fc := &fwd.ForwardContext{NumTokens: 16}
+	wantAllocs(t, "NewContext", 1, func() { outer = fwd.NewContext(context.Background(), fc) })
+	cfg := fwd.Config{NoCompileLayers: map[string]any{"attn": fc}}
+	r, err := fwd.New(cfg, providers()["noop"]...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pass := decodePass()
+	pass.AttnMetadata = []map[string]any{{"attn": fc, "": fc}}
+	pass.SlotMapping = []map[string]any{{"attn": fc}}
+	err = r.Run(outer, pass, func(ctx context.Context) error {
+		sized, err := fwd.WithSPLocalSizes(ctx, 2)
+		if err != nil {
+			return err
+		}
+		for name, ctx := range map[string]context.Context{"": sized, " 2 values below": context.WithValue(context.WithValue(sized, key{}, 1), key{}, 2)} {
+			for what, f := range map[string]func() bool{
+				"FromContext":         func() bool { _, ok := fwd.FromContext(ctx); return ok },
+				"MustFromContext":     func() bool { return fwd.MustFromContext(ctx) != nil },
+				"LocalSizes":          func() bool { _, ok := fwd.LocalSizes(ctx); return ok },
+				"AttnMetadata":        func() bool { _, err := fwd.AttnMetadata[*fwd.ForwardContext](ctx, "attn"); return err == nil },
+				"AttnMetadata of all": func() bool { _, err := fwd.AttnMetadata[*fwd.ForwardContext](ctx, "other"); return err == nil },
+				"SlotMapping":         func() bool { _, err := fwd.SlotMapping[*fwd.ForwardContext](ctx, "attn"); return err == nil },
+				"Layer":               func() bool { _, err := fwd.Layer[*fwd.ForwardContext](ctx, "attn"); return err == nil },
+			} {
+				if !f() {
+					t.Errorf("%s%s misses", what, name)
+				}
+				wantAllocs(t, what+name, 0, func() { f() })
+			}
+			for what, f := range map[string]func() error{
+				"AttnMetadata of another type": func() error { _, err := fwd.AttnMetadata[int](ctx, "attn"); return err },
+				"SlotMapping unknown":          func() error { _, err := fwd.SlotMapping[int](ctx, "other"); return err },
+				"Layer unknown":                func() error { _, err := fwd.Layer[int](ctx, "other"); return err },
+			} {
+				if f() == nil {
+					t.Errorf("%s%s hits", what, name)
+				}
+				wantAllocs(t, what+name, 1, func() { f() })
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	none.Run(context.Background(), fwd.Pass{NumTokens: 1}, func(ctx context.Context) error {
+		wantAllocs(t, "AttnMetadata without any", 1, func() { fwd.AttnMetadata[int](ctx, "attn") })
+		return nil
+	})
+	wantAllocs(t, "AttnMetadata outside a pass", 1, func() { fwd.AttnMetadata[int](context.Background(), "attn") })
+}
+
+func TestAllocsDP(t *testing.T) {
+	skipUnderRace(t)
+	const sp = 4
+	m, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 4}, 3, vec(3, 400, 5, 6))
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := make([]int, 0, 4*sp)
+	across, cu := new(mat.VecDense), new(mat.VecDense)
+	m.NumTokensAcrossDPTo(across)
+	m.CuTokensAcrossSPTo(cu, sp)
+	wantAllocs(t, "AppendSPLocalSizes", 0, func() { list = m.AppendSPLocalSizes(list[:0], sp) })
+	wantAllocs(t, "AppendChunkedSizes", 0, func() { list = m.AppendChunkedSizes(list[:0], sp, 7, 1) })
+	wantAllocs(t, "NumTokensAcrossDPTo", 0, func() { m.NumTokensAcrossDPTo(across) })
+	wantAllocs(t, "CuTokensAcrossSPTo", 0, func() { m.CuTokensAcrossSPTo(cu, sp) })
+	wantAllocs(t, "NumChunks", 0, func() { m.NumChunks(sp, 7) })
+	votes := make([]fwd.Vote, 8)
+	wantAllocs(t, "Agree", 2, func() {
+		if _, err := fwd.Agree(votes, 2); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func TestAllocsDispatch(t *testing.T) {
+	skipUnderRace(t)
+	d, err := fwd.NewDispatcher(fwd.DispatcherConfig{
+		Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(512), MaxNumSeqs: 256,
+		LoRA: &fwd.LoRAConfig{MaxLoRAs: 4, SpecializeCount: true},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := 0
+	wantAllocs(t, "Dispatch", 0, func() {
+		n = (n + 37) % 600
+		d.Dispatch(fwd.DispatchQuery{NumTokens: n, UniformDecode: n%2 == 0, NumActiveLoRAs: n % 5, ExcludeFull: n%3 == 0})
+	})
+}
+
+// exchangeRounds runs rounds steps of a group from the given one on, all ranks at once.
+func exchangeRounds(tb testing.TB, group []fwd.Coordinator, from, rounds int) {
+	var wg sync.WaitGroup
+	for rank, c := range group {
+		wg.Go(func() {
+			for step := from; step < from+rounds; step++ {
+				if _, err := c.Exchange(context.Background(), fwd.Vote{Step: uint64(step), NumTokens: rank, NumTokensPadded: rank}); err != nil {
+					tb.Errorf("rank %d, step %d: %v", rank, step, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+func TestAllocsExchange(t *testing.T) {
+	skipUnderRace(t)
+	const rounds = 2000
+	for _, size := range []int{2, 4, 8} {
+		group := localGroup(t, size)
+		exchangeRounds(t, group, 1, rounds) // warm
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		exchangeRounds(t, group, rounds+1, rounds)
+		runtime.ReadMemStats(&after)
+		got := float64(after.Mallocs-before.Mallocs) / float64(rounds*size)
+		if got > 1.05 { // the goroutines of the test itself are the rest
+			t.Errorf("an exchange of %d ranks allocates %.2f times a rank, want at most 1", size, got)
+		}
+	}
+}

@@ -1,0 +1,359 @@
+package fwd_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+	tracenoop "go.opentelemetry.io/otel/trace/noop"
+	"gonum.org/v1/gonum/mat"
+
+	"github.com/forwardctx/fwd"
+)
+
+// benchKey is the key of a baseline's value, and benchFiller that of the values that lie between.
+type (
+	benchKey    struct{}
+	benchFiller struct{}
+)
+
+// Each sink keeps a result, so that the compiler keeps what makes it.
+var (
+	sinkContext context.Context
+	sinkForward *fwd.ForwardContext
+	sinkInt     int
+	sinkVotes   []fwd.Vote
+)
+
+// benchInPass calls f with the context of a pass.
+func benchInPass(b *testing.B, p fwd.Pass, f func(ctx context.Context)) {
+	b.Helper()
+	var r *fwd.Runner
+	err := r.Run(context.Background(), p, func(ctx context.Context) error {
+		f(ctx)
+		return nil
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+}
+
+// bury returns a context depth values below ctx.
+func bury(ctx context.Context, depth int) context.Context {
+	for i := range depth {
+		ctx = context.WithValue(ctx, benchFiller{}, i)
+	}
+	return ctx
+}
+
+// BenchmarkLookup counts depth from 1, the context of the pass itself, and of context.Value that which holds the value.
+func BenchmarkLookup(b *testing.B) {
+	for _, depth := range []int{1, 2, 8, 32} {
+		benchInPass(b, decodePass(), func(ctx context.Context) {
+			below := bury(ctx, depth-1)
+			b.Run(fmt.Sprintf("by=fwd/depth=%d", depth), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					sinkForward, _ = fwd.FromContext(below)
+				}
+			})
+			below = bury(context.WithValue(context.Background(), benchKey{}, fwd.MustFromContext(ctx)), depth-1)
+			b.Run(fmt.Sprintf("by=value/depth=%d", depth), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					sinkForward, _ = below.Value(benchKey{}).(*fwd.ForwardContext)
+				}
+			})
+		})
+	}
+}
+
+func BenchmarkAttnMetadata(b *testing.B) {
+	pass := decodePass()
+	pass.AttnMetadata = []map[string]any{{"model.layers.0.attn": 1, "": 2}}
+	benchInPass(b, pass, func(ctx context.Context) {
+		for name, layer := range map[string]string{"own": "model.layers.0.attn", "shared": "model.layers.1.attn"} {
+			b.Run("entry="+name, func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					sinkInt, _ = fwd.AttnMetadata[int](ctx, layer)
+				}
+			})
+		}
+	})
+}
+
+// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and a bare span with the same attributes.
+func BenchmarkRun(b *testing.B) {
+	ctx, pass := context.Background(), decodePass()
+	forward := func(ctx context.Context) error {
+		sinkForward, _ = fwd.FromContext(ctx)
+		return nil
+	}
+	b.Run("by=value", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			sinkContext = context.WithValue(ctx, benchKey{}, &pass)
+			_ = sinkContext.Value(benchKey{})
+		}
+	})
+	tracers := map[string]trace.TracerProvider{"noop": tracenoop.NewTracerProvider(), "global": otel.GetTracerProvider(), "sdk": sdktrace.NewTracerProvider()}
+	for _, provider := range []string{"noop", "global", "sdk"} {
+		r, err := fwd.New(fwd.Config{Name: "target"}, providers()[provider]...)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run("by=fwd/provider="+provider, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := r.Run(ctx, pass, forward); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+		tracer := tracers[provider].Tracer("bare")
+		b.Run("by=span/provider="+provider, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				bareSpan(ctx, tracer, &pass)
+			}
+		})
+	}
+}
+
+// bareSpan is a span with the attributes that a Runner's pass has.
+func bareSpan(ctx context.Context, tracer trace.Tracer, p *fwd.Pass) {
+	ctx, span := tracer.Start(ctx, "forward")
+	defer span.End()
+	if span.IsRecording() {
+		span.SetAttributes(
+			attribute.String("fwd.name", "target"),
+			attribute.Int("fwd.num_tokens", p.NumTokens),
+			attribute.Int("fwd.num_tokens_unpadded", p.NumTokensUnpadded),
+			attribute.Int("fwd.num_reqs", p.NumReqs),
+			attribute.Int("fwd.batch.num_reqs", p.Batch.NumReqs),
+			attribute.Int("fwd.virtual_engine", p.VirtualEngine),
+			attribute.Int("fwd.padding.graph", p.NumTokensGraph-p.NumTokensUnpadded),
+			attribute.Int("fwd.padding.dp", p.NumTokens-p.NumTokensGraph),
+			attribute.String("fwd.graph.mode", p.GraphMode.String()),
+			attribute.String("fwd.graph.reason", p.Reason.String()),
+			attribute.Bool("fwd.batch.uniform", p.Batch.Uniform),
+			attribute.Bool("fwd.dummy", p.Dummy),
+		)
+	}
+	sinkContext = ctx
+}
+
+func BenchmarkRunUBatches(b *testing.B) {
+	for _, n := range []int{1, 2, 4} {
+		pass := fwd.Pass{NumTokens: 64}
+		for i := range n {
+			if n > 1 {
+				part := fwd.Range{Start: i * 64 / n, Stop: (i + 1) * 64 / n}
+				pass.UBatches = append(pass.UBatches, fwd.UBatchSlice{Requests: part, Tokens: part})
+			}
+		}
+		fn := func(context.Context, int) error { return nil }
+		benchInPass(b, pass, func(ctx context.Context) {
+			b.Run(fmt.Sprintf("by=fwd/ubatches=%d", n), func(b *testing.B) {
+				b.ReportAllocs()
+				for b.Loop() {
+					if err := fwd.RunUBatches(ctx, fn); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		})
+		b.Run(fmt.Sprintf("by=waitgroup/ubatches=%d", n), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				var wg sync.WaitGroup
+				for i := range n {
+					wg.Go(func() { fn(context.Background(), i) })
+				}
+				wg.Wait()
+			}
+		})
+	}
+}
+
+func BenchmarkDP(b *testing.B) {
+	const sp, maxChunk = 1, 256
+	for _, ranks := range []int{8, 64, 1024, 65536} {
+		across := mat.NewVecDense(ranks, nil)
+		for d := range ranks {
+			across.SetVec(d, float64(d%4096))
+		}
+		p := fwd.ParallelConfig{DataParallelSize: ranks}
+		m, err := fwd.NewDPMetadata(p, 0, across)
+		if err != nil {
+			b.Fatal(err)
+		}
+		list, cu := make([]int, 0, ranks*sp), new(mat.VecDense)
+		for _, op := range []struct {
+			name string
+			f    func()
+		}{
+			{"new", func() { m, _ = fwd.NewDPMetadata(p, 0, across) }},
+			{"local", func() { list = m.AppendSPLocalSizes(list[:0], sp) }},
+			{"chunk", func() { list = m.AppendChunkedSizes(list[:0], sp, maxChunk, 1) }},
+			{"cumulative", func() { cu = m.CuTokensAcrossSPTo(cu, sp) }},
+			{"max", func() { sinkInt = m.MaxTokensAcrossDP() }},
+			{"baseline", func() { // the bare running sum
+				data, sum := cu.RawVector().Data, 0.0
+				for d := range data {
+					sum += across.AtVec(d)
+					data[d] = sum
+				}
+			}},
+		} {
+			b.Run(fmt.Sprintf("op=%s/ranks=%d", op.name, ranks), func(b *testing.B) {
+				m.CuTokensAcrossSPTo(cu, sp)
+				b.ReportAllocs()
+				for b.Loop() {
+					op.f()
+				}
+			})
+		}
+	}
+}
+
+func BenchmarkDispatch(b *testing.B) {
+	for _, loras := range []int{0, 4} {
+		cfg := fwd.DispatcherConfig{Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(512), MaxNumSeqs: 256}
+		if loras > 0 {
+			cfg.LoRA = &fwd.LoRAConfig{MaxLoRAs: loras, SpecializeCount: true}
+		}
+		d, err := fwd.NewDispatcher(cfg)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprintf("by=fwd/loras=%d", loras), func(b *testing.B) {
+			b.ReportAllocs()
+			n := 0
+			for b.Loop() {
+				n = (n + 37) % 500
+				_, batch, _ := d.Dispatch(fwd.DispatchQuery{NumTokens: n, UniformDecode: n&1 == 0, NumActiveLoRAs: loras})
+				sinkInt = batch.NumTokens
+			}
+		})
+		// One look-up in a map of all keys, once the batch is padded.
+		keys := map[fwd.BatchDescriptor]fwd.GraphMode{}
+		for _, c := range d.Captures() {
+			keys[c.Batch] = c.Mode
+		}
+		b.Run(fmt.Sprintf("by=map/loras=%d", loras), func(b *testing.B) {
+			b.ReportAllocs()
+			n := 0
+			for b.Loop() {
+				n = (n + 37) % 500
+				sinkInt = int(keys[fwd.BatchDescriptor{NumTokens: (n + 7) / 8 * 8, HasLoRA: loras > 0, NumActiveLoRAs: loras}])
+			}
+		})
+	}
+}
+
+func BenchmarkSplitUBatches(b *testing.B) {
+	for _, requests := range []int{8, 64, 512, 4096} {
+		scheduled := make([]int, requests)
+		total := 0
+		for i := range scheduled {
+			scheduled[i] = 1 + i%7
+			total += scheduled[i]
+		}
+		b.Run(fmt.Sprintf("by=fwd/requests=%d", requests), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, err := fwd.SplitUBatches(scheduled, total, requests, 2, 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+		b.Run(fmt.Sprintf("by=sum/requests=%d", requests), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				sum := 0
+				for _, n := range scheduled {
+					sum += n
+				}
+				sinkInt = sum
+			}
+		})
+	}
+}
+
+func BenchmarkAgree(b *testing.B) {
+	for _, ranks := range []int{2, 8, 64, 1024} {
+		votes := make([]fwd.Vote, ranks)
+		for i := range votes {
+			votes[i] = fwd.Vote{Step: 1, NumTokens: i, NumTokensPadded: i + 1, UBatch: true, GraphMode: fwd.GraphFull}
+		}
+		b.Run(fmt.Sprintf("ranks=%d", ranks), func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := fwd.Agree(votes, 2); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its vote to each other over
+// buffered channels, without steps, contexts and errors. It counts rounds by b.N, since all ranks must run as many.
+func BenchmarkExchange(b *testing.B) {
+	for _, ranks := range []int{2, 4, 8} {
+		b.Run(fmt.Sprintf("by=fwd/ranks=%d", ranks), func(b *testing.B) {
+			group, err := fwd.NewLocalGroup(ranks)
+			if err != nil {
+				b.Fatal(err)
+			}
+			b.ReportAllocs()
+			exchangeRounds(b, group, 1, b.N)
+		})
+		b.Run(fmt.Sprintf("by=channels/ranks=%d", ranks), func(b *testing.B) {
+			b.ReportAllocs()
+			gatherRounds(ranks, b.N)
+		})
+	}
+}
+
+// gatherRounds runs all-gathers over one channel for each pair of ranks, so that rounds do not mix.
+func gatherRounds(ranks, rounds int) {
+	pairs := make([][]chan fwd.Vote, ranks) // by receiver, then sender
+	for to := range pairs {
+		for range ranks {
+			pairs[to] = append(pairs[to], make(chan fwd.Vote, 1))
+		}
+	}
+	var wg sync.WaitGroup
+	for rank := range ranks {
+		wg.Go(func() {
+			var votes []fwd.Vote
+			for step := range rounds {
+				v := fwd.Vote{Step: uint64(step), NumTokens: rank, NumTokensPadded: rank}
+				for to := range pairs {
+					if to != rank {
+						pairs[to][rank] <- v
+					}
+				}
+				votes = make([]fwd.Vote, ranks)
+				votes[rank] = v
+				for from, c := range pairs[rank] {
+					if from != rank {
+						votes[from] = <-c
+					}
+				}
+			}
+			if rank == 0 {
+				sinkVotes = votes
+			}
+		})
+	}
+	wg.Wait()
+}

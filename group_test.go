@@ -1,0 +1,1122 @@
+package fwd_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"gonum.org/v1/gonum/mat"
+
+	"github.com/forwardctx/fwd"
+)
+
+// groupVote is a vote that tells the ranks and the steps apart.
+func groupVote(rank int, step uint64) fwd.Vote {
+	return fwd.Vote{Step: step, NumTokens: rank + 1, NumTokensPadded: rank + 1}
+}
+
+// groupSame reports whether two votes say the same. It is for hot loops; elsewhere go-cmp tells more.
+func groupSame(v, w fwd.Vote) bool {
+	return v.Step == w.Step && v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch && v.GraphMode == w.GraphMode
+}
+
+// groupVotes are the votes of all ranks in one step.
+func groupVotes(size int, step uint64) []fwd.Vote {
+	votes := make([]fwd.Vote, size)
+	for rank := range votes {
+		votes[rank] = groupVote(rank, step)
+	}
+	return votes
+}
+
+// groupTap is a coordinator that keeps what passed through it.
+type groupTap struct {
+	fwd.Coordinator
+	exchanges int
+	sent      fwd.Vote
+	votes     []fwd.Vote
+}
+
+func (c *groupTap) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	c.exchanges++
+	c.sent = v
+	votes, err := c.Coordinator.Exchange(ctx, v)
+	c.votes = votes
+	return votes, err
+}
+
+func groupNew(t *testing.T, size int) []fwd.Coordinator {
+	t.Helper()
+	group, err := fwd.NewLocalGroup(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group
+}
+
+func groupRunner(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) *fwd.Runner {
+	t.Helper()
+	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: c.Size(), DataParallelRank: c.Rank()}},
+		append([]fwd.Option{fwd.WithCoordinator(c)}, opts...)...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// groupMember takes one step of one rank and returns the votes of all.
+type groupMember func(ctx context.Context) ([]fwd.Vote, error)
+
+// groupDrivers are the three ways in which a rank takes part in a step: an engine's own use of the coordinator, which
+// follows the step as the contract says, and the two of a Runner.
+var groupDrivers = []struct {
+	name   string
+	runner bool
+	join   func(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) groupMember
+}{
+	{"coordinator", false, func(t *testing.T, c fwd.Coordinator, _ ...fwd.Option) groupMember {
+		step := uint64(0)
+		return func(ctx context.Context) ([]fwd.Vote, error) {
+			votes, err := c.Exchange(ctx, groupVote(c.Rank(), step+1))
+			if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+				step = rankErr.Step
+			} else if err == nil {
+				step = votes[0].Step
+			}
+			return votes, err
+		}
+	}},
+	{"plan", true, func(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) groupMember {
+		tap := &groupTap{Coordinator: c}
+		r := groupRunner(t, tap, opts...)
+		return func(ctx context.Context) ([]fwd.Vote, error) {
+			pass, err := r.Plan(ctx, fwd.Schedule{NumScheduledTokens: []int{c.Rank() + 1}})
+			if err != nil {
+				return nil, err
+			}
+			if pass.Agreement == nil || pass.Agreement.Step != tap.votes[0].Step {
+				return nil, fmt.Errorf("the plan has agreement %+v, want one of step %d", pass.Agreement, tap.votes[0].Step)
+			}
+			return tap.votes, nil
+		}
+	}},
+	{"run", true, func(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) groupMember {
+		tap := &groupTap{Coordinator: c}
+		r := groupRunner(t, tap, opts...)
+		return func(ctx context.Context) ([]fwd.Vote, error) {
+			calls := 0
+			err := r.Run(ctx, fwd.Pass{NumTokens: c.Rank() + 1}, func(context.Context) error { calls++; return nil })
+			if want := map[bool]int{true: 1}[err == nil]; calls != want {
+				return nil, fmt.Errorf("forward was called %d times, Run returned %v", calls, err)
+			}
+			return tap.votes, err
+		}
+	}},
+}
+
+// groupSim is a group in a bubble of simulated time, in which every rank is driven in the same way.
+type groupSim struct {
+	*testing.T
+	join    func(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) groupMember
+	group   []fwd.Coordinator
+	members []groupMember
+}
+
+// groupEach runs a test with each driver. The bubble fails the test where a goroutine is left.
+func groupEach(t *testing.T, size int, test func(s *groupSim)) {
+	t.Parallel()
+	for _, d := range groupDrivers {
+		t.Run(d.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s := &groupSim{T: t, join: d.join, group: groupNew(t, size)}
+				for _, c := range s.group {
+					s.members = append(s.members, d.join(t, c))
+				}
+				test(s)
+			})
+		})
+	}
+}
+
+// restart replaces a rank by one that begins anew on the same coordinator.
+func (s *groupSim) restart(rank int) { s.members[rank] = s.join(s.T, s.group[rank]) }
+
+// groupCall is one step that a rank takes.
+type groupCall struct {
+	s     *groupSim
+	rank  int
+	done  chan struct{}
+	votes []fwd.Vote
+	err   error
+}
+
+// begin starts a step on the ranks, in that order: each has come, or is through, before the next begins.
+func (s *groupSim) begin(ctx context.Context, ranks ...int) []*groupCall {
+	calls := make([]*groupCall, len(ranks))
+	for i, rank := range ranks {
+		c := &groupCall{s: s, rank: rank, done: make(chan struct{})}
+		go func() {
+			defer close(c.done)
+			c.votes, c.err = s.members[rank](ctx)
+		}()
+		synctest.Wait()
+		calls[i] = c
+	}
+	return calls
+}
+
+// waiting checks that a call has not returned.
+func (c *groupCall) waiting() {
+	c.s.Helper()
+	synctest.Wait()
+	select {
+	case <-c.done:
+		c.s.Fatalf("rank %d returned %v, %v; want it to wait", c.rank, c.votes, c.err)
+	default:
+	}
+}
+
+// returned checks that a call has returned.
+func (c *groupCall) returned() {
+	c.s.Helper()
+	synctest.Wait()
+	select {
+	case <-c.done:
+	default:
+		c.s.Fatalf("rank %d is still waiting", c.rank)
+	}
+}
+
+// agreed checks that a call has returned the votes of all ranks at that step.
+func (c *groupCall) agreed(step uint64) {
+	c.s.Helper()
+	c.returned()
+	if c.err != nil {
+		c.s.Fatalf("rank %d: %v; want the votes of step %d", c.rank, c.err, step)
+	}
+	if diff := cmp.Diff(groupVotes(len(c.s.group), step), c.votes); diff != "" {
+		c.s.Errorf("rank %d: votes (-want +got):\n%s", c.rank, diff)
+	}
+}
+
+// failed checks that a call has failed with a RankError of that content.
+func (c *groupCall) failed(want error, step uint64, ranks ...int) {
+	c.s.Helper()
+	c.returned()
+	groupCheckError(c.s.T, c.rank, c.err, want, step, ranks...)
+}
+
+func groupCheckError(t *testing.T, rank int, err, want error, step uint64, ranks ...int) {
+	t.Helper()
+	got, ok := errors.AsType[*fwd.RankError](err)
+	if !ok || !errors.Is(err, want) {
+		t.Fatalf("rank %d: error %v, want a RankError that is %v", rank, err, want)
+	}
+	for _, other := range []error{fwd.ErrLockstep, fwd.ErrRankMissing} {
+		if other != want && errors.Is(err, other) {
+			t.Errorf("rank %d: error %v is %v too", rank, err, other)
+		}
+	}
+	if got.Step != step || !slices.Equal(got.Ranks, ranks) {
+		t.Errorf("rank %d: error %v has step %d and ranks %v, want step %d and ranks %v", rank, err, got.Step, got.Ranks, step, ranks)
+	}
+}
+
+// together checks that the group is whole: all ranks take a step and get its votes.
+func (s *groupSim) together(step uint64) {
+	s.Helper()
+	for _, c := range s.begin(s.Context(), s.ranks()...) {
+		c.agreed(step)
+	}
+}
+
+func (s *groupSim) ranks() []int {
+	ranks := make([]int, len(s.group))
+	for i := range ranks {
+		ranks[i] = i
+	}
+	return ranks
+}
+
+// groupPermutations calls f with every order of 0..n-1.
+func groupPermutations(n int, f func([]int)) {
+	var grow func(prefix []int)
+	grow = func(prefix []int) {
+		if len(prefix) == n {
+			f(prefix)
+			return
+		}
+		for i := range n {
+			if !slices.Contains(prefix, i) {
+				grow(append(slices.Clone(prefix), i))
+			}
+		}
+	}
+	grow(nil)
+}
+
+func TestGroupRanks(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1, 2, 7} {
+		group := groupNew(t, size)
+		if len(group) != size {
+			t.Fatalf("NewLocalGroup(%d) has %d coordinators", size, len(group))
+		}
+		for rank, c := range group {
+			if c.Rank() != rank || c.Size() != size {
+				t.Errorf("coordinator %d of %d is rank %d of %d", rank, size, c.Rank(), c.Size())
+			}
+		}
+	}
+	alone := groupNew(t, 1)[0]
+	for step := uint64(1); step <= 3; step++ {
+		votes, err := alone.Exchange(t.Context(), groupVote(0, step))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(groupVotes(1, step), votes); diff != "" {
+			t.Errorf("a rank alone (-want +got):\n%s", diff)
+		}
+	}
+}
+
+// All ranks at the same step, in every order of arrival: nobody returns before the last has come, and all get all votes.
+func TestGroupSameStep(t *testing.T) {
+	groupEach(t, 4, func(s *groupSim) {
+		step := uint64(0)
+		groupPermutations(4, func(order []int) {
+			step++
+			calls := s.begin(s.Context(), order[:2]...)
+			calls = append(calls, s.begin(context.Background(), order[2])...) // which never ends
+			for _, c := range calls {
+				c.waiting()
+			}
+			for _, c := range append(calls, s.begin(s.Context(), order[3])...) {
+				c.agreed(step)
+			}
+		})
+	})
+}
+
+// Votes belong to their caller: who writes to them disturbs neither the other ranks nor the next round.
+func TestGroupVotesAreTheCallers(t *testing.T) {
+	groupEach(t, 2, func(s *groupSim) {
+		for step := uint64(1); step <= 4; step++ {
+			calls := s.begin(s.Context(), 0, 1)
+			calls[0].agreed(step)
+			clear(calls[0].votes)
+			calls[1].agreed(step)
+			clear(calls[1].votes)
+		}
+	})
+}
+
+// All ranks there, but at different steps: a restarted rank costs one failed step, whenever it comes.
+func TestGroupDifferentSteps(t *testing.T) {
+	groupEach(t, 3, func(s *groupSim) {
+		step := uint64(0)
+		for _, restarted := range [][]int{{0}, {1}, {2}, {0, 2}, {1, 2}} {
+			for last := range 3 { // the rank that comes last
+				for range 4 {
+					step++
+					s.together(step)
+				}
+				for _, rank := range restarted {
+					s.restart(rank)
+				}
+				order := slices.DeleteFunc(s.ranks(), func(r int) bool { return r == last })
+				calls := s.begin(s.Context(), order...)
+				for _, c := range calls {
+					c.waiting()
+				}
+				step++
+				for _, c := range append(calls, s.begin(s.Context(), last)...) {
+					c.failed(fwd.ErrLockstep, step, restarted...)
+					if text := c.err.Error(); !strings.Contains(text, fmt.Sprint(step)) || !strings.Contains(text, "1") {
+						s.Errorf("the error %q does not show the steps 1 and %d of the ranks", text, step)
+					}
+				}
+				step++
+				s.together(step) // whole again at once
+			}
+		}
+	})
+}
+
+// A rank restarted after the very first step says again what it said before. That is its own failed step alone.
+func TestGroupRestartAfterFirstStep(t *testing.T) {
+	groupEach(t, 2, func(s *groupSim) {
+		s.together(1)
+		s.restart(1)
+		waiting := s.begin(s.Context(), 0)[0]
+		failed := s.begin(s.Context(), 1)[0]
+		failed.returned()
+		if !errors.Is(failed.err, fwd.ErrLockstep) {
+			s.Fatalf("the restarted rank got %v, want %v", failed.err, fwd.ErrLockstep)
+		}
+		again := s.begin(s.Context(), 1)[0]
+		again.returned()
+		if waiting.returned(); waiting.err != nil {
+			waiting, again = s.begin(s.Context(), 0)[0], s.begin(s.Context(), 1)[0]
+		}
+		waiting.agreed(2)
+		again.agreed(2)
+		s.together(3)
+	})
+}
+
+// A rank that restarts again right after its first, failed step is at another step than the others once more: that costs
+// one failed step each time, of everyone.
+func TestGroupRestartTwice(t *testing.T) {
+	groupEach(t, 2, func(s *groupSim) {
+		for step := uint64(1); step <= 4; step++ {
+			s.together(step)
+		}
+		for step := uint64(5); step <= 7; step++ {
+			s.restart(1)
+			for _, c := range s.begin(s.Context(), 0, 1) {
+				c.failed(fwd.ErrLockstep, step, 1)
+			}
+		}
+		s.together(8)
+	})
+}
+
+// All ranks restart at once: nothing but the votes says at which step a group is.
+func TestGroupAllRestart(t *testing.T) {
+	groupEach(t, 3, func(s *groupSim) {
+		for step := uint64(1); step <= 5; step++ {
+			s.together(step)
+		}
+		for rank := range s.group {
+			s.restart(rank)
+		}
+		s.together(1)
+		s.together(2)
+	})
+}
+
+// A rank's ctx ends first: the round is broken for all that wait in it, at once, and the ranks that had not come are
+// named. The group goes on with the next step.
+func TestGroupMissing(t *testing.T) {
+	var errGone = errors.New("gone")
+	ends := []struct {
+		name string
+		end  func(ctx context.Context) (context.Context, func())
+		want error
+	}{
+		{"cancel", func(ctx context.Context) (context.Context, func()) { return context.WithCancel(ctx) }, context.Canceled},
+		{"cause", func(ctx context.Context) (context.Context, func()) {
+			ctx, cancel := context.WithCancelCause(ctx)
+			return ctx, func() { cancel(errGone) }
+		}, errGone},
+		{"deadline", func(ctx context.Context) (context.Context, func()) {
+			ctx, cancel := context.WithTimeout(ctx, time.Second)
+			context.AfterFunc(ctx, cancel)
+			return ctx, func() { time.Sleep(2 * time.Second) }
+		}, context.DeadlineExceeded},
+	}
+	groupEach(t, 4, func(s *groupSim) {
+		step := uint64(0)
+		for _, end := range ends {
+			for _, here := range [][]int{{0}, {3}, {1, 2}, {2, 0}, {3, 1, 0}, {0, 1, 2}} {
+				ctx, stop := end.end(s.Context())
+				calls := s.begin(ctx, here[0])
+				calls = append(calls, s.begin(context.Background(), here[1:]...)...)
+				for _, c := range calls {
+					c.waiting()
+				}
+				stop()
+				var missing []int
+				for rank := range s.group {
+					if !slices.Contains(here, rank) {
+						missing = append(missing, rank)
+					}
+				}
+				step++
+				for _, c := range calls {
+					c.failed(fwd.ErrRankMissing, step, missing...)
+					if own := c.rank == here[0]; errors.Is(c.err, end.want) != own {
+						s.Errorf("%s of rank %d: rank %d's error %v is %v: %t, want %t", end.name, here[0], c.rank, c.err, end.want, !own, own)
+					}
+				}
+				step++
+				s.together(step) // the missing ranks come late, and nobody is told off
+			}
+		}
+	})
+}
+
+// A rank whose ctx has ended before it comes: it can't wait, but as the last one it needn't.
+func TestGroupEndedContext(t *testing.T) {
+	groupEach(t, 2, func(s *groupSim) {
+		ended, cancel := context.WithCancel(s.Context())
+		cancel()
+		first := s.begin(ended, 0)[0]
+		first.failed(fwd.ErrRankMissing, 1, 1)
+		calls := append(s.begin(s.Context(), 1), s.begin(ended, 0)...)
+		calls[0].agreed(2)
+		calls[1].agreed(2)
+		s.together(3)
+	})
+}
+
+// The default exchange timeout is one minute of a Runner's own; 0 is none.
+func TestGroupExchangeTimeout(t *testing.T) {
+	t.Parallel()
+	for _, d := range groupDrivers {
+		if !d.runner {
+			continue
+		}
+		for _, tt := range []struct {
+			name string
+			opts []fwd.Option
+			want time.Duration
+		}{
+			{"default", nil, time.Minute},
+			{"own", []fwd.Option{fwd.WithExchangeTimeout(3 * time.Second)}, 3 * time.Second},
+			{"none", []fwd.Option{fwd.WithExchangeTimeout(0)}, 0},
+			{"negative", []fwd.Option{fwd.WithExchangeTimeout(-time.Second)}, 0},
+		} {
+			t.Run(d.name+"/"+tt.name, func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					s := &groupSim{T: t, join: d.join, group: groupNew(t, 3)}
+					s.members = []groupMember{d.join(t, s.group[0], tt.opts...), d.join(t, s.group[1], fwd.WithExchangeTimeout(0)), d.join(t, s.group[2])}
+					began := time.Now()
+					first := s.begin(t.Context(), 0)[0]
+					second := s.begin(t.Context(), 1)[0]
+					if tt.want == 0 {
+						time.Sleep(1000 * time.Hour)
+						first.waiting()
+						second.waiting()
+						third := s.begin(t.Context(), 2)[0]
+						for _, c := range []*groupCall{first, second, third} {
+							c.agreed(1)
+						}
+						return
+					}
+					<-first.done
+					<-second.done
+					if waited := time.Since(began); waited != tt.want {
+						t.Errorf("the exchange ended after %v, want %v", waited, tt.want)
+					}
+					first.failed(fwd.ErrRankMissing, 1, 2)
+					second.failed(fwd.ErrRankMissing, 1, 2)
+					if !errors.Is(first.err, context.DeadlineExceeded) || !strings.Contains(first.err.Error(), tt.want.String()) {
+						t.Errorf("the error %v of the rank that timed out is not %v, or does not say how long it waited", first.err, context.DeadlineExceeded)
+					}
+					if errors.Is(second.err, context.DeadlineExceeded) {
+						t.Errorf("the error %v of the other rank is %v, and its own wait had no bound", second.err, context.DeadlineExceeded)
+					}
+					s.together(2)
+				})
+			})
+		}
+	}
+}
+
+// A rank comes late to a step that is broken already, or to several: it votes at the group's step, without an error.
+func TestGroupLateRank(t *testing.T) {
+	groupEach(t, 3, func(s *groupSim) {
+		step := uint64(0)
+		breakStep := func(ranks ...int) {
+			ctx, cancel := context.WithCancel(s.Context())
+			calls := s.begin(ctx, ranks...)
+			cancel()
+			step++
+			for _, c := range calls {
+				c.returned()
+				got, ok := errors.AsType[*fwd.RankError](c.err)
+				if !ok || !errors.Is(c.err, fwd.ErrRankMissing) || got.Step != step {
+					s.Fatalf("rank %d: error %v, want a missing rank in step %d", c.rank, c.err, step)
+				}
+			}
+		}
+		for broken := 1; broken <= 4; broken++ {
+			for late := range s.group {
+				others := slices.DeleteFunc(s.ranks(), func(r int) bool { return r == late })
+				// The late rank comes last, first, or while the others wait.
+				for at := range 3 {
+					for range broken {
+						breakStep(others...)
+					}
+					step++
+					for _, c := range s.begin(s.Context(), slices.Insert(slices.Clone(others), at, late)...) {
+						c.agreed(step)
+					}
+				}
+				s.together(step + 1)
+				step++
+			}
+		}
+		// Two ranks late, by different numbers of steps.
+		breakStep(0, 1)
+		breakStep(0)
+		breakStep(0, 2)
+		step++
+		s.together(step)
+		// A late rank joins, and that round breaks too.
+		breakStep(0, 1)
+		breakStep(2)
+		breakStep(0, 2)
+		step++
+		s.together(step)
+	})
+}
+
+// A late rank that has also been restarted is out of step as any restarted rank is.
+func TestGroupLateAndRestarted(t *testing.T) {
+	groupEach(t, 2, func(s *groupSim) {
+		for step := uint64(1); step <= 5; step++ {
+			s.together(step)
+		}
+		ctx, cancel := context.WithCancel(s.Context())
+		c := s.begin(ctx, 0)[0]
+		cancel()
+		c.failed(fwd.ErrRankMissing, 6, 1)
+		s.restart(1)
+		for _, c := range s.begin(s.Context(), 0, 1) {
+			c.failed(fwd.ErrLockstep, 7, 1)
+		}
+		s.together(8)
+
+		// A restarted rank that waits alone learns the group's step from its broken round.
+		s.restart(1)
+		ctx, cancel = context.WithCancel(s.Context())
+		c = s.begin(ctx, 1)[0]
+		cancel()
+		c.failed(fwd.ErrRankMissing, 8, 0)
+		s.together(9)
+	})
+}
+
+// A rank that calls twice in one step, in the open round or after it, gets an error, and the round is not disturbed.
+func TestGroupDoubleCall(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		group := groupNew(t, 3)
+		s := &groupSim{T: t, group: group}
+		for rank, c := range group {
+			s.members = append(s.members, func(ctx context.Context) ([]fwd.Vote, error) { return c.Exchange(ctx, groupVote(rank, 1)) })
+		}
+		twice := func(v fwd.Vote, when string) {
+			t.Helper()
+			votes, err := group[0].Exchange(t.Context(), v)
+			if votes != nil || !errors.Is(err, fwd.ErrLockstep) {
+				t.Errorf("%s: Exchange = %v, %v; want %v", when, votes, err, fwd.ErrLockstep)
+			}
+		}
+		other := groupVote(0, 1)
+		other.NumTokensPadded = 99
+		calls := s.begin(t.Context(), 0)
+		twice(groupVote(0, 1), "alone in the round")
+		twice(other, "with another vote")
+		twice(groupVote(0, 2), "for the next step")
+		calls = append(calls, s.begin(t.Context(), 1)...)
+		twice(groupVote(0, 1), "among others")
+		for _, c := range calls {
+			c.waiting()
+		}
+		calls = append(calls, s.begin(t.Context(), 2)...)
+		for _, c := range calls {
+			c.agreed(1)
+		}
+		twice(groupVote(0, 1), "after the round")
+		twice(other, "after the round, with another vote")
+
+		// And after a round that broke.
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := group[0].Exchange(ctx, groupVote(0, 2)); !errors.Is(err, fwd.ErrRankMissing) {
+			t.Fatal(err)
+		}
+		twice(groupVote(0, 2), "after a broken round")
+		for rank, c := range group {
+			step := uint64(2) // of which the others know nothing
+			if rank == 0 {
+				step = 3
+			}
+			s.members[rank] = func(ctx context.Context) ([]fwd.Vote, error) { return c.Exchange(ctx, groupVote(rank, step)) }
+		}
+		for _, c := range s.begin(t.Context(), 0, 1, 2) {
+			c.agreed(3)
+		}
+	})
+}
+
+// Two exchanges at once on one Runner: the second gets an error, the first and the round are not disturbed.
+func TestGroupOverlappingExchanges(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		group := groupNew(t, 2)
+		r, peer := groupRunner(t, group[0]), groupRunner(t, group[1])
+		plan := func(r *fwd.Runner) error {
+			_, err := r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}})
+			return err
+		}
+		run := func(r *fwd.Runner) error {
+			return r.Run(t.Context(), fwd.Pass{NumTokens: 1}, func(context.Context) error { return nil })
+		}
+		for i, first := range []func(*fwd.Runner) error{plan, run} {
+			done := make(chan error)
+			go func() { done <- first(r) }()
+			synctest.Wait()
+			for _, second := range []func(*fwd.Runner) error{plan, run} {
+				if err := second(r); !errors.Is(err, fwd.ErrLockstep) {
+					t.Errorf("a second exchange meanwhile: %v, want %v", err, fwd.ErrLockstep)
+				}
+			}
+			if err := r.Run(t.Context(), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(1, 1)}, func(context.Context) error { return nil }); err != nil {
+				t.Errorf("a pass that exchanges nothing, meanwhile: %v", err)
+			}
+			if err := plan(peer); err != nil {
+				t.Errorf("step %d of the peer: %v", i+1, err)
+			}
+			if err := <-done; err != nil {
+				t.Errorf("step %d: %v", i+1, err)
+			}
+		}
+		// Inside a pass nothing is exchanged any more: there the next step may begin.
+		done := make(chan error)
+		go func() {
+			done <- r.Run(t.Context(), fwd.Pass{NumTokens: 1}, func(context.Context) error { return plan(r) })
+		}()
+		for range 2 {
+			if err := plan(peer); err != nil {
+				t.Error(err)
+			}
+		}
+		if err := <-done; err != nil {
+			t.Errorf("a step planned inside a pass: %v", err)
+		}
+	})
+}
+
+// A refused vote is not sent: the rank has not come, and its next vote is its first.
+func TestGroupRefusedVote(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := &groupSim{T: t, group: groupNew(t, 2)}
+		for rank, c := range s.group {
+			s.members = append(s.members, func(ctx context.Context) ([]fwd.Vote, error) { return c.Exchange(ctx, groupVote(rank, 1)) })
+		}
+		peer := s.begin(t.Context(), 1)[0]
+		for _, v := range []fwd.Vote{
+			{Step: 1, NumTokens: 5, NumTokensPadded: 4},
+			{Step: 1, NumTokens: -1, NumTokensPadded: 4},
+			{Step: 1, NumTokens: -2, NumTokensPadded: -1},
+			{Step: 1, GraphMode: fwd.GraphFullDecodeOnly},
+			{Step: 1, GraphMode: fwd.GraphFullAndPiecewise},
+			{Step: 1, GraphMode: 77},
+		} {
+			if votes, err := s.group[0].Exchange(t.Context(), v); votes != nil || !errors.Is(err, fwd.ErrInvalid) {
+				t.Errorf("Exchange(%+v) = %v, %v; want %v", v, votes, err, fwd.ErrInvalid)
+			}
+		}
+		peer.waiting()
+		s.begin(t.Context(), 0)[0].agreed(1)
+		peer.agreed(1)
+	})
+}
+
+// groupFake is a coordinator that answers by itself.
+type groupFake struct {
+	rank, size int
+	exchange   func(fwd.Vote) ([]fwd.Vote, error)
+}
+
+func (c *groupFake) Rank() int { return c.rank }
+func (c *groupFake) Size() int { return c.size }
+func (c *groupFake) Exchange(_ context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	return c.exchange(v)
+}
+
+// A coordinator that belongs to another rank or to a group of another size is found at once.
+func TestGroupMiswiredCoordinator(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name       string
+		parallel   fwd.ParallelConfig
+		rank, size int
+		refused    bool
+	}{
+		{"right", fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1}, 1, 2, false},
+		{"alone", fwd.ParallelConfig{}, 0, 1, false},
+		{"rank", fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1}, 0, 2, true},
+		{"size", fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1}, 1, 3, true},
+		{"both", fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1}, 2, 4, true},
+		{"size of one", fwd.ParallelConfig{}, 0, 2, true},
+		{"dense", fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1, Dense: true}, 0, 2, true},
+	} {
+		_, err := fwd.New(fwd.Config{Parallel: tt.parallel}, fwd.WithCoordinator(&groupFake{rank: tt.rank, size: tt.size}))
+		if errors.Is(err, fwd.ErrInvalid) != tt.refused || (err == nil) == tt.refused {
+			t.Errorf("%s: New = %v, want refused %t", tt.name, err, tt.refused)
+		}
+	}
+}
+
+// A Runner does not believe a coordinator that mixes rounds up, and runs nothing on its word.
+func TestGroupBadCoordinator(t *testing.T) {
+	t.Parallel()
+	at := func(v fwd.Vote, steps ...uint64) []fwd.Vote {
+		votes := make([]fwd.Vote, len(steps))
+		for i, step := range steps {
+			votes[i] = v
+			votes[i].Step = step
+		}
+		return votes
+	}
+	for _, tt := range []struct {
+		name   string
+		answer func(v fwd.Vote) ([]fwd.Vote, error)
+		want   error // nil: believed
+		next   uint64
+	}{
+		{"right", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 1, 1), nil }, nil, 2},
+		{"a later step", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 9, 9, 9), nil }, nil, 10},
+		{"stale", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 0, 0, 0), nil }, fwd.ErrLockstep, 2},
+		{"stale own", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 0, 1), nil }, fwd.ErrLockstep, 2},
+		{"stale other", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 1, 0), nil }, fwd.ErrLockstep, 2},
+		{"one ahead, last", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 1, 8), nil }, fwd.ErrLockstep, 9},
+		{"one ahead, first", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 8, 1, 1), nil }, fwd.ErrLockstep, 9},
+		{"foreign own", func(v fwd.Vote) ([]fwd.Vote, error) {
+			votes := at(v, 1, 1, 1)
+			votes[1].NumTokensPadded++
+			return votes, nil
+		}, fwd.ErrLockstep, 2},
+		{"foreign mode", func(v fwd.Vote) ([]fwd.Vote, error) {
+			votes := at(v, 1, 1, 1)
+			votes[1].GraphMode = fwd.GraphFull
+			return votes, nil
+		}, fwd.ErrLockstep, 2},
+		{"too few", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 1), nil }, fwd.ErrInvalid, 2},
+		{"too many", func(v fwd.Vote) ([]fwd.Vote, error) { return at(v, 1, 1, 1, 1), nil }, fwd.ErrInvalid, 2},
+		{"none", func(v fwd.Vote) ([]fwd.Vote, error) { return nil, nil }, fwd.ErrInvalid, 2},
+		{"a bad vote", func(v fwd.Vote) ([]fwd.Vote, error) {
+			votes := at(v, 1, 1, 1)
+			votes[2].NumTokens, votes[2].NumTokensPadded = 3, 2
+			return votes, nil
+		}, fwd.ErrInvalid, 2},
+		{"own error", func(v fwd.Vote) ([]fwd.Vote, error) { return nil, context.Canceled }, context.Canceled, 2},
+		{"out of step", func(v fwd.Vote) ([]fwd.Vote, error) {
+			return nil, fmt.Errorf("wrapped: %w", &fwd.RankError{Err: fwd.ErrLockstep, Step: 40, Ranks: []int{1}})
+		}, fwd.ErrLockstep, 41},
+		{"refused", func(v fwd.Vote) ([]fwd.Vote, error) { return nil, fmt.Errorf("%w: no", fwd.ErrInvalid) }, fwd.ErrInvalid, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for _, d := range groupDrivers {
+				if !d.runner {
+					continue
+				}
+				var sent []fwd.Vote
+				member := d.join(t, &groupFake{rank: 1, size: 3, exchange: func(v fwd.Vote) ([]fwd.Vote, error) {
+					if sent = append(sent, v); len(sent) == 1 {
+						return tt.answer(v)
+					}
+					return at(v, v.Step, v.Step, v.Step), nil
+				}})
+				if _, err := member(t.Context()); !errors.Is(err, tt.want) {
+					t.Errorf("%s: %v, want %v", d.name, err, tt.want)
+				}
+				if _, err := member(t.Context()); err != nil {
+					t.Errorf("%s: the step after: %v", d.name, err)
+				}
+				if diff := cmp.Diff([]fwd.Vote{groupVote(1, 1), groupVote(1, tt.next)}, sent); diff != "" {
+					t.Errorf("%s: sent (-want +got):\n%s", d.name, diff)
+				}
+			}
+		})
+	}
+}
+
+// groupAgreement compares agreements, whose vectors go-cmp can't see into.
+var groupAgreement = cmp.Comparer(func(a, b *mat.VecDense) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return mat.Equal(a, b)
+})
+
+// Every rank computes the same agreement, in whatever order the ranks come.
+func TestGroupAgreementIsTheSame(t *testing.T) {
+	t.Parallel()
+	dispatcher, err := fwd.NewDispatcher(fwd.DispatcherConfig{Mode: fwd.GraphFullAndPiecewise, CaptureSizes: []int{2, 4, 8, 16}, MaxNumSeqs: 16})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name      string
+		schedules [4]fwd.Schedule
+		want      fwd.Agreement
+	}{
+		{"full", [4]fwd.Schedule{{NumScheduledTokens: []int{1}}, {NumScheduledTokens: []int{1, 1, 1}}, {}, {NumScheduledTokens: []int{1, 1, 1, 1}}},
+			fwd.Agreement{GraphMode: fwd.GraphFull, NumTokensAcrossDP: vec(4, 4, 4, 4), MaxTokensRank: 1, LowestModeRank: -1}},
+		{"piecewise", [4]fwd.Schedule{{NumScheduledTokens: []int{1}}, {}, {NumScheduledTokens: []int{7}}, {NumScheduledTokens: []int{5, 1}}},
+			fwd.Agreement{GraphMode: fwd.GraphPiecewise, NumTokensAcrossDP: vec(8, 8, 8, 8), MaxTokensRank: 2, LowestModeRank: 2}},
+		{"none", [4]fwd.Schedule{{NumScheduledTokens: []int{3}}, {NumScheduledTokens: []int{17}}, {}, {NumScheduledTokens: []int{1}, Eager: true}},
+			fwd.Agreement{GraphMode: fwd.GraphNone, NumTokensAcrossDP: vec(4, 17, 2, 1), MaxTokensRank: 1, LowestModeRank: 1}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s := &groupSim{T: t, group: groupNew(t, 4)}
+				agreements := make([]*fwd.Agreement, 4)
+				for rank, c := range s.group {
+					r := groupRunner(t, c, fwd.WithDispatcher(dispatcher))
+					s.members = append(s.members, func(ctx context.Context) ([]fwd.Vote, error) {
+						pass, err := r.Plan(ctx, tt.schedules[rank])
+						agreements[rank] = pass.Agreement
+						return nil, err
+					})
+				}
+				step := uint64(0)
+				groupPermutations(4, func(order []int) {
+					step++
+					for _, c := range s.begin(t.Context(), order...) {
+						if c.returned(); c.err != nil {
+							t.Fatal(c.err)
+						}
+					}
+					want := tt.want
+					want.Step = step
+					for rank, a := range agreements {
+						if diff := cmp.Diff(&want, a, groupAgreement); diff != "" {
+							t.Fatalf("order %v, rank %d (-want +got):\n%s", order, rank, diff)
+						}
+					}
+				})
+			})
+		})
+	}
+}
+
+// Agreements are over one step only.
+func TestAgreeDifferentSteps(t *testing.T) {
+	t.Parallel()
+	votes := []fwd.Vote{groupVote(0, 5), groupVote(1, 7), groupVote(2, 7), groupVote(3, 2)}
+	_, err := fwd.Agree(votes, 0)
+	groupCheckError(t, 0, err, fwd.ErrLockstep, 7, 0, 3)
+	if err != nil && !strings.Contains(err.Error(), "[5 7 7 2]") {
+		t.Errorf("the error %q does not show each rank's step", err)
+	}
+}
+
+// groupRounds lets 8 ranks exchange as fast as they can. A wake-up that gets lost ends in the ctx's deadline.
+func groupRounds(t *testing.T, rounds int, exchange func(ctx context.Context, rank int, step uint64) ([]fwd.Vote, error)) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	for rank := range 8 {
+		wg.Go(func() {
+			ctx := ctx
+			if rank%4 == 1 {
+				ctx = context.Background() // which never ends
+			}
+			for step := uint64(1); step <= uint64(rounds); step++ {
+				votes, err := exchange(ctx, rank, step)
+				if err != nil {
+					t.Errorf("rank %d in step %d: %v", rank, step, err)
+					cancel()
+					return
+				}
+				for other, v := range votes {
+					if !groupSame(v, groupVote(other, step)) {
+						t.Errorf("rank %d in step %d: the vote of rank %d is %+v", rank, step, other, v)
+						cancel()
+						return
+					}
+				}
+				if len(votes) != 8 {
+					t.Errorf("rank %d in step %d: %d votes", rank, step, len(votes))
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// No wake-up is lost in 100,000 rounds of 8 ranks, and no goroutine is left.
+func TestGroupManyRounds(t *testing.T) {
+	rounds := 100_000
+	if testing.Short() {
+		rounds = 5_000
+	}
+	before := runtime.NumGoroutine()
+	group := groupNew(t, 8)
+	groupRounds(t, rounds, func(ctx context.Context, rank int, step uint64) ([]fwd.Vote, error) {
+		return group[rank].Exchange(ctx, groupVote(rank, step))
+	})
+	settleGoroutines(t, before)
+}
+
+// The same through Runners.
+func TestGroupManyRoundsOfRunners(t *testing.T) {
+	before := runtime.NumGoroutine()
+	var members [8]groupMember
+	for rank, c := range groupNew(t, 8) {
+		members[rank] = groupDrivers[1+rank%2].join(t, c)
+	}
+	groupRounds(t, 3_000, func(ctx context.Context, rank int, _ uint64) ([]fwd.Vote, error) { return members[rank](ctx) })
+	settleGoroutines(t, before)
+}
+
+// Exchanges that fail leave no goroutine either.
+func TestGroupNoGoroutineLeft(t *testing.T) {
+	before := runtime.NumGoroutine()
+	group := groupNew(t, 3)
+	for _, d := range groupDrivers {
+		members := []groupMember{d.join(t, group[0]), d.join(t, group[1])}
+		for range 50 {
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			for _, m := range members {
+				wg.Go(func() {
+					if _, err := m(ctx); err == nil {
+						t.Error("an exchange of two ranks of three returned votes")
+					}
+				})
+			}
+			cancel()
+			wg.Wait()
+		}
+	}
+	settleGoroutines(t, before)
+}
+
+// settleGoroutines checks that there are no more goroutines than before, once those that are ending have ended.
+func settleGoroutines(t *testing.T, before int) {
+	t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(deadline) {
+			buf := make([]byte, 1<<16)
+			t.Fatalf("%d goroutines, want at most %d:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+		}
+	}
+}
+
+// Ranks whose contexts end at random, some of which restart as well: each exchange ends with the votes, the same ones on
+// every rank, or with an error, and when that is over the group is whole again.
+func TestGroupStress(t *testing.T) {
+	t.Parallel()
+	rounds := 3_000
+	if testing.Short() {
+		rounds = 500
+	}
+	for _, d := range groupDrivers {
+		for _, restarts := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/restarts=%t", d.name, restarts), func(t *testing.T) {
+				t.Parallel()
+				groupStress(t, rounds, restarts, d.join)
+			})
+		}
+	}
+}
+
+func groupStress(t *testing.T, rounds int, restarts bool, join func(*testing.T, fwd.Coordinator, ...fwd.Option) groupMember) {
+	const size = 4
+	watchdog, stop := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer stop()
+	disturbed, calm := context.WithCancel(watchdog) // until every rank has had its rounds
+	defer calm()
+	var members [size]groupMember
+	var agreed, missing, lockstep [size]int
+	var through atomic.Int32
+	var wg sync.WaitGroup
+	for rank, c := range groupNew(t, size) {
+		members[rank] = join(t, c)
+		wg.Go(func() {
+			random := rand.New(rand.NewPCG(uint64(rank), 42))
+			reached := uint64(0)
+			for calls := 0; disturbed.Err() == nil; calls++ {
+				if calls == rounds && through.Add(1) == size {
+					calm()
+				}
+				if restarts && random.IntN(50) == 0 {
+					members[rank] = join(t, c)
+				}
+				ctx, cancel := context.WithCancel(disturbed)
+				if random.IntN(4) == 0 {
+					spins := random.IntN(40)
+					wg.Go(func() {
+						for range spins {
+							runtime.Gosched()
+						}
+						cancel()
+					})
+				}
+				votes, err := members[rank](ctx)
+				cancel()
+				rankErr, isRankErr := errors.AsType[*fwd.RankError](err)
+				switch {
+				case err == nil:
+					agreed[rank]++
+					if diff := cmp.Diff(groupVotes(size, votes[0].Step), votes); diff != "" {
+						t.Errorf("rank %d: votes (-want +got):\n%s", rank, diff)
+					}
+					if !restarts && votes[0].Step <= reached {
+						t.Errorf("rank %d: step %d after step %d", rank, votes[0].Step, reached)
+					}
+					reached = votes[0].Step
+				case isRankErr && errors.Is(err, fwd.ErrRankMissing):
+					missing[rank]++
+					if len(rankErr.Ranks) == 0 || slices.Contains(rankErr.Ranks, rank) {
+						t.Errorf("rank %d: %v names no missing rank, or this one", rank, err)
+					}
+					reached = rankErr.Step
+				case isRankErr && errors.Is(err, fwd.ErrLockstep) && restarts:
+					lockstep[rank]++
+				default:
+					t.Errorf("rank %d: %v", rank, err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if watchdog.Err() != nil {
+		t.Fatal("a rank hangs")
+	}
+	if missing == [size]int{} || agreed == [size]int{} || restarts && lockstep == [size]int{} {
+		t.Errorf("the test does not do what it should: agreed %v, missing %v, lockstep %v", agreed, missing, lockstep)
+	}
+	t.Logf("agreed %v, missing %v, lockstep %v", agreed, missing, lockstep)
+
+	// The group comes together: at once, or after the step that a restarted rank costs.
+	var steps [size][5]uint64
+	for rank, member := range members {
+		wg.Go(func() {
+			for i, failures := 0, 0; i < len(steps[rank]); {
+				votes, err := member(watchdog)
+				switch {
+				case err == nil:
+					steps[rank][i] = votes[0].Step
+					i++
+				case restarts && i == 0 && failures < 2 && errors.Is(err, fwd.ErrLockstep):
+					failures++
+				default:
+					t.Errorf("rank %d when all is calm: %v", rank, err)
+					stop()
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for rank, own := range steps {
+		if own != steps[0] || own[4] != own[0]+4 {
+			t.Errorf("rank %d took the steps %v, rank 0 %v", rank, own, steps[0])
+		}
+	}
+}
