@@ -534,12 +534,12 @@ func badCases() []badCase {
 		}, []string{"1048577 votes"}},
 		{"Agree/microbatches/negative", invalid, false, badAgree(-1, good), []string{"-1 microbatches"}},
 		{"Agree/microbatches/huge", invalid, false, badAgree(badMany, good), []string{many}},
-		{"Agree/tokens/negative", invalid, false, badAgree(2, good, negative), []string{"NumTokens", "-3"}},
-		{"Agree/tokens/huge", invalid, false, badAgree(2, good, fwd.Vote{Step: 1, NumTokensPadded: badMany}), []string{"NumTokensPadded", many}},
+		{"Agree/tokens/negative", invalid, false, badAgree(2, good, negative), []string{"rank 1", "-3"}},
+		{"Agree/tokens/huge", invalid, false, badAgree(2, good, fwd.Vote{Step: 1, NumTokensPadded: badMany}), []string{"with padding", many}},
 		{"Agree/padded below unpadded", invalid, false, badAgree(2, good, shrinking), []string{"rank 1", "4", "8"}},
 		{"Agree/mode/composite", invalid, false, badAgree(2, composite, good), []string{"rank 0", "FULL_AND_PIECEWISE"}},
 		{"Agree/steps", fwd.ErrLockstep, false, badAgree(2, good, fwd.Vote{Step: 7}, good), []string{"[1 7 1]", "step 7", "[0 2]"}},
-		{"Exchange/tokens/negative", invalid, false, badExchange(negative), []string{"NumTokens", "-3"}},
+		{"Exchange/tokens/negative", invalid, false, badExchange(negative), []string{"rank 0", "-3"}},
 		{"Exchange/tokens/huge", invalid, false, badExchange(fwd.Vote{NumTokens: badMany, NumTokensPadded: badMany}), []string{many}},
 		{"Exchange/padded below unpadded", invalid, false, badExchange(shrinking), []string{"rank 0", "4", "8"}},
 		{"Exchange/mode/composite", invalid, false, badExchange(composite), []string{"rank 0", "FULL_AND_PIECEWISE"}},
@@ -687,6 +687,12 @@ func badCases() []badCase {
 
 		// Graph caches.
 		{"NewGraphCache/mode/none", invalid, false, badCache(fwd.GraphNone, badNothing, badCapture), []string{"NONE"}},
+		{"SplitUBatches/n/memory", invalid, false, badSplit([]int{math.MaxInt32}, math.MaxInt32, 1, math.MaxInt32, 1), []string{"2147483647 microbatches"}},
+		{"Exchange/ctx/nil", nil, true, func(x *badFixture) error {
+			var ctx context.Context
+			_, err := x.group[0].Exchange(ctx, fwd.Vote{Step: x.groupStep + 1})
+			return err
+		}, []string{"Exchange", "nil"}},
 		{"NewGraphCache/mode/composite", invalid, false, badCache(fwd.GraphFullAndPiecewise, badNothing, badCapture), []string{"FULL_AND_PIECEWISE"}},
 		{"NewGraphCache/mode/unknown", invalid, false, badCache(unknown, badNothing, badCapture), []string{"GraphMode(9)"}},
 		{"NewGraphCache/forward/nil", invalid, false, badCache(fwd.GraphFull, nil, badCapture), []string{"forward function (nil: true)"}},

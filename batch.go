@@ -54,6 +54,9 @@ func (s UBatchSlice) String() string {
 	return fmt.Sprintf("requests [%d, %d) tokens [%d, %d)", s.Requests.Start, s.Requests.Stop, s.Tokens.Start, s.Tokens.Stop)
 }
 
+// maxUBatches bounds the microbatches of a pass, each of which costs a goroutine.
+const maxUBatches = 1 << 16
+
 // SplitUBatches splits a batch into n microbatches of splitPoint tokens each, the last one taking the rest. It returns
 // the slices of what is scheduled and the padded slices, whose last one reaches to numTokensPadded and numReqsPadded.
 // splitPoint 0 means numTokensPadded/n. The inputs are the scheduled tokens of each request, in batch order; the
@@ -62,7 +65,7 @@ func (s UBatchSlice) String() string {
 // Slice k begins with the request that holds its first token and ends before the first request that starts at or
 // after its end (vLLM's create_ubatch_slices).
 //
-// ErrInvalid: fewer than 2 microbatches, a negative count, padding below what is scheduled, and a split that leaves a
+// ErrInvalid: fewer than 2 microbatches or more than 2^16, a negative count, padding below what is scheduled, and a split that leaves a
 // slice without tokens, which happens where numTokensPadded is well above the scheduled tokens.
 func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int) (slices, padded []UBatchSlice, err error) {
 	scheduled, err := sumScheduled(numScheduledTokens)
@@ -79,8 +82,8 @@ func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, 
 	if numReqsPadded < len(numScheduledTokens) {
 		p.addf("padded requests %d are fewer than the %d scheduled", numReqsPadded, len(numScheduledTokens))
 	}
-	if n < 2 || n > maxCount {
-		p.addf("a split into %d microbatches, want 2 to %d", n, maxCount)
+	if n < 2 || n > maxUBatches {
+		p.addf("a split into %d microbatches, want 2 to %d", n, maxUBatches)
 	}
 	if err := p.err(); err != nil {
 		return nil, nil, err
@@ -89,7 +92,6 @@ func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, 
 	if split == 0 {
 		split = numTokensPadded / n
 	}
-	// Before anything is allocated: from here on n is at most the number of tokens.
 	if lastStart := int64(n-1) * int64(split); split == 0 || lastStart >= int64(scheduled) {
 		return nil, nil, invalidf("%d microbatches split at %d of %d padded tokens: the last would start at token %d of %d scheduled",
 			n, split, numTokensPadded, lastStart, scheduled)
@@ -181,7 +183,9 @@ type UBatchError struct {
 }
 
 // Error returns the error with the microbatch's index.
-func (e *UBatchError) Error() string { return fmt.Sprintf("fwd: microbatch %d: %v", e.Index, e.Err) }
+func (e *UBatchError) Error() string {
+	return fmt.Sprintf("fwd: microbatch %d: %s", e.Index, bare(e.Err))
+}
 
 // Unwrap returns the microbatch's own error.
 func (e *UBatchError) Unwrap() error { return e.Err }
@@ -230,14 +234,18 @@ func RunUBatches(ctx context.Context, fn func(ctx context.Context, i int) error)
 	if len(pass.fc.UBatches) == 0 {
 		return fn(ctx, 0)
 	}
-	if err := pass.fc.checkSplit(); err != nil {
+	return pass.runUBatches(ctx, fn)
+}
+
+func (c *passContext) runUBatches(ctx context.Context, fn func(ctx context.Context, i int) error) error {
+	if err := c.fc.checkSplit(); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	group := ubatchGroup{cancel: cancel}
-	for i := range pass.fc.UBatches {
-		group.wg.Go(func() { group.run(i, func() error { return pass.runUBatch(ctx, i, fn) }) })
+	for i := range c.fc.UBatches {
+		group.wg.Go(func() { group.run(i, func() error { return c.runUBatch(ctx, i, fn) }) })
 	}
 	group.wg.Wait()
 	if group.panicked != nil {

@@ -47,7 +47,9 @@ func (c ParallelConfig) check(p *problems) {
 	} else if c.DataParallelRank < 0 || c.DataParallelRank >= size {
 		p.addf("DataParallelRank is %d, want 0 to %d for DataParallelSize %d", c.DataParallelRank, size-1, size)
 	}
-	p.count("NumUBatches", c.NumUBatches)
+	if c.NumUBatches < 0 || c.NumUBatches > maxUBatches {
+		p.addf("NumUBatches is %d, want 0 to %d", c.NumUBatches, maxUBatches)
+	}
 	p.count("DecodeUBatchThreshold", c.DecodeUBatchThreshold)
 	p.count("PrefillUBatchThreshold", c.PrefillUBatchThreshold)
 }
@@ -92,7 +94,7 @@ func NewDPMetadata(p ParallelConfig, numTokens int, across *mat.VecDense) (*DPMe
 	m := &DPMetadata{rank: p.DataParallelRank, tokens: make([]int, across.Len())}
 	for d := range m.tokens {
 		v := across.AtVec(d)
-		if !(v >= 0 && v <= maxCount) || v != float64(int(v)) { // the first half also refuses NaN
+		if !(v >= 0 && v <= maxCount) || v != float64(int(v)) { // written so that NaN is refused too
 			return nil, invalidf("rank %d has %v tokens, want a whole number in 0 to %d", d, v, maxCount)
 		}
 		m.tokens[d] = int(v)
@@ -191,8 +193,11 @@ func (m *DPMetadata) numLocal(sp int) int {
 }
 
 func (m *DPMetadata) checkSP(sp int) error {
-	if sp < 1 || sp > maxListed/max(len(m.tokens), 1) {
-		return invalidf("SP size %d for %d data-parallel ranks, want 1 to %d", sp, len(m.tokens), maxListed/max(len(m.tokens), 1))
+	if len(m.tokens) == 0 {
+		return invalidf("DP metadata without ranks")
+	}
+	if most := maxListed / len(m.tokens); sp < 1 || sp > most {
+		return invalidf("SP size %d for %d data-parallel ranks, want 1 to %d", sp, len(m.tokens), most)
 	}
 	return nil
 }
@@ -215,6 +220,9 @@ func (m *DPMetadata) withEqual(n int) *DPMetadata {
 
 // vecOfLen returns dst with length n, its data and their increment.
 func vecOfLen(dst *mat.VecDense, n int) (_ *mat.VecDense, raw []float64, inc int) {
+	if n == 0 {
+		panic("fwd: DP metadata without ranks")
+	}
 	if dst == nil {
 		dst = new(mat.VecDense)
 	}
@@ -351,10 +359,8 @@ type Vote struct {
 
 func (v Vote) check(rank int) error {
 	var p problems
-	p.count("NumTokens", v.NumTokens)
-	p.count("NumTokensPadded", v.NumTokensPadded)
-	if v.NumTokensPadded < v.NumTokens {
-		p.addf("rank %d votes for %d tokens padded, below %d without padding", rank, v.NumTokensPadded, v.NumTokens)
+	if v.NumTokens < 0 || v.NumTokensPadded < v.NumTokens || v.NumTokensPadded > maxCount {
+		p.addf("rank %d votes for %d tokens, %d with padding, want 0 <= tokens <= padded <= %d", rank, v.NumTokens, v.NumTokensPadded, maxCount)
 	}
 	if !v.GraphMode.ValidRuntime() {
 		p.addf("rank %d votes for %v, which is not a runtime mode", rank, v.GraphMode)
@@ -433,7 +439,7 @@ func Agree(votes []Vote, numUBatches int) (Agreement, error) {
 
 // lastUBatchEmpty reports whether a rank with that many tokens would have none for the last of n microbatches.
 func lastUBatchEmpty(tokens, padded, n int) bool {
-	return int64(padded/n)*int64(n-1) >= int64(tokens)
+	return padded/n*(n-1) >= tokens
 }
 
 // A Coordinator is the one collective that a step needs: each rank gives a vote and gets all of them. One rank has one
@@ -499,7 +505,7 @@ func NewLocalGroup(size int) ([]Coordinator, error) {
 	}
 	coordinators := make([]Coordinator, size)
 	for rank := range g.ranks {
-		g.ranks[rank] = &localRank{group: g, rank: rank, wake: make(chan error, 1)}
+		g.ranks[rank] = &localRank{group: g, rank: rank, wake: make(chan *RankError, 1)}
 		coordinators[rank] = g.ranks[rank]
 	}
 	return coordinators, nil
@@ -521,12 +527,12 @@ type localGroup struct {
 type localRank struct {
 	group *localGroup
 	rank  int
-	wake  chan error // how the round ended, for the rank that waits
+	wake  chan *RankError // how the round ended, for the rank that waits; nil: complete
 	busy  atomic.Bool
 
-	here     bool // in the open round
-	voted    bool // ever
-	last     uint64
+	here     bool   // in the open round
+	voted    bool   // ever
+	last     uint64 // its step in the open round, else the group's in the last round that it was in
 	late     bool   // rounds were broken since it was here,
 	lateFrom uint64 // this one first
 }
@@ -535,6 +541,9 @@ func (c *localRank) Rank() int { return c.rank }
 func (c *localRank) Size() int { return len(c.group.ranks) }
 
 func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
+	if ctx == nil { // noticed later, it would leave a vote behind
+		panic("fwd: Exchange with a nil context")
+	}
 	if err := v.check(c.rank); err != nil {
 		return nil, err
 	}
@@ -589,40 +598,58 @@ func (g *localGroup) join(c *localRank, v Vote) (votes []Vote, complete bool, er
 	return votes, true, nil
 }
 
-// end ends the open round at step: everyone in it but self, who knows, is woken with err.
-func (g *localGroup) end(self *localRank, step uint64, err error) {
+// end ends the open round at step: everyone in it but self, who knows, is woken with a copy of err.
+func (g *localGroup) end(self *localRank, step uint64, err *RankError) {
 	for _, c := range g.ranks {
-		if c.here && c != self {
-			c.wake <- err // never blocks: a rank waits once a round, and the buffer holds one
+		if !c.here {
+			continue
 		}
-		c.here = false
+		c.here, c.last = false, step
+		if c != self {
+			c.wake <- err.clone() // never blocks: a rank waits once a round, and the buffer holds one
+		}
 	}
 	g.here, g.step = 0, step
+}
+
+// clone returns a copy that its receiver may change, nil for nil.
+func (e *RankError) clone() *RankError {
+	if e == nil {
+		return nil
+	}
+	return &RankError{e.Err, e.Step, slices.Clone(e.Ranks)}
 }
 
 // wait waits for the end of the round that c has joined, and breaks it when ctx ends first.
 func (c *localRank) wait(ctx context.Context) error {
 	done := ctx.Done()
+	var err *RankError
 	if done == nil { // never ends; a plain receive is a good deal cheaper
-		return <-c.wake
+		err = <-c.wake
+	} else {
+		select {
+		case err = <-c.wake:
+		case <-done:
+			c.group.breakRound(c)
+			err = <-c.wake
+		}
 	}
-	select {
-	case err := <-c.wake:
-		return err
-	case <-done:
+	if err == nil {
+		return nil
 	}
-	if err := c.group.breakRound(c, context.Cause(ctx)); err != nil {
-		return err
+	if ctx.Err() != nil && errors.Is(err.Err, ErrRankMissing) {
+		err.Err = fmt.Errorf("%w: %w", err.Err, context.Cause(ctx))
 	}
-	return <-c.wake // the round ended in the meantime: that is what counts
+	return err
 }
 
-// breakRound ends the open round because c can't wait any longer. It returns nil if c's round has ended already.
-func (g *localGroup) breakRound(c *localRank, cause error) error {
+// breakRound ends the open round because c can't wait any longer, unless c's round has ended in the meantime: then that
+// is what counts.
+func (g *localGroup) breakRound(c *localRank) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if !c.here {
-		return nil
+		return
 	}
 	missing := &RankError{Step: g.step} // not below what a restarted rank may have missed
 	lowest := c.last
@@ -640,10 +667,7 @@ func (g *localGroup) breakRound(c *localRank, cause error) error {
 		}
 	}
 	missing.Err = fmt.Errorf("%w: rank %d stopped waiting", ErrRankMissing, c.rank)
-	own := *missing
-	own.Err = fmt.Errorf("%w: rank %d stopped waiting: %w", ErrRankMissing, c.rank, cause)
-	g.end(c, missing.Step, missing)
-	return &own
+	g.end(nil, missing.Step, missing)
 }
 
 // exchange takes part in the group's next step and returns the agreement.
@@ -657,9 +681,12 @@ func (r *Runner) exchange(ctx context.Context, v Vote) (*Agreement, error) {
 	defer r.exchanging.Unlock()
 	v.Step = r.step.Load() + 1
 	span := r.telemetry.startCoordinate(ctx, r.parallel, &v)
-	a, step, err := r.agreeAt(span.ctx, v)
+	var a Agreement
+	err := error(errPanic) // of the coordinator, until it returns
+	defer func() { span.end(v.Step, &a, err) }()
+	var step uint64
+	a, step, err = r.agreeAt(span.ctx, v)
 	r.step.Store(step)
-	span.end(v.Step, &a, err)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"reflect"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -38,7 +39,7 @@ var (
 	ErrCaptureClosed    = &sentinel{"capture_closed", "capture closed after warm-up"} // an unknown key
 )
 
-// errPanic stands for the outcome of a function that has not returned.
+// errPanic stands for the outcome of a function that has not returned: it panicked, or ended its goroutine.
 var errPanic = &sentinel{"panic", "panic"}
 
 func invalidf(format string, args ...any) error {
@@ -48,7 +49,12 @@ func invalidf(format string, args ...any) error {
 // problems collects what is wrong with an argument, so that one error names all of it.
 type problems []error
 
-func (p *problems) addf(format string, args ...any) { *p = append(*p, invalidf(format, args...)) }
+// addf adds a problem, unless there are so many that nobody would read it.
+func (p *problems) addf(format string, args ...any) {
+	if len(*p) < 16 {
+		*p = append(*p, invalidf(format, args...))
+	}
+}
 
 // count adds a problem if n is no count.
 func (p *problems) count(name string, n int) {
@@ -58,6 +64,9 @@ func (p *problems) count(name string, n int) {
 }
 
 func (p problems) err() error { return errors.Join(p...) }
+
+// bare returns the text of an error that goes into another of this package, whose name must stand once.
+func bare(err error) string { return strings.TrimPrefix(err.Error(), "fwd: ") }
 
 // abbreviate returns the first few elements of a list, and how many there are where that is not all.
 func abbreviate[T any](list []T) string {
@@ -69,7 +78,8 @@ func abbreviate[T any](list []T) string {
 }
 
 // ForwardContext is what one forward pass needs to know, everywhere in the model. It is read-only once it is in a
-// context: other goroutines read it without locks. So are the maps it holds.
+// context: other goroutines read it without locks, and errors that name what is there read it later. So are the maps it
+// holds.
 type ForwardContext struct {
 	NoCompileLayers   map[string]any   // layer objects by name, shared by all passes
 	AttnMetadata      []map[string]any // attention metadata by layer: none, one map, or one per microbatch; the entry "" serves every layer without its own
@@ -176,7 +186,7 @@ func MustFromContext(ctx context.Context) *ForwardContext {
 func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 	fc, ok := FromContext(ctx)
 	if !ok {
-		return notFound[T](ErrNoForwardContext, "attention metadata", layer, nil, nil)
+		return notFound[T](ErrNoForwardContext, "attention metadata", layer)
 	}
 	return perLayer[T](fc, fc.AttnMetadata, "attention metadata", layer)
 }
@@ -185,7 +195,7 @@ func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 	fc, ok := FromContext(ctx)
 	if !ok {
-		return notFound[T](ErrNoForwardContext, "slot mapping", layer, nil, nil)
+		return notFound[T](ErrNoForwardContext, "slot mapping", layer)
 	}
 	return perLayer[T](fc, fc.SlotMapping, "slot mapping", layer)
 }
@@ -195,35 +205,37 @@ func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 func Layer[T any](ctx context.Context, name string) (T, error) {
 	fc, ok := FromContext(ctx)
 	if !ok {
-		return notFound[T](ErrNoForwardContext, "layer object", name, nil, nil)
+		return notFound[T](ErrNoForwardContext, "layer object", name)
 	}
-	return typed[T](fc.NoCompileLayers, "layer object", name, fc.NoCompileLayers[name])
+	value, found := fc.NoCompileLayers[name]
+	return typed[T](fc.NoCompileLayers, "layer object", name, value, found)
 }
 
 func perLayer[T any](fc *ForwardContext, maps []map[string]any, what, layer string) (T, error) {
 	switch {
 	case len(fc.UBatches) > 0 || len(maps) > 1:
-		return notFound[T](ErrInvalid, what, layer, nil, nil)
+		return notFound[T](ErrInvalid, what, layer)
 	case len(maps) == 0:
-		return notFound[T](ErrNoMetadata, what, layer, nil, nil)
+		return notFound[T](ErrNoMetadata, what, layer)
 	}
 	value, ok := maps[0][layer]
 	if !ok {
-		value = maps[0][""]
+		value, ok = maps[0][""]
 	}
-	return typed[T](maps[0], what, layer, value)
+	return typed[T](maps[0], what, layer, value, ok)
 }
 
-func typed[T any](from map[string]any, what, layer string, value any) (T, error) {
+func typed[T any](from map[string]any, what, layer string, value any, found bool) (T, error) {
 	if v, ok := value.(T); ok {
 		return v, nil
 	}
-	return notFound[T](ErrLayer, what, layer, from, value)
+	var zero T
+	return zero, &layerError{ErrLayer, what, layer, from, value, found, reflect.TypeFor[T]()}
 }
 
-func notFound[T any](err *sentinel, what, layer string, from map[string]any, value any) (T, error) {
+func notFound[T any](err *sentinel, what, layer string) (T, error) {
 	var zero T
-	return zero, &layerError{err, what, layer, from, value, reflect.TypeFor[T]()}
+	return zero, &layerError{err: err, what: what, layer: layer}
 }
 
 // layerError is a miss. Hot code asks for what may not be there, so the text is put together when it is read.
@@ -231,7 +243,8 @@ type layerError struct {
 	err         *sentinel
 	what, layer string
 	from        map[string]any // where it was looked for
-	value       any            // what was found; nil: nothing
+	value       any
+	found       bool // value is what was found
 	want        reflect.Type
 }
 
@@ -244,7 +257,7 @@ func (e *layerError) Error() string {
 		return text + ": the pass is split, and ctx is in none of its microbatches"
 	case e.err != ErrLayer:
 		return text
-	case e.value != nil:
+	case e.found:
 		return fmt.Sprintf("%s is a %T, want %v", text, e.value, e.want)
 	}
 	return fmt.Sprintf("%s is not among %s", text, abbreviate(slices.Sorted(maps.Keys(e.from))))
@@ -257,7 +270,8 @@ type ForwardFunc func(ctx context.Context) error
 // more than once, with a context of the same pass.
 type Middleware func(next ForwardFunc) ForwardFunc
 
-// Chain returns the middleware that applies mw in order, the first outermost. It panics if one is nil.
+// Chain returns the middleware that applies mw in order, the first outermost. It panics if one is nil, and what it returns
+// panics if one returns nil.
 func Chain(mw ...Middleware) Middleware {
 	for i, m := range mw {
 		if m == nil {
@@ -266,8 +280,10 @@ func Chain(mw ...Middleware) Middleware {
 	}
 	mw = slices.Clone(mw)
 	return func(next ForwardFunc) ForwardFunc {
-		for _, m := range slices.Backward(mw) {
-			next = m(next)
+		for i, m := range slices.Backward(mw) {
+			if next = m(next); next == nil {
+				panic(fmt.Sprintf("fwd: middleware %d of %d returned nil", i, len(mw)))
+			}
 		}
 		return next
 	}
@@ -301,7 +317,7 @@ func WithExchangeTimeout(d time.Duration) Option {
 func WithDispatcher(d *Dispatcher) Option { return optionFunc(func(r *Runner) { r.dispatcher = d }) }
 
 // WithMiddleware wraps every forward function that Run is given, the first middleware outermost; several of these options
-// add up. It panics if a middleware is nil.
+// add up. It panics if a middleware is nil; [New] does if one returns nil.
 func WithMiddleware(mw ...Middleware) Option {
 	chain := Chain(mw...)
 	return optionFunc(func(r *Runner) { r.middleware = append(r.middleware, chain) })
@@ -365,7 +381,7 @@ func New(cfg Config, opts ...Option) (*Runner, error) {
 	if c := r.coordinator; c != nil && (c.Rank() != r.parallel.DataParallelRank || c.Size() != r.parallel.DataParallelSize) {
 		p.addf("the coordinator is rank %d of %d, the Runner rank %d of %d", c.Rank(), c.Size(), r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 	}
-	r.timeoutCause = fmt.Errorf("fwd: no exchange within %v: %w", r.timeout, context.DeadlineExceeded)
+	r.timeoutCause = fmt.Errorf("no exchange within %v: %w", r.timeout, context.DeadlineExceeded)
 	if len(r.middleware) > 0 {
 		r.handler = Chain(r.middleware...)(r.runInnermost)
 	}

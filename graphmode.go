@@ -158,8 +158,8 @@ type DispatcherConfig struct {
 	LoRA                  *LoRAConfig // nil: no adapters
 }
 
-// A Dispatcher chooses the captured graph that a batch can use, and says why. It is immutable: any number of
-// goroutines may use it.
+// A Dispatcher chooses the captured graph that a batch can use, and says why. Make one with [NewDispatcher]. It is
+// immutable: any number of goroutines may use it.
 //
 // Its keys are a product: every capture size up to a bound, times every adapter count. So a dispatch looks for a size
 // and a count and never for a key. The rules are those of vLLM's CudagraphDispatcher.
@@ -249,8 +249,8 @@ func (l LoRAConfig) cases() []int {
 	}
 	cases := []int{0}
 	if l.SpecializeCount {
-		for k := 1; k < l.MaxLoRAs+1; k *= 2 {
-			cases = append(cases, k)
+		for k := int64(1); k <= int64(l.MaxLoRAs); k *= 2 { // an int may have 32 bits
+			cases = append(cases, int(k))
 		}
 	}
 	return append(cases, l.MaxLoRAs+1)
@@ -426,7 +426,7 @@ type Graph interface {
 type CaptureFunc func(ctx context.Context, key BatchDescriptor, forward ForwardFunc) (Graph, error)
 
 // A GraphCache gives one forward function graphs for one runtime mode: the first pass with a key captures, the later
-// ones replay. It may be used by any number of goroutines; passes that meet an unknown key at once capture it once.
+// ones replay. Make one with [NewGraphCache]. It may be used by any number of goroutines; passes that meet an unknown key at once capture it once.
 // Caches nest, a full one outside piecewise ones. A graph stays for the life of the cache, one for each key;
 // [GraphCache.CloseCapture] after warm-up bounds their number.
 type GraphCache struct {

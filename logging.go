@@ -278,15 +278,26 @@ func (t *telemetry) start(ctx context.Context, name string, began time.Time, opt
 	return ctx, span
 }
 
-// finish takes the end time and shows the outcome; word is err's error.type.
-func (s *timedSpan) finish(err error, word string) {
+// finish takes the end time and shows the outcome; word is err's error.type. It returns the end time where a clock is set,
+// so that it is read once.
+func (s *timedSpan) finish(err error, word string) (ended time.Time) {
 	if s.clock != nil {
-		s.options[0] = trace.WithTimestamp(s.clock())
+		ended = s.clock()
+		s.options[0] = trace.WithTimestamp(ended)
 	}
 	if err != nil && s.IsRecording() {
 		s.SetAttributes(semconv.ErrorTypeKey.String(word))
 		s.SetStatus(codes.Error, err.Error())
 	}
+	return ended
+}
+
+// record records the seconds since began. ended is what finish returned.
+func (t *telemetry) record(ctx context.Context, h metric.Float64Histogram, began, ended time.Time, options []metric.RecordOption) {
+	if ended.IsZero() {
+		ended = time.Now()
+	}
+	h.Record(ctx, ended.Sub(began).Seconds(), options...)
 }
 
 // recordable returns a context to record with: the measurements of a pass whose context has ended count too.
@@ -316,10 +327,12 @@ func (t *telemetry) startForward(x *run, p *Pass) {
 		paddingGraph: int64(p.NumTokensGraph - p.NumTokensUnpadded),
 		paddingDP:    int64(p.NumTokens - p.NumTokensGraph),
 	}
-	x.measure.began = t.now()
-	var began time.Time // a span takes the real time itself
+	var began time.Time // of the span: it takes the real time itself
 	if t.clock != nil {
-		began = x.measure.began
+		began = t.clock()
+		x.measure.began = began
+	} else if t.duration.Enabled(x.passContext.Context) {
+		x.measure.began = time.Now()
 	}
 	ctx, links := t.stepParent(x.passContext.Context, p.Agreement)
 	if len(p.Links) > 0 {
@@ -425,12 +438,12 @@ func (t *telemetry) endForward(x *run, err error) {
 		return
 	}
 	word := t.errorType(err)
-	x.span.finish(err, word)
+	ended := x.span.finish(err, word)
 	ctx := recordable(&x.passContext)
 	m := &x.measure
-	if t.duration.Enabled(ctx) {
+	if !m.began.IsZero() && t.duration.Enabled(ctx) {
 		m.key.errorType = word
-		t.duration.Record(ctx, t.now().Sub(m.began).Seconds(), t.durations.get(m.key)...)
+		t.record(ctx, t.duration, m.began, ended, t.durations.get(m.key))
 	}
 	if t.tokens.Enabled(ctx) {
 		dummy := 0
@@ -499,11 +512,8 @@ func (s *coordinateSpan) end(step uint64, a *Agreement, err error) {
 		return
 	}
 	if s.span.Span == nil {
-		ctx, links := s.ctx, []trace.Link(nil)
-		if err == nil {
-			ctx, links = s.t.stepParent(ctx, a)
-		}
-		_, s.span = s.t.start(ctx, "fwd.coordinate", s.began, trace.WithLinks(links...))
+		ctx, links := s.t.stepParent(s.ctx, a) // without an agreement: the caller's
+		s.ctx, s.span = s.t.start(ctx, "fwd.coordinate", s.began, trace.WithLinks(links...))
 	}
 	if s.span.IsRecording() {
 		if err == nil {
@@ -516,9 +526,9 @@ func (s *coordinateSpan) end(step uint64, a *Agreement, err error) {
 		s.span.SetAttributes(attrs...)
 	}
 	word := s.t.errorType(err)
-	s.span.finish(err, word)
+	ended := s.span.finish(err, word)
 	s.span.End(s.span.options...)
 	if ctx := recordable(s.ctx); s.t.coordinate.Enabled(ctx) {
-		s.t.coordinate.Record(ctx, s.t.now().Sub(s.began).Seconds(), s.t.waits.get(word)...)
+		s.t.record(ctx, s.t.coordinate, s.began, ended, s.t.waits.get(word))
 	}
 }
