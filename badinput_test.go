@@ -705,9 +705,9 @@ func badCases() []badCase {
 }
 
 // refuse makes the call and returns its error, or what it panicked with.
-func (c *badCase) refuse(x *badFixture) (err error, panicked any) {
+func (c *badCase) refuse(x *badFixture) (panicked any, err error) {
 	defer func() { panicked = recover() }()
-	return c.call(x), nil
+	return nil, c.call(x)
 }
 
 // TestBadInput makes every call that must be refused, and checks after each that nothing has been left half done.
@@ -724,7 +724,7 @@ func TestBadInput(t *testing.T) {
 		}
 		names[c.name] = true
 		t.Run(c.name, func(t *testing.T) {
-			err, panicked := c.refuse(x)
+			panicked, err := c.refuse(x)
 			if c.panics != (panicked != nil) {
 				t.Fatalf("returned %v, panicked with %v; want a panic: %t", err, panicked, c.panics)
 			}
