@@ -228,7 +228,7 @@ func RunUBatches(ctx context.Context, fn func(ctx context.Context, i int) error)
 		return invalidf("RunUBatches without a function")
 	}
 	pass := lookup(ctx)
-	if pass == nil || pass.fc == nil {
+	if pass == nil {
 		return ErrNoForwardContext
 	}
 	if len(pass.fc.UBatches) == 0 {

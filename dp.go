@@ -256,7 +256,7 @@ func ceilDiv(a, b int) int {
 // rank.
 func rows(ctx context.Context, sp int) (*passContext, DPMetadata, error) {
 	c := lookup(ctx)
-	if c == nil || c.fc == nil {
+	if c == nil {
 		return nil, DPMetadata{}, ErrNoForwardContext
 	}
 	if c.fc.DP != nil {

@@ -102,7 +102,7 @@ type contextKey struct{}
 // context that differs in one thing is a copy: none is changed once it is made.
 type passContext struct {
 	context.Context
-	fc               *ForwardContext // nil: hidden
+	fc               *ForwardContext // never nil
 	sizes            []int           // local sizes; nil: none
 	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
 	run              *run            // nil: not in a Runner's pass
@@ -115,12 +115,27 @@ func (c *passContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
-// String keeps fmt from printing the fields, which would race with whoever writes what they point to.
-func (c *passContext) String() string {
-	if parent, ok := c.Context.(fmt.Stringer); ok {
-		return parent.String() + ".fwd.Pass"
+func (c *passContext) String() string { return contextString(c.Context) }
+
+// hiddenContext is a context outside all passes, whatever its parent is in.
+type hiddenContext struct{ context.Context }
+
+func (c *hiddenContext) Value(key any) any {
+	if _, ok := key.(contextKey); ok {
+		return nil
 	}
-	return reflect.TypeOf(c.Context).String() + ".fwd.Pass"
+	return c.Context.Value(key)
+}
+
+func (c *hiddenContext) String() string { return contextString(c.Context) }
+
+// contextString is for String methods. They keep fmt from printing the fields, which would race with whoever writes what
+// those point to.
+func contextString(parent context.Context) string {
+	if s, ok := parent.(fmt.Stringer); ok {
+		return s.String() + ".fwd.Pass"
+	}
+	return reflect.TypeOf(parent).String() + ".fwd.Pass"
 }
 
 // telemetry returns the pass's; nil, which emits nothing, outside a Runner's pass.
@@ -152,7 +167,10 @@ func NewContext(parent context.Context, fc *ForwardContext) context.Context {
 	if parent == nil {
 		panic("fwd: NewContext with a nil parent")
 	}
-	if fc != nil && !fc.GraphMode.ValidRuntime() {
+	if fc == nil {
+		return &hiddenContext{parent}
+	}
+	if !fc.GraphMode.ValidRuntime() {
 		panic(fmt.Sprintf("fwd: NewContext in graph mode %v, which is not a runtime mode", fc.GraphMode))
 	}
 	return &passContext{Context: parent, fc: fc}
@@ -161,14 +179,19 @@ func NewContext(parent context.Context, fc *ForwardContext) context.Context {
 // FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. ok is false outside a
 // pass.
 func FromContext(ctx context.Context) (fc *ForwardContext, ok bool) {
-	c, ok := ctx.(*passContext) // not lookup, which is not inlined: this is the hottest call of all
-	if !ok {
-		c = lookupOuter(ctx)
+	c, direct := ctx.(*passContext) // not lookup, and written so that it is just small enough to be inlined
+	if !direct {
+		fc, ok = fromOuter(ctx)
+		return
 	}
-	if c == nil {
-		return nil, false
+	return c.fc, true
+}
+
+func fromOuter(ctx context.Context) (*ForwardContext, bool) {
+	if c := lookupOuter(ctx); c != nil {
+		return c.fc, true
 	}
-	return c.fc, c.fc != nil
+	return nil, false
 }
 
 // MustFromContext is [FromContext] for code that runs in passes alone. It panics with ErrNoForwardContext outside one.

@@ -476,7 +476,7 @@ func NewGraphCache(mode GraphMode, forward ForwardFunc, capture CaptureFunc) (*G
 // of ctx, which ended while another pass captured the key.
 func (c *GraphCache) Forward(ctx context.Context) error {
 	pass := lookup(ctx)
-	if pass == nil || pass.fc == nil || pass.fc.GraphMode != c.mode || len(pass.fc.UBatches) > 0 {
+	if pass == nil || pass.fc.GraphMode != c.mode || len(pass.fc.UBatches) > 0 {
 		return c.forward(ctx)
 	}
 	key := pass.fc.Batch
