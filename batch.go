@@ -15,8 +15,8 @@ type BatchDescriptor struct {
 	NumTokens      int  // padded
 	NumReqs        int  // padded; 0: any number of requests
 	Uniform        bool // all requests have the same query length
-	HasLoRA        bool
-	NumActiveLoRAs int
+	HasLoRA        bool // NumActiveLoRAs is above 0
+	NumActiveLoRAs int  // that the graph serves, see LoRAConfig: not less than the batch has
 }
 
 // RelaxForMixedBatchGraphs returns the key of the graphs for mixed batches, which serve any number of requests with
@@ -60,7 +60,7 @@ const maxUBatches = 1 << 16
 // SplitUBatches splits a batch into n microbatches of splitPoint tokens each, the last one taking the rest. It returns
 // the slices of what is scheduled and the padded slices, whose last one reaches to numTokensPadded and numReqsPadded.
 // splitPoint 0 means numTokensPadded/n. The inputs are the scheduled tokens of each request, in batch order; the
-// outputs do not alias them.
+// outputs do not alias them. A range of padded requests may reach beyond the scheduled ones: clip it before indexing those.
 //
 // Slice k begins with the request that holds its first token and ends before the first request that starts at or
 // after its end (vLLM's create_ubatch_slices).
@@ -217,7 +217,7 @@ func (e *UBatchPanic) ErrorType() string { return errPanic.ErrorType() }
 //
 // A microbatch's context derives from ctx and holds its own forward context: its own attention metadata and slot
 // mapping, its own token counts, DP metadata in which every rank has this microbatch's tokens, graph mode NONE, no
-// slices. The first error cancels the contexts of the others and comes back as *[UBatchError]. A panic does so too, and
+// slices. Everything else is the pass's. The first error cancels the contexts of the others and comes back as *[UBatchError]. A panic does so too, and
 // RunUBatches panics with *[UBatchPanic] once the others have stopped; a panic goes before errors. A microbatch that
 // calls runtime.Goexit, as testing.T.FailNow does, ends the caller's goroutine the same way.
 //

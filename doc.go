@@ -33,7 +33,8 @@
 // each gives a [Vote] and gets the votes of all, through its [Coordinator]; [Agree] computes the same [Agreement] from them
 // on every rank. A rank without work plans a dummy pass. Steps are numbered: a rank that is missing is named in the error
 // of all others when the first of them stops waiting (see [WithExchangeTimeout]), a rank that was restarted costs one
-// failed step, and in both cases the next step finds the group whole.
+// failed step, and neither leaves anything behind: once all ranks come again, the next step succeeds. [NewLocalGroup] connects
+// ranks that are goroutines; ranks in several processes need a [Coordinator] over their network.
 //
 // # Concurrency
 //
@@ -65,7 +66,9 @@
 //	fwd.coordinate.duration  histogram, s         error.type
 //	fwd.graph.events         counter, {event}     fwd.graph.event: capture, replay, eager
 //
-// Attributes that do not apply are left out. A span of what failed has status Error and error.type. fwd.batch.bucket, by
+// Attributes that do not apply are left out. A span of what failed has status Error and error.type. fwd.graph.mode is what
+// the batch was dispatched to: a pass that is split runs its microbatches without graphs. The event eager counts passes in
+// mode NONE, once each; capture and replay count per cache, so several in a pass with piecewise caches. fwd.batch.bucket, by
 // which durations answer how long a batch of some size takes, is the capture size of a pass that Plan dispatched to a
 // graph, and else fwd.num_tokens rounded up to a power of two. Every attribute set is bounded.
 //
@@ -80,8 +83,8 @@
 // # Cost
 //
 // Reading the forward context costs a type assertion, and in a context derived from the pass's what any context value
-// costs there. A pass allocates twice with no-op providers and at most six times with the SDK. go test -bench . measures
-// it beside baselines.
+// costs there. A pass allocates twice with no-op providers, four times by default without an SDK, and five times with it. go
+// test -bench . measures it beside baselines.
 //
 // # Coming from vLLM
 //

@@ -323,7 +323,10 @@ type Chunk struct {
 // same number of rounds, [DPMetadata.NumChunks], and in each a context with the round's local sizes and the rows that are
 // its own: with n its SP local size, M the largest, and c maxChunk, rows [i·c, min((i+1)·c, M)) clipped to
 // [min(start, n-1), min(end, n)), and kept where start is below n. A rank without rows computes [0, 1), for which the
-// caller supplies a padding row, and keeps nothing.
+// caller supplies a padding row, and keeps nothing. When no rank has tokens there are no rounds.
+//
+// Rows count from the start of the caller's part of its rank's tokens, ceil(T/sp) long on each SP rank; where T is no multiple
+// of sp the last of them has padding rows.
 //
 // The iterator can be used again. Chunks wraps ErrNoForwardContext, and ErrInvalid: sp or maxChunk is out of range.
 func Chunks(ctx context.Context, sp, maxChunk int) (iter.Seq2[context.Context, Chunk], error) {
@@ -349,12 +352,15 @@ func Chunks(ctx context.Context, sp, maxChunk int) (iter.Seq2[context.Context, C
 
 // Vote is what one rank says in one step.
 type Vote struct {
-	Step            uint64            // the Runner counts from 1
-	NumTokens       int               // without padding
-	NumTokensPadded int               // at least NumTokens
-	UBatch          bool              // wants microbatches
-	GraphMode       GraphMode         // a runtime mode
-	SpanContext     trace.SpanContext // rank 0's coordinate span, with the step trace; remote, where another process gave it
+	Step            uint64    // the Runner counts from 1
+	NumTokens       int       // without padding
+	NumTokensPadded int       // at least NumTokens
+	UBatch          bool      // wants microbatches
+	GraphMode       GraphMode // a runtime mode
+
+	// SpanContext is rank 0's coordinate span, with the step trace; remote where it came from another process. It has no
+	// exported fields: a coordinator that sends votes as bytes must send its parts and put it together again.
+	SpanContext trace.SpanContext
 }
 
 func (v Vote) check(rank int) error {
@@ -379,7 +385,7 @@ type Agreement struct {
 	Step              uint64
 	UBatch            bool
 	GraphMode         GraphMode
-	NumTokensAcrossDP *mat.VecDense     // the tokens that each rank will run, length D
+	NumTokensAcrossDP *mat.VecDense     // the tokens that each rank will run, length DataParallelSize
 	MaxTokensRank     int               // the first rank with the most padded tokens
 	LowestModeRank    int               // the first at the agreed mode, where any rank voted higher; -1: nobody did
 	SpanContext       trace.SpanContext // rank 0's
@@ -470,7 +476,11 @@ type RankError struct {
 
 // Error returns the error, the step and the ranks.
 func (e *RankError) Error() string {
-	return fmt.Sprintf("%v (step %d, ranks %v)", e.Err, e.Step, e.Ranks)
+	what := "out of step"
+	if errors.Is(e.Err, ErrRankMissing) {
+		what = "missing"
+	}
+	return fmt.Sprintf("%v (step %d, %s: ranks %s)", e.Err, e.Step, what, abbreviate(e.Ranks))
 }
 
 // Unwrap returns Err.

@@ -29,11 +29,11 @@ func (e *sentinel) ErrorType() string { return e.word }
 // The errors of this package, matched with errors.Is. Each has a method ErrorType() string, a stable word for telemetry.
 var (
 	ErrNoForwardContext = &sentinel{"no_forward_context", "no forward context"}       // ctx is not in a pass
-	ErrNoMetadata       = &sentinel{"no_metadata", "no metadata"}                     // the pass has none, as dummy passes
+	ErrNoMetadata       = &sentinel{"no_metadata", "no metadata"}                     // the pass has none; dummy passes usually have none
 	ErrLayer            = &sentinel{"layer", "layer lookup"}                          // an unknown name, or another type
 	ErrNoDescriptor     = &sentinel{"no_descriptor", "no batch descriptor"}           // a graph cache has no key
 	ErrInvalid          = &sentinel{"invalid", "invalid"}                             // an argument, a configuration
-	ErrTokenMismatch    = &sentinel{"token_mismatch", "token counts differ"}          // the own count across ranks
+	ErrTokenMismatch    = &sentinel{"token_mismatch", "token counts differ"}          // a rank's tokens are not its entry in the counts across ranks
 	ErrLockstep         = &sentinel{"lockstep", "ranks out of step"}                  // see RankError
 	ErrRankMissing      = &sentinel{"rank_missing", "rank missing"}                   // see RankError
 	ErrCaptureClosed    = &sentinel{"capture_closed", "capture closed after warm-up"} // an unknown key
@@ -85,14 +85,14 @@ type ForwardContext struct {
 	AttnMetadata      []map[string]any // attention metadata by layer: none, one map, or one per microbatch; the entry "" serves every layer without its own
 	SlotMapping       []map[string]any // the same shape
 	NumTokens         int              // of this rank, padding included
-	NumTokensUnpadded int
-	VirtualEngine     int             // index of the pipeline's engine
-	DP                *DPMetadata     // nil: not data parallel
-	GraphMode         GraphMode       // a runtime mode
-	Batch             BatchDescriptor // zero: none
-	UBatches          []UBatchSlice   // padded form; none: not split
-	SkipCompiled      bool            // run the model's eager code though a compiled one exists
-	Dummy             bool            // warm-up, or an idle rank keeping step
+	NumTokensUnpadded int              // without padding; 0 is 0 here, defaults are a Pass's
+	VirtualEngine     int              // index of the pipeline's engine
+	DP                *DPMetadata      // nil: one rank alone, or a dense model
+	GraphMode         GraphMode        // a runtime mode; in a microbatch GraphNone
+	Batch             BatchDescriptor  // zero: none; in a microbatch that of the whole pass
+	UBatches          []UBatchSlice    // padded form, see SplitUBatches; none: not split
+	SkipCompiled      bool             // run the model's eager code though a compiled one exists
+	Dummy             bool             // warm-up, or an idle rank keeping step
 }
 
 // contextKey is the key of the one value that this package has in a context, a *passContext.
@@ -331,12 +331,13 @@ func (f optionFunc) apply(r *Runner) { f(r) }
 func WithCoordinator(c Coordinator) Option { return optionFunc(func(r *Runner) { r.coordinator = c }) }
 
 // WithExchangeTimeout bounds how long an exchange waits for the other ranks, besides the pass's own context. The default
-// is 1 minute; 0 or less is no bound.
+// is 1 minute; 0 or less is no bound. One rank's timeout breaks the step for all, as the end of its context does.
 func WithExchangeTimeout(d time.Duration) Option {
 	return optionFunc(func(r *Runner) { r.timeout = d })
 }
 
-// WithDispatcher gives Plan the dispatcher that chooses graphs. nil, the default, plans eager passes.
+// WithDispatcher gives Plan the dispatcher that chooses graphs; those of all ranks must be configured the same. nil, the
+// default, plans eager passes.
 func WithDispatcher(d *Dispatcher) Option { return optionFunc(func(r *Runner) { r.dispatcher = d }) }
 
 // WithMiddleware wraps every forward function that Run is given, the first middleware outermost; several of these options
@@ -384,7 +385,8 @@ type Runner struct {
 var nilRunner = &Runner{parallel: ParallelConfig{}.withDefaults()}
 
 // New returns a Runner. ErrInvalid: a negative count, a rank that is not below the size, a coordinator of another rank or
-// size, a nil option. An error of the meter provider is returned as it is. All that is wrong is reported at once.
+// size, a nil option. An error of the meter provider is returned as it is. All that is wrong is reported at once. A missing
+// coordinator is an error only where Plan or Run needs one.
 func New(cfg Config, opts ...Option) (*Runner, error) {
 	r := &Runner{
 		name:     cfg.Name,
@@ -417,8 +419,11 @@ func New(cfg Config, opts ...Option) (*Runner, error) {
 }
 
 // Pass describes one forward pass. A caller fills it in, or [Runner.Plan] prepares it; after Plan the caller adds the
-// metadata, VirtualEngine, SkipCompiled and Links, and the rest belongs to the plan. Run copies the slices; the maps must
-// not be modified afterwards.
+// metadata, VirtualEngine, SkipCompiled and Links, and the rest belongs to the plan: a split pass needs metadata for each
+// microbatch, a dummy pass none. Run copies the slices; the maps must not be modified afterwards.
+//
+// A warm-up pass for a [Capture] c is Pass{NumTokens: c.Batch.NumTokens, GraphMode: c.Mode, Batch: c.Batch, Dummy: true}. On a
+// coordinated rank it exchanges votes like any other, so all ranks warm up in the same order.
 type Pass struct {
 	NumTokens         int              // of this rank, padding included
 	NumTokensUnpadded int              // 0: NumTokens
@@ -427,14 +432,14 @@ type Pass struct {
 	AttnMetadata      []map[string]any // none, one map, or one per microbatch
 	SlotMapping       []map[string]any // the same shape
 	VirtualEngine     int
-	NumTokensAcrossDP *mat.VecDense // tokens of each rank, length D; nil: the agreement's, else ask the coordinator
+	NumTokensAcrossDP *mat.VecDense // tokens of each rank, length DataParallelSize; nil: the agreement's, else ask the coordinator; unused by a rank alone or of a dense model
 	GraphMode         GraphMode     // a runtime mode
 	Reason            Reason        // for GraphMode
 	Batch             BatchDescriptor
 	UBatches          []UBatchSlice // padded form: they tile [0, NumTokens)
 	SkipCompiled      bool
 	Dummy             bool         // warm-up, or an idle rank keeping step
-	Links             []trace.Link // the requests in this batch; a span has at most 128 links, the first ones
+	Links             []trace.Link // the requests in this batch; a span has the first 128, the caller's of a step trace among them
 	Agreement         *Agreement   // of the step that Plan has exchanged votes in
 }
 

@@ -123,11 +123,11 @@ const (
 	ReasonUnknown      Reason = iota // "unknown": not dispatched
 	ReasonExact                      // "exact": a full graph of exactly this padded batch
 	ReasonRelaxed                    // "relaxed": a graph for any batch with this padded token count
-	ReasonDisabled                   // "disabled": graph mode NONE, or eager execution was asked for
+	ReasonDisabled                   // "disabled": graph mode NONE, no dispatcher, or eager execution was asked for
 	ReasonTooLarge                   // "too_large": more tokens than the largest capture size
 	ReasonFullExcluded               // "full_excluded": a full graph existed, and was excluded
 	ReasonNoKey                      // "no_key": no graph is captured for such a batch
-	ReasonLoRA                       // "lora": no graph for this number of adapters, though there is one for another
+	ReasonLoRA                       // "lora": no graph for this number of adapters, though there is one for another number
 	ReasonDPRank                     // "dp_rank": lowered by a data-parallel rank, Agreement.LowestModeRank
 )
 
@@ -144,7 +144,7 @@ func (r Reason) String() string {
 // LoRAConfig says for which numbers of active LoRA adapters graphs are captured. By default there are graphs without
 // adapters, and graphs that serve any number of them.
 type LoRAConfig struct {
-	MaxLoRAs        int  // the most adapters active at once, at least 1
+	MaxLoRAs        int  // the most adapters active at once, at least 1; graphs for MaxLoRAs+1 serve any number
 	Unspecialized   bool // graphs only with adapters: batches without any use none
 	SpecializeCount bool // a graph each for 1, 2, 4, ... and MaxLoRAs+1 active adapters
 }
@@ -369,7 +369,7 @@ func (d *Dispatcher) queryLen() int {
 }
 
 // DefaultCaptureSizes returns vLLM's capture sizes up to max tokens: 1, 2, 4, then every 8th below 256, then every
-// 16th. A max below 1 has none. It panics if max is above 2^24, which no batch reaches: the list would fill the memory.
+// 16th. A max below 1 has none, and a max between two sizes is not itself one. It panics if max is above 2^24, which no batch reaches: the list would fill the memory.
 func DefaultCaptureSizes(max int) []int {
 	if max > maxListed {
 		panic(fmt.Sprintf("fwd: DefaultCaptureSizes(%d): more than %d tokens", max, maxListed))
@@ -427,8 +427,11 @@ type CaptureFunc func(ctx context.Context, key BatchDescriptor, forward ForwardF
 
 // A GraphCache gives one forward function graphs for one runtime mode: the first pass with a key captures, the later
 // ones replay. Make one with [NewGraphCache]. It may be used by any number of goroutines; passes that meet an unknown key at once capture it once.
-// Caches nest, a full one outside piecewise ones. A graph stays for the life of the cache, one for each key;
-// [GraphCache.CloseCapture] after warm-up bounds their number.
+// A graph stays for the life of the cache, one for each key; [GraphCache.CloseCapture] after warm-up bounds their number.
+//
+// Caches nest: an engine with both modes has a full cache around its whole forward function, which calls piecewise caches
+// around its parts; in a pass of one mode the caches of the other just call their function. What a graph reads and writes
+// lies in buffers of the caller's, and passes that replay the same graph at once share them.
 type GraphCache struct {
 	mode    GraphMode
 	forward ForwardFunc
