@@ -31,7 +31,8 @@ import (
 // Config configures an engine. The zero value is one rank with the defaults.
 type Config struct {
 	DataParallelSize    int           // ranks; 0: 1
-	MaxChunk            int           // rows that a rank sends to the experts at once; 0: 32
+	SequenceParallel    int           // expert-parallel workers of a rank, among which its rows are split; 0: 1
+	MaxChunk            int           // rows that a worker sends to the experts at once; 0: 32
 	MaxNumBatchedTokens int           // of a rank in a step; 0: 128
 	MaxNumSeqs          int           // requests of a rank in a step; 0: 16
 	BlockSize           int           // tokens in a block of the KV cache; 0: 16
@@ -54,6 +55,9 @@ type Config struct {
 // MaxRanks is the most ranks of an engine: each has a KV cache of its own in the same process.
 const MaxRanks = 64
 
+// MaxSequenceParallel is the most workers of a rank.
+const MaxSequenceParallel = 16
+
 // maxCapture is the largest batch, in tokens, that a graph exists for. It is below the default budget of a step, so that
 // all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the
 // largest prefills.
@@ -70,6 +74,7 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	count("DataParallelSize", &c.DataParallelSize, 1)
+	count("SequenceParallel", &c.SequenceParallel, 1)
 	count("MaxChunk", &c.MaxChunk, 32)
 	count("MaxNumBatchedTokens", &c.MaxNumBatchedTokens, 128)
 	count("MaxNumSeqs", &c.MaxNumSeqs, 16)
@@ -79,6 +84,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.DataParallelSize > MaxRanks {
 		errs = append(errs, fmt.Errorf("engine: DataParallelSize is %d, want at most %d", c.DataParallelSize, MaxRanks))
+	}
+	if c.SequenceParallel > MaxSequenceParallel {
+		errs = append(errs, fmt.Errorf("engine: SequenceParallel is %d, want at most %d", c.SequenceParallel, MaxSequenceParallel))
 	}
 	if c.Speed < 0 || math.IsNaN(c.Speed) || math.IsInf(c.Speed, 0) {
 		errs = append(errs, fmt.Errorf("engine: Speed is %v, want a finite number of at least 0", c.Speed))
@@ -227,7 +235,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int, gate *gate) ([]*
 			return nil, err
 		}
 	}
-	group := newExpertGroup(size)
+	group := newExpertGroup(size * cfg.SequenceParallel)
 	ranks := make([]*rank, size)
 	for d := range size {
 		r := &rank{
@@ -235,7 +243,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int, gate *gate) ([]*
 			engine:      e,
 			gate:        gate,
 			coordinator: &timedCoordinator{Coordinator: coordinators[d]},
-			experts:     &expertWorker{group: group, worker: d},
+			experts:     group.workersOf(d, cfg.SequenceParallel),
 			scheduler: &scheduler{
 				blocks:  newBlockAllocator(numBlocks, cfg.BlockSize),
 				budget:  cfg.MaxNumBatchedTokens,
@@ -255,13 +263,17 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int, gate *gate) ([]*
 }
 
 // newRunner gives the rank its Runner, with the layer objects that its passes find: a KV cache for every attention layer,
-// and a share of the experts of every mixture-of-experts layer.
+// and its workers' shares of the experts for every mixture-of-experts layer.
 func (r *rank) newRunner(numBlocks int) error {
 	cfg, weights := r.engine.config, r.engine.model.Weights()
 	layers := map[string]any{}
 	for l := range weights.Layers {
 		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, numBlocks, cfg.BlockSize)
-		layers[model.MoEName(l)] = model.NewExperts(&weights.Layers[l], r.rank, cfg.DataParallelSize, cfg.MaxChunk, r.experts)
+		workers := &model.Workers{MaxChunk: cfg.MaxChunk}
+		for _, w := range r.experts {
+			workers.Experts = append(workers.Experts, model.NewExperts(&weights.Layers[l], w.worker, w.group.size, w))
+		}
+		layers[model.MoEName(l)] = workers
 	}
 	options := []fwd.Option{
 		fwd.WithDispatcher(r.engine.dispatcher),

@@ -92,6 +92,9 @@ func TestAgreesWithReference(t *testing.T) {
 	for name, cfg := range map[string]Config{
 		"more ranks than experts":  {DataParallelSize: 10},
 		"more ranks than requests": {DataParallelSize: 13},
+		"sequence parallel":        {DataParallelSize: 3, SequenceParallel: 2, MaxChunk: 7},
+		"one rank of workers":      {SequenceParallel: 3, MaxChunk: 5},
+		"more workers than rows":   {DataParallelSize: 2, SequenceParallel: 16},
 		"one token a step":         {DataParallelSize: 2, MaxNumBatchedTokens: 1},
 		"one request a step":       {DataParallelSize: 2, MaxNumSeqs: 1},
 		"blocks of one token":      {DataParallelSize: 2, BlockSize: 1},
@@ -345,6 +348,7 @@ func TestBadConfig(t *testing.T) {
 	}{
 		{Config{DataParallelSize: -1}, "DataParallelSize is -1"},
 		{Config{DataParallelSize: 65}, "DataParallelSize is 65, want at most 64"},
+		{Config{SequenceParallel: 17}, "SequenceParallel is 17, want at most 16"},
 		{Config{MaxChunk: -2}, "MaxChunk is -2"},
 		{Config{MaxNumBatchedTokens: -3}, "MaxNumBatchedTokens is -3"},
 		{Config{MaxNumSeqs: -4}, "MaxNumSeqs is -4"},

@@ -92,20 +92,40 @@ func (w *expertWorker) Combine(ctx context.Context, at model.Place, sizes []int,
 	return own, nil
 }
 
+// rankWorkers are the workers of one rank. They work inside the rank's passes.
+type rankWorkers []*expertWorker
+
+// workersOf returns the workers of a rank that has sp of them: consecutive ones, so worker s of rank d is d·sp + s, the order
+// of the local sizes.
+func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
+	var workers rankWorkers
+	for s := range sp {
+		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s})
+	}
+	return workers
+}
+
 // inPass is middleware that tells the group how each pass ended. So a worker that fails, or that goes through fewer
 // exchanges than the others, is noticed by those who wait for it.
-func (w *expertWorker) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
+func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	return func(ctx context.Context) error {
 		err := next(ctx)
-		w.group.endPass(w.worker, err)
+		for _, w := range ws {
+			w.group.endPass(w.worker, err)
+		}
 		return err
 	}
 }
 
-func (w *expertWorker) waiting() time.Duration {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.waited
+// waiting returns how long a worker has waited for the others, on average.
+func (ws rankWorkers) waiting() time.Duration {
+	var sum time.Duration
+	for _, w := range ws {
+		w.mu.Lock()
+		sum += w.waited
+		w.mu.Unlock()
+	}
+	return sum / time.Duration(len(ws))
 }
 
 // meet leaves m for the others and returns the messages of all workers once everyone has come.

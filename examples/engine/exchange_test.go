@@ -73,7 +73,7 @@ func TestExchangeRefused(t *testing.T) {
 			return err
 		}},
 		{"ended its pass", "which worker 1 has ended", func(w *expertWorker) error {
-			return w.inPass(func(ctx context.Context) error {
+			return rankWorkers{w}.inPass(func(ctx context.Context) error {
 				if w.worker == 1 {
 					return nil // as if it had had fewer chunks
 				}
@@ -103,7 +103,7 @@ func TestExchangeLeft(t *testing.T) {
 	cancel(cause)
 	for name, leave := range map[string]func(w *expertWorker) error{
 		"failed": func(w *expertWorker) error {
-			return w.inPass(func(context.Context) error { return cause })(context.Background())
+			return rankWorkers{w}.inPass(func(context.Context) error { return cause })(context.Background())
 		},
 		"canceled before": func(w *expertWorker) error {
 			_, err := w.Dispatch(canceled, here, []int{1, 1, 1}, routed(1))

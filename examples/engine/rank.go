@@ -24,7 +24,7 @@ type rank struct {
 	engine      *Engine
 	gate        *gate
 	coordinator *timedCoordinator
-	experts     *expertWorker
+	experts     rankWorkers
 	scheduler   *scheduler
 	runner      *fwd.Runner
 

@@ -3,7 +3,7 @@
 // A layer takes a context and its input tensor, one token per row, and returns its output tensor. Whatever else it needs to
 // know about the forward pass comes out of the context through fwd: [Attention] reads which rows belong to which request
 // (fwd.AttnMetadata), where in the KV cache new keys and values go (fwd.SlotMapping) and the cache itself (fwd.Layer); [MoE]
-// reads this worker's experts (fwd.Layer) and the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer
+// reads its workers' experts (fwd.Layer) and the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer
 // passes anything on for another, and the layers in between ([Model], [Layer]) know nothing of batching, paging or ranks.
 //
 // The file reference.go computes the same model for one request by plain loops and knows nothing of all this. It is what the
@@ -51,7 +51,7 @@ func (m *Model) Forward(ctx context.Context, tokens []int) (*mat.Dense, error) {
 			return nil, err
 		}
 	}
-	return rmsNorm(h, m.weights.FinalNorm), nil
+	return rmsNorm(like(h), h, m.weights.FinalNorm), nil
 }
 
 // Logits returns the scores of each possible next token for rows of hidden states. An engine asks for the last row of each
@@ -101,31 +101,47 @@ func MoEName(layer int) string { return fmt.Sprintf("layers.%d.moe", layer) }
 
 // Forward returns x after the layer, in a new matrix.
 func (l *Layer) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
-	attended, err := l.attn.Forward(ctx, rmsNorm(x, l.attnNorm))
+	attended, err := l.attn.Forward(ctx, rmsNorm(like(x), x, l.attnNorm))
 	if err != nil {
 		return nil, err
 	}
 	attended.Add(attended, x)
-	mixed, err := l.moe.Forward(ctx, rmsNorm(attended, l.moeNorm))
+	rows, _ := attended.Dims()
+	moe, err := l.moe.plan(ctx, rows)
 	if err != nil {
 		return nil, err
 	}
-	mixed.Add(mixed, attended)
-	return mixed, nil
+	rmsNorm(moe.in, attended, l.moeNorm)
+	if err := moe.run(ctx); err != nil {
+		return nil, err
+	}
+	attended.Add(attended, moe.out)
+	return attended, nil
 }
 
-// rmsNorm returns each row of x divided by its root mean square and multiplied by weight.
-func rmsNorm(x *mat.Dense, weight []float64) *mat.Dense {
+// rmsNorm stores in dst each row of x divided by its root mean square and multiplied by weight, and returns dst.
+func rmsNorm(dst, x *mat.Dense, weight []float64) *mat.Dense {
 	rows, cols := x.Dims()
-	y := mat.NewDense(rows, cols, nil)
 	for i := range rows {
-		in, out := x.RawRowView(i), y.RawRowView(i)
+		in, out := x.RawRowView(i), dst.RawRowView(i)
 		scale := 1 / math.Sqrt(floats.Dot(in, in)/float64(cols)+normEpsilon)
 		for j, w := range weight {
 			out[j] = in[j] * scale * w
 		}
 	}
-	return y
+	return dst
+}
+
+// firstRows returns a view of the first rows of m.
+func firstRows(m *mat.Dense, rows int) *mat.Dense {
+	_, cols := m.Dims()
+	return m.Slice(0, rows, 0, cols).(*mat.Dense)
+}
+
+// like returns a matrix of zeros with the shape of m.
+func like(m *mat.Dense) *mat.Dense {
+	rows, cols := m.Dims()
+	return mat.NewDense(rows, cols, nil)
 }
 
 // Argmax returns the index of the largest value, the first of several: greedy sampling.

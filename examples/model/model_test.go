@@ -34,7 +34,7 @@ func newTest(t *testing.T, chunk int) (*Model, map[string]any) {
 	layers := map[string]any{}
 	for l := range w.Layers {
 		layers[AttentionName(l)] = NewKVCache(w.Config, 16, blockSize)
-		layers[MoEName(l)] = NewExperts(&w.Layers[l], 0, 1, chunk, alone{})
+		layers[MoEName(l)] = &Workers{MaxChunk: chunk, Experts: []*Experts{NewExperts(&w.Layers[l], 0, 1, alone{})}}
 	}
 	return New(w), layers
 }
@@ -141,7 +141,7 @@ func TestForwardErrors(t *testing.T) {
 		{"fewer tokens than slots", pass(layers, 0, 3, 0), []int{1, 2}, nil, "layers.0.attn: 2 rows with 3 slots and 3 positions"},
 		{"unknown token", pass(layers, 0, 2, 0), []int{1, 50}, nil, "token 50 in row 1 is not in the vocabulary of 50"},
 		{"no tokens", pass(layers, 0, 0, 0), nil, nil, "without tokens"},
-		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe chunk 1: rows [2, 3) of 2"},
+		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe: 2 rows for 1 workers of 3 rows each"},
 		{"a graph for unequal ranks", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}), []int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
 	} {
 		_, err := m.Forward(c.ctx, c.tokens)
@@ -160,7 +160,7 @@ func TestExpertShares(t *testing.T) {
 	for workers := 1; workers <= 20; workers++ {
 		next := 0
 		for worker := range workers {
-			e := NewExperts(&w.Layers[0], worker, workers, 1, alone{})
+			e := NewExperts(&w.Layers[0], worker, workers, alone{})
 			if e.First != next {
 				t.Errorf("%d workers: worker %d starts with expert %d, want %d", workers, worker, e.First, next)
 			}

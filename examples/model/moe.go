@@ -5,32 +5,40 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"sync"
 
 	"github.com/forwardctx/fwd"
 	"gonum.org/v1/gonum/floats"
 	"gonum.org/v1/gonum/mat"
 )
 
-// MoE is a mixture of experts with top-2 routing and expert parallelism: the experts of a layer are spread over all workers,
-// and every worker has rows for any of them.
+// MoE is a mixture of experts with top-2 routing, expert parallelism and sequence parallelism: the experts of a layer are
+// spread over the workers of all ranks, each worker takes a share of its rank's rows through the layer, and every worker has
+// rows for any expert.
 type MoE struct {
 	Name   string
 	Router *mat.Dense
 }
 
-// Experts is one worker's share of a layer's experts, the layer object that [MoE] finds under its name.
+// Workers are the sequence-parallel workers of one rank, the layer object that [MoE] finds under its name.
+type Workers struct {
+	MaxChunk int        // the most rows that one worker sends at once; bounds what a worker must hold of all others
+	Experts  []*Experts // of each worker
+}
+
+// Experts is one worker's share of a layer's experts.
 type Experts struct {
+	Worker   int             // among the workers of all ranks
 	First    int             // the index of Local[0] among all experts of the layer
 	Local    []ExpertWeights // consecutive
-	MaxChunk int             // the most rows that one worker sends at once; bounds what a worker must hold of all others
 	Exchange Exchanger
 }
 
 // NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go. With more workers than
 // experts some have none and only send and receive rows.
-func NewExperts(w *LayerWeights, worker, workers, maxChunk int, x Exchanger) *Experts {
+func NewExperts(w *LayerWeights, worker, workers int, x Exchanger) *Experts {
 	first, end := worker*len(w.Experts)/workers, (worker+1)*len(w.Experts)/workers
-	return &Experts{First: first, Local: w.Experts[first:end], MaxChunk: maxChunk, Exchange: x}
+	return &Experts{Worker: worker, First: first, Local: w.Experts[first:end], Exchange: x}
 }
 
 // Exchanger moves rows between the workers that share the experts. All workers make the same calls in the same order; sizes
@@ -59,143 +67,224 @@ type Routed struct {
 	Experts [][TopK]int
 }
 
-// Forward returns, for each row of x, the weighted sum of the outputs of its two experts, wherever they live. The rows go
-// out in chunks, and every worker goes through as many chunks as the one with the most rows: a worker that has run out sends
-// a row again and drops the result, since the others wait for it.
-func (m *MoE) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
-	experts, err := fwd.Layer[*Experts](ctx, m.Name)
+// moePlan is a mixture-of-experts layer laid out for a pass of a certain shape: which worker takes which rows in which
+// chunk, how many rows the others bring to it, and room for all of it. The shape of a pass follows from its forward context,
+// so a plan serves every pass of the same shape.
+type moePlan struct {
+	in, out *mat.Dense // the rank's rows
+	mixed   *mat.Dense // what out is a view of: all workers' rows
+	workers []*workerPlan
+}
+
+// plan splits rows among the rank's workers by the SP local sizes. Where they don't split evenly the last workers get rows of
+// zeros, which take their way through the experts like any other and are dropped at the end.
+func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
+	workers, err := fwd.Layer[*Workers](ctx, m.Name)
 	if err != nil {
 		return nil, err
 	}
-	if err := m.checkShapes(ctx); err != nil {
-		return nil, err
-	}
-	rows, width := x.Dims()
-	out := mat.NewDense(rows, width, nil)
-	chunks, err := fwd.Chunks(ctx, 1, experts.MaxChunk)
+	sp := len(workers.Experts)
+	local, err := fwd.WithSPLocalSizes(ctx, sp)
 	if err != nil {
 		return nil, err
 	}
-	for ctx, chunk := range chunks {
-		if chunk.Start < 0 || chunk.End > rows || chunk.Start >= chunk.End {
-			return nil, fmt.Errorf("model: %s chunk %d: rows [%d, %d) of %d", m.Name, chunk.Index, chunk.Start, chunk.End, rows)
-		}
-		part := x.Slice(chunk.Start, chunk.End, 0, width).(*mat.Dense)
-		mixed, err := m.chunk(ctx, experts, Place{m.Name, chunk.Index}, part)
+	sizes, ok := fwd.LocalSizes(local)
+	if !ok {
+		return nil, fmt.Errorf("model: %s: no local sizes in the context", m.Name)
+	}
+	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone && slices.Min(sizes) != slices.Max(sizes) {
+		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when they run graphs.
+		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
+	}
+	width, _ := m.Router.Dims()
+	share := sizes[workers.Experts[0].Worker]
+	if share*sp < rows || (share-1)*sp >= rows {
+		return nil, fmt.Errorf("model: %s: %d rows for %d workers of %d rows each", m.Name, rows, sp, share)
+	}
+	padded := mat.NewDense(share*sp, width, nil)
+	p := &moePlan{mixed: mat.NewDense(share*sp, width, nil)}
+	p.in, p.out = firstRows(padded, rows), firstRows(p.mixed, rows)
+	for s, experts := range workers.Experts {
+		w := &workerPlan{experts: experts, router: m.Router}
+		chunks, err := fwd.Chunks(ctx, sp, workers.MaxChunk)
 		if err != nil {
 			return nil, err
 		}
-		if chunk.Keep {
-			kept := out.Slice(chunk.Start, chunk.End, 0, width).(*mat.Dense)
-			kept.Add(kept, mixed) // every row is kept once; one that came twice would show, where a copy would hide it
+		for ctx, chunk := range chunks {
+			at := Place{m.Name, chunk.Index}
+			if chunk.Start < 0 || chunk.End > share || chunk.Start >= chunk.End {
+				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Start, chunk.End, share)
+			}
+			sizes, ok := fwd.LocalSizes(ctx)
+			if !ok {
+				return nil, fmt.Errorf("model: %v: no local sizes in the context", at)
+			}
+			first, end := s*share+chunk.Start, s*share+chunk.End
+			c := chunkPlan{at: at, sizes: sizes, in: padded.Slice(first, end, 0, width).(*mat.Dense)}
+			if chunk.Keep {
+				c.out = p.mixed.Slice(first, end, 0, width).(*mat.Dense)
+			}
+			w.chunks = append(w.chunks, c)
 		}
+		p.workers = append(p.workers, w)
 	}
-	return out, nil
+	return p, nil
 }
 
-// checkShapes makes sure that a pass which runs a graph has the same number of rows on all workers. A captured exchange has
-// buffers of one shape: that is why ranks are padded to each other when they run graphs.
-func (m *MoE) checkShapes(ctx context.Context) error {
-	mode := fwd.MustFromContext(ctx).GraphMode
-	if mode == fwd.GraphNone {
-		return nil
+// run stores in out, for each row of in, the weighted sum of the outputs of its two experts, wherever they live. The rank's
+// workers run at the same time, as those of the other ranks do: they meet in every exchange.
+func (p *moePlan) run(ctx context.Context) error {
+	p.mixed.Zero()
+	if len(p.workers) == 1 {
+		return p.workers[0].run(ctx)
 	}
-	ctx, err := fwd.WithSPLocalSizes(ctx, 1)
-	if err != nil {
-		return err
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	var wg sync.WaitGroup
+	var once sync.Once
+	var failed error
+	for _, w := range p.workers {
+		wg.Go(func() {
+			if err := w.run(ctx); err != nil {
+				once.Do(func() { failed = err })
+				cancel() // the others may wait for this worker
+			}
+		})
 	}
-	if sizes, _ := fwd.LocalSizes(ctx); slices.Min(sizes) != slices.Max(sizes) {
-		return fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
+	wg.Wait()
+	return failed
+}
+
+// workerPlan is what one worker does in a layer, with room for it that all its chunks share.
+type workerPlan struct {
+	experts *Experts
+	router  *mat.Dense
+	chunks  []chunkPlan
+
+	scores  mat.Dense
+	choice  [][TopK]int
+	weights [][TopK]float64
+	parts   []*mat.Dense // for each worker
+	expert  expertBuffers
+}
+
+// chunkPlan is one round of exchanges. out is nil where the worker has run out of rows: it sends one again and drops the
+// result, since the others wait for it.
+type chunkPlan struct {
+	at      Place
+	sizes   []int
+	in, out *mat.Dense
+}
+
+// run takes the worker's rows through the layer in chunks. Every worker of every rank has as many as the one with the most
+// rows.
+func (w *workerPlan) run(ctx context.Context) error {
+	for i := range w.chunks {
+		if err := w.chunk(ctx, &w.chunks[i]); err != nil {
+			return err
+		}
 	}
 	return nil
 }
 
-func (m *MoE) chunk(ctx context.Context, experts *Experts, at Place, x *mat.Dense) (*mat.Dense, error) {
-	sizes, ok := fwd.LocalSizes(ctx)
-	if !ok {
-		return nil, fmt.Errorf("model: %v: no local sizes in the context", at)
-	}
-	choice, weights := m.route(x)
-	all, err := experts.Exchange.Dispatch(ctx, at, sizes, Routed{x, choice})
+func (w *workerPlan) chunk(ctx context.Context, c *chunkPlan) error {
+	w.route(c.in)
+	all, err := w.experts.Exchange.Dispatch(ctx, c.at, c.sizes, Routed{c.in, w.choice})
 	if err != nil {
-		return nil, err
+		return err
 	}
-	parts := make([]*mat.Dense, len(all))
-	for w, routed := range all {
-		parts[w] = experts.apply(routed)
+	for len(w.parts) < len(all) {
+		w.parts = append(w.parts, new(mat.Dense))
 	}
-	back, err := experts.Exchange.Combine(ctx, at, sizes, parts)
+	for i, routed := range all {
+		w.experts.apply(w.parts[i], routed, &w.expert)
+	}
+	back, err := w.experts.Exchange.Combine(ctx, c.at, c.sizes, w.parts)
 	if err != nil {
-		return nil, err
+		return err
 	}
-
+	if c.out == nil {
+		return nil
+	}
 	// Every worker sends a full matrix with zeros in place of what others compute. The first choice is added before the
-	// second, whoever computed them, so that the sum does not depend on how the experts are spread.
-	rows, width := x.Dims()
-	out := mat.NewDense(rows, width, nil)
-	for i := range rows {
+	// second, whoever computed them, so that the sum does not depend on how the experts are spread. A row that came twice
+	// would show, since it is added: a copy would hide it.
+	for i := range w.choice {
 		for k := range TopK {
 			for _, part := range back {
-				floats.AddScaled(out.RawRowView(i), weights[i][k], part.RawRowView(i*TopK+k))
+				floats.AddScaled(c.out.RawRowView(i), w.weights[i][k], part.RawRowView(i*TopK+k))
 			}
 		}
 	}
-	return out, nil
+	return nil
 }
 
-// route returns the two best experts for each row, best first, and their weights, which sum to one.
-func (m *MoE) route(x *mat.Dense) (choice [][TopK]int, weights [][TopK]float64) {
-	var scores mat.Dense
-	scores.Mul(x, m.Router)
-	rows, _ := scores.Dims()
-	choice, weights = make([][TopK]int, rows), make([][TopK]float64, rows)
+// route chooses the two best experts for each row, best first, and their weights, which sum to one.
+func (w *workerPlan) route(x *mat.Dense) {
+	w.scores.Reset()
+	w.scores.Mul(x, w.router)
+	rows, _ := w.scores.Dims()
+	w.choice, w.weights = slices.Grow(w.choice[:0], rows)[:rows], slices.Grow(w.weights[:0], rows)[:rows]
 	for i := range rows {
-		row := scores.RawRowView(i)
+		row := w.scores.RawRowView(i)
 		for k := range TopK {
 			best := floats.MaxIdx(row)
-			choice[i][k], weights[i][k] = best, row[best]
+			w.choice[i][k], w.weights[i][k] = best, row[best]
 			row[best] = math.Inf(-1)
 		}
-		softmax(weights[i][:])
+		softmax(w.weights[i][:])
 	}
-	return choice, weights
 }
 
-// apply runs the local experts over the rows that chose them. Row i·TopK+k of the result is the k-th choice of row i, and
-// zero where that expert lives elsewhere.
-func (e *Experts) apply(in Routed) *mat.Dense {
+// expertBuffers is room for one expert's work. How many rows choose an expert shows only in the pass, so it grows with them.
+type expertBuffers struct {
+	from, to          []int
+	x, gate, up, down mat.Dense
+}
+
+// apply runs the local experts over the rows that chose them. Row i·TopK+k of dst is the k-th choice of row i, and zero where
+// that expert lives elsewhere.
+func (e *Experts) apply(dst *mat.Dense, in Routed, b *expertBuffers) {
 	rows, width := in.Rows.Dims()
-	out := mat.NewDense(rows*TopK, width, nil)
+	dst.Reset()
+	dst.ReuseAs(rows*TopK, width)
 	for local := range e.Local {
-		var from, to []int
+		b.from, b.to = b.from[:0], b.to[:0]
 		for i, choice := range in.Experts {
 			for k, expert := range choice {
 				if expert == e.First+local {
-					from, to = append(from, i), append(to, i*TopK+k)
+					b.from, b.to = append(b.from, i), append(b.to, i*TopK+k)
 				}
 			}
 		}
-		if len(from) == 0 {
+		if len(b.from) == 0 {
 			continue
 		}
-		x := mat.NewDense(len(from), width, nil)
-		for i, row := range from {
-			x.SetRow(i, in.Rows.RawRowView(row))
+		b.x.Reset()
+		b.x.ReuseAs(len(b.from), width)
+		for i, row := range b.from {
+			b.x.SetRow(i, in.Rows.RawRowView(row))
 		}
-		y := e.Local[local].forward(x)
-		for i, row := range to {
-			out.SetRow(row, y.RawRowView(i))
+		e.Local[local].forward(b)
+		for i, row := range b.to {
+			dst.SetRow(row, b.down.RawRowView(i))
 		}
 	}
-	return out
 }
 
-func (e *ExpertWeights) forward(x *mat.Dense) *mat.Dense {
-	var gate, up, down mat.Dense
-	gate.Mul(x, e.Gate)
-	up.Mul(x, e.Up)
-	gate.Apply(func(_, _ int, v float64) float64 { return v / (1 + math.Exp(-v)) }, &gate) // SiLU
-	gate.MulElem(&gate, &up)
-	down.Mul(&gate, e.Down)
-	return &down
+// forward stores the expert's output for b.x in b.down.
+func (e *ExpertWeights) forward(b *expertBuffers) {
+	b.gate.Reset()
+	b.gate.Mul(&b.x, e.Gate)
+	b.up.Reset()
+	b.up.Mul(&b.x, e.Up)
+	rows, _ := b.gate.Dims()
+	for i := range rows {
+		gate, up := b.gate.RawRowView(i), b.up.RawRowView(i)
+		for j, v := range gate {
+			gate[j] = v / (1 + math.Exp(-v)) * up[j] // SiLU
+		}
+	}
+	b.down.Reset()
+	b.down.Mul(&b.gate, e.Down)
 }

@@ -39,6 +39,7 @@ type options struct {
 	requests   int
 	maxContext int
 	dp         int
+	sp         int
 	chunk      int
 	speed      float64
 	check      bool
@@ -53,7 +54,8 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
 	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
-	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a rank sends to the experts at once")
+	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
+	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
 	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
@@ -83,6 +85,9 @@ func (o *options) validate(rest []string) error {
 	}
 	if o.dp < 1 || o.dp > engine.MaxRanks {
 		bad("-dp is %d, want 1 to %d", o.dp, engine.MaxRanks)
+	}
+	if o.sp < 1 || o.sp > engine.MaxSequenceParallel {
+		bad("-sp is %d, want 1 to %d", o.sp, engine.MaxSequenceParallel)
 	}
 	if o.chunk < 1 {
 		bad("-chunk is %d, want at least 1", o.chunk)
@@ -128,7 +133,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	config := engine.Config{DataParallelSize: o.dp, MaxChunk: o.chunk, Speed: o.speed}
+	config := engine.Config{DataParallelSize: o.dp, SequenceParallel: o.sp, MaxChunk: o.chunk, Speed: o.speed}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp)
 		if err != nil {

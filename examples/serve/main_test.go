@@ -95,6 +95,7 @@ func TestBadFlags(t *testing.T) {
 		{"-dp 0", "serve: -dp is 0, want 1 to 64"},
 		{"-dp 65", "serve: -dp is 65, want 1 to 64"},
 		{"-dp two", `invalid value "two" for flag -dp`},
+		{"-sp 0", "serve: -sp is 0, want 1 to 16"},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
 		{"-requests -1", "serve: -requests is -1, want at least 0"},
 		{"-max-context -1", "serve: -max-context is -1, want at least 0"},
