@@ -33,10 +33,17 @@ func newBatch(step []scheduled, rows, blockSize int) *batch {
 			Rows:       fwd.Range{Start: row, Stop: row + s.count},
 			BlockTable: s.seq.blockTable,
 		})
+		adapter := s.seq.request.Adapter
+		if adapter != model.NoAdapter && b.meta.Adapters == nil {
+			b.meta.Adapters = make([]int, rows)
+		}
 		for position := s.seq.computed; position < s.seq.computed+s.count; position++ {
 			b.tokens[row] = s.seq.token(position)
 			b.meta.Positions[row] = position
 			b.slots[row] = s.seq.blockTable[position/blockSize]*blockSize + position%blockSize
+			if adapter != model.NoAdapter {
+				b.meta.Adapters[row] = adapter
+			}
 			row++
 		}
 		if s.count == s.seq.pending() {
@@ -47,4 +54,15 @@ func newBatch(step []scheduled, rows, blockSize int) *batch {
 		b.slots[row] = model.NoSlot
 	}
 	return b
+}
+
+// activeAdapters returns how many different adapters the requests of a step use.
+func activeAdapters(step []scheduled) int {
+	active := map[int]bool{}
+	for _, s := range step {
+		if s.seq.request.Adapter != model.NoAdapter {
+			active[s.seq.request.Adapter] = true
+		}
+	}
+	return len(active)
 }

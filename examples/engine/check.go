@@ -38,7 +38,7 @@ func Check(ctx context.Context, w *model.Weights, requests []Request, results []
 const tolerance = 1e-9
 
 func compare(ctx context.Context, w *model.Weights, r *Request, got *Result) error {
-	tokens, logits, err := model.Generate(ctx, w, r.Prompt, r.MaxTokens)
+	tokens, logits, err := model.Generate(ctx, w, r.Adapter, r.Prompt, r.MaxTokens)
 	if err != nil {
 		return fmt.Errorf("request %d: %w", r.ID, err)
 	}

@@ -116,11 +116,15 @@ func New(m *model.Model, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them have.
-	dispatcher, err := fwd.NewDispatcher(fwd.DispatcherConfig{
+	dispatch := fwd.DispatcherConfig{
 		Mode:         fwd.GraphFullAndPiecewise,
 		CaptureSizes: fwd.DefaultCaptureSizes(maxCapture),
 		MaxNumSeqs:   cfg.MaxNumSeqs,
-	})
+	}
+	if n := m.Weights().Config.Adapters; n > 0 {
+		dispatch.LoRA = &fwd.LoRAConfig{MaxLoRAs: n, SpecializeCount: true}
+	}
+	dispatcher, err := fwd.NewDispatcher(dispatch)
 	if err != nil {
 		return nil, err
 	}
@@ -204,12 +208,15 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 // admit checks requests and returns how many blocks a rank's KV cache has.
 func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 	numBlocks = cmp.Or(e.config.NumBlocks, 512)
-	vocab := e.model.Weights().Config.Vocab
+	vocab, adapters := e.model.Weights().Config.Vocab, e.model.Weights().Config.Adapters
 	for i := range requests {
 		r := &requests[i]
 		if len(r.Prompt) == 0 || r.MaxTokens < 1 || r.Arrival < 0 {
 			return 0, fmt.Errorf("engine: request %d has %d prompt tokens, %d tokens to generate and arrives at %v: want at least 1, 1 and 0s",
 				r.ID, len(r.Prompt), r.MaxTokens, r.Arrival)
+		}
+		if r.Adapter < 0 || r.Adapter > adapters {
+			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the model's %d", r.ID, r.Adapter, adapters)
 		}
 		for p, t := range r.Prompt {
 			if t < 0 || t >= vocab {

@@ -19,9 +19,11 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-func newModel(t testing.TB) *model.Model {
+func newModel(t testing.TB, adapters int) *model.Model {
 	t.Helper()
-	w, err := model.NewWeights(model.DefaultConfig())
+	config := model.DefaultConfig()
+	config.Adapters = adapters
+	w, err := model.NewWeights(config)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,7 +32,12 @@ func newModel(t testing.TB) *model.Model {
 
 func newEngine(t testing.TB, cfg Config) *Engine {
 	t.Helper()
-	e, err := New(newModel(t), cfg)
+	return newEngineOf(t, newModel(t, 0), cfg)
+}
+
+func newEngineOf(t testing.TB, m *model.Model, cfg Config) *Engine {
+	t.Helper()
+	e, err := New(m, cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +60,11 @@ func newRequests(n, maxPrompt, maxAnswer int) []Request {
 // serve runs requests to their end and compares every answer with the reference.
 func serve(t *testing.T, cfg Config, requests []Request) Stats {
 	t.Helper()
-	e := newEngine(t, cfg)
+	adapters := 0
+	for _, r := range requests {
+		adapters = max(adapters, r.Adapter)
+	}
+	e := newEngineOf(t, newModel(t, adapters), cfg)
 	results, stats, err := e.Run(t.Context(), requests)
 	if err != nil {
 		t.Fatal(err)
@@ -105,6 +116,21 @@ func TestAgreesWithReference(t *testing.T) {
 			t.Parallel()
 			serve(t, cfg, requests)
 		})
+	}
+}
+
+// withAdapters returns requests of which request i uses adapter i mod (n+1).
+func withAdapters(requests []Request, n int) []Request {
+	for i := range requests {
+		requests[i].Adapter = i % (n + 1)
+	}
+	return requests
+}
+
+// TestAdapters: requests of different adapters share a batch.
+func TestAdapters(t *testing.T) {
+	for _, dp := range []int{1, 3} {
+		serve(t, Config{DataParallelSize: dp}, withAdapters(newRequests(20, 40, 12), 3))
 	}
 }
 
@@ -357,7 +383,7 @@ func TestBadConfig(t *testing.T) {
 		{Config{Speed: -0.5}, "Speed is -0.5"},
 		{Config{DataParallelSize: 2, Coordinators: make([]fwd.Coordinator, 3)}, "3 coordinators for 2 ranks"},
 	} {
-		if _, err := New(newModel(t), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.cfg, err, c.want)
 		}
 	}
@@ -369,6 +395,7 @@ func TestBadConfig(t *testing.T) {
 		{Request{ID: 7, Prompt: []int{1}}, "0 tokens to generate"},
 		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Arrival: -time.Second}, "arrives at -1s"},
 		{Request{ID: 7, Prompt: []int{1, 256}, MaxTokens: 1}, "request 7: token 256 at position 1 is not in the vocabulary of 256"},
+		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Adapter: 1}, "request 7: adapter 1 is none of the model's 0"},
 		{Request{ID: 7, Prompt: make([]int, 60), MaxTokens: 6}, "request 7 needs 5 blocks of 16 tokens, the KV cache has 4"},
 	} {
 		_, _, err := newEngine(t, Config{NumBlocks: 4}).Run(t.Context(), []Request{c.request})

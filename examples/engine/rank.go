@@ -53,7 +53,7 @@ func (r *rank) step(ctx context.Context) error {
 	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
 		return nil // nobody waits for a dummy pass
 	}
-	var schedule fwd.Schedule
+	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step)}
 	for _, s := range step {
 		schedule.NumScheduledTokens = append(schedule.NumScheduledTokens, s.count)
 	}

@@ -13,6 +13,7 @@ type Request struct {
 	Arrival   time.Duration // after the start of the run
 	Prompt    []int         // at least one token
 	MaxTokens int           // how many tokens to generate, at least one
+	Adapter   int           // LoRA adapter, from 1, or model.NoAdapter
 }
 
 // length is the number of tokens that end up in the KV cache: the last generated one is never fed back.

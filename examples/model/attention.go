@@ -15,8 +15,12 @@ import (
 // past lies. Rows of no sequence are padding; they attend to nothing.
 type AttnMeta struct {
 	Positions []int // of each row in its sequence, so also the number of tokens before it
+	Adapters  []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
 	Seqs      []SeqMeta
 }
+
+// NoAdapter stands for the model as it is.
+const NoAdapter = 0
 
 // SeqMeta is one request's part of a batch.
 type SeqMeta struct {
@@ -53,12 +57,17 @@ func (c *KVCache) slot(blockTable []int, position int) int {
 type Attention struct {
 	Name       string
 	Heads      int
-	Q, K, V, O *mat.Dense
+	Q, K, V, O projection
 	freqs      []float64 // rotary frequency of each pair of dimensions of a head
 }
 
 func newAttention(name string, c Config, w *LayerWeights) *Attention {
-	a := &Attention{Name: name, Heads: c.Heads, Q: w.Q, K: w.K, V: w.V, O: w.O}
+	a := &Attention{Name: name, Heads: c.Heads, Q: projection{weight: w.Q}, K: projection{weight: w.K}, V: projection{weight: w.V}, O: projection{weight: w.O}}
+	for i := range w.Adapters {
+		u := &w.Adapters[i]
+		a.Q.updates, a.K.updates = append(a.Q.updates, u.Q), append(a.K.updates, u.K)
+		a.V.updates, a.O.updates = append(a.V.updates, u.V), append(a.O.updates, u.O)
+	}
 	for i := range c.headDim() / 2 {
 		a.freqs = append(a.freqs, math.Pow(ropeBase, -2*float64(i)/float64(c.headDim())))
 	}
@@ -91,9 +100,9 @@ func (a *Attention) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, erro
 	}
 
 	var q, k, v mat.Dense
-	q.Mul(x, a.Q)
-	k.Mul(x, a.K)
-	v.Mul(x, a.V)
+	a.Q.forward(&q, x, meta.Adapters)
+	a.K.forward(&k, x, meta.Adapters)
+	a.V.forward(&v, x, meta.Adapters)
 	a.rotate(&q, meta.Positions)
 	a.rotate(&k, meta.Positions)
 	for i, slot := range slots {
@@ -110,7 +119,7 @@ func (a *Attention) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, erro
 			scores = a.attend(attended.RawRowView(i), q.RawRowView(i), cache, seq.BlockTable, meta.Positions[i], scores)
 		}
 	}
-	out.Mul(attended, a.O)
+	a.O.forward(out, attended, meta.Adapters)
 	return out, nil
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"strings"
 	"testing"
 
@@ -27,7 +28,7 @@ const blockSize = 4
 // newTest returns a model of one rank, with layer objects for passes over it.
 func newTest(t *testing.T, chunk int) (*Model, map[string]any) {
 	t.Helper()
-	w, err := NewWeights(Config{Layers: 2, Width: 16, Heads: 2, Experts: 4, ExpertWidth: 8, Vocab: 50, Seed: 3})
+	w, err := NewWeights(Config{Layers: 2, Width: 16, Heads: 2, Experts: 4, ExpertWidth: 8, Vocab: 50, Adapters: 2, Seed: 3})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,7 +42,7 @@ func newTest(t *testing.T, chunk int) (*Model, map[string]any) {
 
 // pass returns the context of a pass in which one sequence, whose blocks are scattered, has rows for positions first to
 // first+count-1, and padding rows follow.
-func pass(layers map[string]any, first, count, padding int) context.Context {
+func pass(layers map[string]any, adapter, first, count, padding int) context.Context {
 	table := []int{9, 2, 14, 0, 7}
 	meta := &AttnMeta{Positions: make([]int, count+padding), Seqs: []SeqMeta{{Rows: fwd.Range{Start: 0, Stop: count}, BlockTable: table}}}
 	slots := make([]int, count+padding)
@@ -51,6 +52,9 @@ func pass(layers map[string]any, first, count, padding int) context.Context {
 			p := first + i
 			meta.Positions[i], slots[i] = p, table[p/blockSize]*blockSize+p%blockSize
 		}
+	}
+	if adapter != NoAdapter {
+		meta.Adapters = append(slices.Repeat([]int{adapter}, count), make([]int, padding)...)
 	}
 	return fwd.NewContext(context.Background(), &fwd.ForwardContext{
 		NoCompileLayers: layers,
@@ -64,20 +68,22 @@ func pass(layers map[string]any, first, count, padding int) context.Context {
 func TestForward(t *testing.T) {
 	prompt := []int{7, 7, 49, 0, 12, 33, 5, 21, 8, 1, 40}
 	for _, c := range []struct {
-		name           string
-		parts          []int
-		padding, chunk int
+		name                    string
+		parts                   []int
+		padding, chunk, adapter int
 	}{
-		{"at once", []int{11}, 0, 100},
-		{"token by token", []int{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, 0, 100},
-		{"chunked prefill", []int{4, 6, 1}, 0, 100},
-		{"padded", []int{5, 6}, 3, 100},
-		{"experts by rows", []int{5, 6}, 2, 1},
-		{"experts by three", []int{11}, 2, 3},
+		{"at once", []int{11}, 0, 100, 0},
+		{"token by token", []int{1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}, 0, 100, 0},
+		{"chunked prefill", []int{4, 6, 1}, 0, 100, 0},
+		{"padded", []int{5, 6}, 3, 100, 0},
+		{"experts by rows", []int{5, 6}, 2, 1, 0},
+		{"experts by three", []int{11}, 2, 3, 0},
+		{"an adapter", []int{5, 6}, 2, 3, 1},
+		{"another adapter", []int{5, 6}, 2, 3, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m, layers := newTest(t, c.chunk)
-			_, want, err := Generate(t.Context(), m.Weights(), prompt, 1)
+			_, want, err := Generate(t.Context(), m.Weights(), c.adapter, prompt, 1)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -85,7 +91,7 @@ func TestForward(t *testing.T) {
 			first := 0
 			for _, n := range c.parts {
 				tokens := append(append([]int(nil), prompt[first:first+n]...), make([]int, c.padding)...)
-				hidden, err := m.Forward(pass(layers, first, n, c.padding), tokens)
+				hidden, err := m.Forward(pass(layers, c.adapter, first, n, c.padding), tokens)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -136,11 +142,11 @@ func TestForwardErrors(t *testing.T) {
 		want   string
 	}{
 		{"no forward context", context.Background(), []int{1}, fwd.ErrNoForwardContext, ""},
-		{"no cache", pass(without(AttentionName(1)), 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.1.attn"},
-		{"no experts", pass(without(MoEName(0)), 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.0.moe"},
-		{"fewer tokens than slots", pass(layers, 0, 3, 0), []int{1, 2}, nil, "layers.0.attn: 2 rows with 3 slots and 3 positions"},
-		{"unknown token", pass(layers, 0, 2, 0), []int{1, 50}, nil, "token 50 in row 1 is not in the vocabulary of 50"},
-		{"no tokens", pass(layers, 0, 0, 0), nil, nil, "without tokens"},
+		{"no cache", pass(without(AttentionName(1)), 0, 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.1.attn"},
+		{"no experts", pass(without(MoEName(0)), 0, 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.0.moe"},
+		{"fewer tokens than slots", pass(layers, 0, 0, 3, 0), []int{1, 2}, nil, "layers.0.attn: 2 rows with 3 slots and 3 positions"},
+		{"unknown token", pass(layers, 0, 0, 2, 0), []int{1, 50}, nil, "token 50 in row 1 is not in the vocabulary of 50"},
+		{"no tokens", pass(layers, 0, 0, 0, 0), nil, nil, "without tokens"},
 		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe: 2 rows for 1 workers of 3 rows each"},
 		{"a graph for unequal ranks", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}), []int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
 	} {
@@ -183,6 +189,7 @@ func TestBadConfig(t *testing.T) {
 		{func(c *Config) { c.Width = 30 }, "width 30 is no multiple of 2·2"},
 		{func(c *Config) { c.Vocab = 0 }, "vocabulary is 0"},
 		{func(c *Config) { c.ExpertWidth = 0 }, "expert width is 0"},
+		{func(c *Config) { c.Adapters = -1 }, "adapters is -1, want at least 0"},
 	} {
 		cfg := DefaultConfig()
 		c.change(&cfg)
@@ -192,11 +199,36 @@ func TestBadConfig(t *testing.T) {
 	}
 }
 
+// TestAdaptersDiffer: adapters change the answer, each in its own way, and leave the model without them as it is.
+func TestAdaptersDiffer(t *testing.T) {
+	config := DefaultConfig()
+	plain, err := NewWeights(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.Adapters = 2
+	adapted, err := NewWeights(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answer := func(w *Weights, adapter int) []int {
+		tokens, _, err := Generate(t.Context(), w, adapter, []int{1, 2, 3, 4, 5}, 20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return tokens
+	}
+	none, one, two := answer(adapted, NoAdapter), answer(adapted, 1), answer(adapted, 2)
+	if !slices.Equal(answer(plain, NoAdapter), none) || slices.Equal(none, one) || slices.Equal(none, two) || slices.Equal(one, two) {
+		t.Errorf("answers %v without adapter, %v and %v with one", none, one, two)
+	}
+}
+
 func TestGenerateEnds(t *testing.T) {
 	m, _ := newTest(t, 1)
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	if _, _, err := Generate(ctx, m.Weights(), []int{1}, 1000); !errors.Is(err, context.Canceled) {
+	if _, _, err := Generate(ctx, m.Weights(), NoAdapter, []int{1}, 1000); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v, want %v", err, context.Canceled)
 	}
 }

@@ -9,9 +9,9 @@ import (
 
 // Generate computes the answer to one prompt alone, token by token, with plain loops: no batch, no pages, no ranks, no
 // chunks and no forward context. It shares nothing with the layers but the weights, which is the point: where a served
-// request differs from it, the serving is wrong. It returns the greedily sampled tokens and the logits of the last one.
+// request differs from it, the serving is wrong. The request uses one adapter, or [NoAdapter]. It returns the greedily sampled tokens and the logits of the last one.
 // It ends early with ctx's cause when ctx ends.
-func Generate(ctx context.Context, w *Weights, prompt []int, count int) (tokens []int, logits []float64, err error) {
+func Generate(ctx context.Context, w *Weights, adapter int, prompt []int, count int) (tokens []int, logits []float64, err error) {
 	past := make([]referenceCache, len(w.Layers))
 	for position := range len(prompt) + count - 1 {
 		if ctx.Err() != nil {
@@ -25,7 +25,7 @@ func Generate(ctx context.Context, w *Weights, prompt []int, count int) (tokens 
 		}
 		x := append([]float64(nil), w.Embedding.RawRowView(token)...)
 		for l := range w.Layers {
-			referenceLayer(w.Config, &w.Layers[l], &past[l], x)
+			referenceLayer(w.Config, &w.Layers[l], adapter, &past[l], x)
 		}
 		if position < len(prompt)-1 {
 			continue // nobody reads the scores within the prompt
@@ -46,15 +46,19 @@ func Generate(ctx context.Context, w *Weights, prompt []int, count int) (tokens 
 type referenceCache struct{ keys, values [][]float64 }
 
 // referenceLayer takes the token x, the one after those in past, through a layer in place.
-func referenceLayer(c Config, w *LayerWeights, past *referenceCache, x []float64) {
+func referenceLayer(c Config, w *LayerWeights, adapter int, past *referenceCache, x []float64) {
 	in := normed(x, w.AttnNorm)
 	position := len(past.keys)
-	query := times(in, w.Q)
-	key := times(in, w.K)
+	var a Adapter // without one, all updates are empty
+	if adapter != NoAdapter {
+		a = w.Adapters[adapter-1]
+	}
+	query := updated(in, w.Q, a.Q)
+	key := updated(in, w.K, a.K)
 	turn(query, c.Heads, position)
 	turn(key, c.Heads, position)
 	past.keys = append(past.keys, key)
-	past.values = append(past.values, times(in, w.V))
+	past.values = append(past.values, updated(in, w.V, a.V))
 
 	attended := make([]float64, len(x))
 	dim := len(x) / c.Heads
@@ -82,7 +86,7 @@ func referenceLayer(c Config, w *LayerWeights, past *referenceCache, x []float64
 			}
 		}
 	}
-	for i, v := range times(attended, w.O) {
+	for i, v := range updated(attended, w.O, a.O) {
 		x[i] += v
 	}
 
@@ -98,9 +102,9 @@ func referenceLayer(c Config, w *LayerWeights, past *referenceCache, x []float64
 		}
 	}
 	share := 1 / (1 + math.Exp(scores[second]-scores[first]))
-	a, b := expert(in, &w.Experts[first]), expert(in, &w.Experts[second])
+	best, next := expert(in, &w.Experts[first]), expert(in, &w.Experts[second])
 	for i := range x {
-		x[i] += share*a[i] + (1-share)*b[i]
+		x[i] += share*best[i] + (1-share)*next[i]
 	}
 }
 
@@ -137,6 +141,25 @@ func turn(x []float64, heads, position int) {
 			head[i+dim/2] = b*math.Cos(angle) + a*math.Sin(angle)
 		}
 	}
+}
+
+// updated returns x·w plus the update of x, if there is one.
+func updated(x []float64, w *mat.Dense, update LowRank) []float64 {
+	out := times(x, w)
+	if update.Down == nil {
+		return out
+	}
+	rank, _ := update.Down.Dims()
+	for r := range rank {
+		dot := 0.0
+		for i, v := range x {
+			dot += v * update.Down.At(r, i)
+		}
+		for j := range out {
+			out[j] += dot * update.Up.At(r, j)
+		}
+	}
+	return out
 }
 
 // times returns the row vector x·w.

@@ -25,6 +25,7 @@ type Config struct {
 	Experts     int // of each layer, at least TopK
 	ExpertWidth int // hidden width of an expert
 	Vocab       int // number of token ids
+	Adapters    int // LoRA adapters, numbered from 1
 	Seed        uint64
 }
 
@@ -43,7 +44,7 @@ func (c Config) validate() error {
 		value, min int
 	}{
 		{"layers", c.Layers, 1}, {"width", c.Width, 2}, {"heads", c.Heads, 1}, {"experts", c.Experts, TopK},
-		{"expert width", c.ExpertWidth, 1}, {"vocabulary", c.Vocab, 2},
+		{"expert width", c.ExpertWidth, 1}, {"vocabulary", c.Vocab, 2}, {"adapters", c.Adapters, 0},
 	} {
 		if f.value < f.min {
 			errs = append(errs, fmt.Errorf("model: %s is %d, want at least %d", f.name, f.value, f.min))
@@ -72,6 +73,7 @@ type LayerWeights struct {
 	MoENorm    []float64
 	Router     *mat.Dense // width × experts
 	Experts    []ExpertWeights
+	Adapters   []Adapter // adapter a at index a-1
 }
 
 // ExpertWeights holds the weights of one expert: Down·(silu(Gate·x) ⊙ (Up·x)).
@@ -88,12 +90,7 @@ func NewWeights(c Config) (*Weights, error) {
 	rng := rand.New(rand.NewPCG(c.Seed, 0x6d6f64656c)) // "model"
 	// Scaling by 1/sqrt(rows) keeps the variance of x·W that of x.
 	draw := func(rows, cols int, gain float64) *mat.Dense {
-		data := make([]float64, rows*cols)
-		scale := gain / math.Sqrt(float64(rows))
-		for i := range data {
-			data[i] = scale * rng.NormFloat64()
-		}
-		return mat.NewDense(rows, cols, data)
+		return drawMatrix(rng, rows, cols, gain/math.Sqrt(float64(rows)))
 	}
 	norm := func() []float64 {
 		w := make([]float64, c.Width)
@@ -126,5 +123,31 @@ func NewWeights(c Config) (*Weights, error) {
 	}
 	w.FinalNorm = norm()
 	w.Head = draw(c.Width, c.Vocab, 1)
+	w.drawAdapters()
 	return w, nil
+}
+
+// drawAdapters draws the adapters from a generator of their own: the model without them is the same, however many there are.
+func (w *Weights) drawAdapters() {
+	c := w.Config
+	rng := rand.New(rand.NewPCG(c.Seed, 0x6c6f7261)) // "lora"
+	update := func() LowRank {
+		return LowRank{
+			Down: drawMatrix(rng, loraRank, c.Width, 1/math.Sqrt(float64(c.Width))),
+			Up:   drawMatrix(rng, loraRank, c.Width, 1),
+		}
+	}
+	for range c.Adapters {
+		for l := range w.Layers {
+			w.Layers[l].Adapters = append(w.Layers[l].Adapters, Adapter{Q: update(), K: update(), V: update(), O: update()})
+		}
+	}
+}
+
+func drawMatrix(rng *rand.Rand, rows, cols int, scale float64) *mat.Dense {
+	data := make([]float64, rows*cols)
+	for i := range data {
+		data[i] = scale * rng.NormFloat64()
+	}
+	return mat.NewDense(rows, cols, data)
 }

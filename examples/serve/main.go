@@ -33,6 +33,9 @@ func main() {
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
 
+// maxLoRAs is the most adapters that -loras can ask for.
+const maxLoRAs = 64
+
 // options are the flags.
 type options struct {
 	trace      string
@@ -41,6 +44,7 @@ type options struct {
 	dp         int
 	sp         int
 	chunk      int
+	loras      int
 	speed      float64
 	check      bool
 	json       bool
@@ -56,6 +60,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
 	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
 	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
+	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
 	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
@@ -91,6 +96,9 @@ func (o *options) validate(rest []string) error {
 	}
 	if o.chunk < 1 {
 		bad("-chunk is %d, want at least 1", o.chunk)
+	}
+	if o.loras < 0 || o.loras > maxLoRAs {
+		bad("-loras is %d, want 0 to %d", o.loras, maxLoRAs)
 	}
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
@@ -129,7 +137,12 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 		rows = rows[:min(o.requests, len(rows))]
 	}
 	requests := trace.Requests(rows, o.maxContext)
-	weights, err := model.NewWeights(model.DefaultConfig())
+	for i := range requests {
+		requests[i].Adapter = i % (o.loras + 1)
+	}
+	sizes := model.DefaultConfig()
+	sizes.Adapters = o.loras
+	weights, err := model.NewWeights(sizes)
 	if err != nil {
 		return err
 	}

@@ -96,6 +96,7 @@ func TestBadFlags(t *testing.T) {
 		{"-dp 65", "serve: -dp is 65, want 1 to 64"},
 		{"-dp two", `invalid value "two" for flag -dp`},
 		{"-sp 0", "serve: -sp is 0, want 1 to 16"},
+		{"-loras -1", "serve: -loras is -1, want 0 to 64"},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
 		{"-requests -1", "serve: -requests is -1, want at least 0"},
 		{"-max-context -1", "serve: -max-context is -1, want at least 0"},
@@ -140,7 +141,7 @@ func TestDifferences(t *testing.T) {
 	requests := trace.Requests(trace.Default()[:14], 5)
 	results := make([]engine.Result, len(requests))
 	for i, r := range requests {
-		tokens, logits, err := model.Generate(t.Context(), weights, r.Prompt, r.MaxTokens)
+		tokens, logits, err := model.Generate(t.Context(), weights, model.NoAdapter, r.Prompt, r.MaxTokens)
 		if err != nil {
 			t.Fatal(err)
 		}
