@@ -25,7 +25,7 @@ func newBatch(step []scheduled, rows, blockSize int) *batch {
 	b := &batch{
 		tokens: make([]int, rows),
 		slots:  make([]int, rows),
-		meta:   &model.AttnMeta{Positions: make([]int, rows)},
+		meta:   &model.AttnMeta{Positions: make([]int, rows), ActiveAdapters: activeAdapters(step)},
 	}
 	row := 0
 	for _, s := range step {

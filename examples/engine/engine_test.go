@@ -83,7 +83,7 @@ func serve(t *testing.T, cfg Config, requests []Request) Stats {
 
 func compareAll(t *testing.T, e *Engine, requests []Request, results []Result) {
 	t.Helper()
-	for _, err := range Check(context.Background(), e.model.Weights(), requests, results, nil) {
+	for _, err := range Check(context.Background(), e.target.model.Weights(), requests, results, nil) {
 		if err != nil {
 			t.Error(err)
 		}
@@ -101,16 +101,21 @@ func TestAgreesWithReference(t *testing.T) {
 		}
 	}
 	for name, cfg := range map[string]Config{
-		"more ranks than experts":  {DataParallelSize: 10},
-		"more ranks than requests": {DataParallelSize: 13},
-		"sequence parallel":        {DataParallelSize: 3, SequenceParallel: 2, MaxChunk: 7},
-		"one rank of workers":      {SequenceParallel: 3, MaxChunk: 5},
-		"more workers than rows":   {DataParallelSize: 2, SequenceParallel: 16},
-		"one token a step":         {DataParallelSize: 2, MaxNumBatchedTokens: 1},
-		"one request a step":       {DataParallelSize: 2, MaxNumSeqs: 1},
-		"blocks of one token":      {DataParallelSize: 2, BlockSize: 1},
-		"hardly any blocks":        {DataParallelSize: 2, NumBlocks: 11},
-		"large blocks":             {BlockSize: 1000, NumBlocks: 2},
+		"more ranks than experts":   {DataParallelSize: 10},
+		"more ranks than requests":  {DataParallelSize: 13},
+		"sequence parallel":         {DataParallelSize: 3, SequenceParallel: 2, MaxChunk: 7},
+		"one rank of workers":       {SequenceParallel: 3, MaxChunk: 5},
+		"more workers than rows":    {DataParallelSize: 2, SequenceParallel: 16},
+		"one token a step":          {DataParallelSize: 2, MaxNumBatchedTokens: 1},
+		"one request a step":        {DataParallelSize: 2, MaxNumSeqs: 1},
+		"blocks of one token":       {DataParallelSize: 2, BlockSize: 1},
+		"full graphs for any batch": {DataParallelSize: 2, GraphMode: fwd.GraphFull},
+		"full decode graphs":        {DataParallelSize: 3, SequenceParallel: 2, GraphMode: fwd.GraphFullDecodeOnly},
+		"piecewise graphs":          {DataParallelSize: 2, GraphMode: fwd.GraphPiecewise, MaxChunk: 7},
+		"graphs of both kinds":      {DataParallelSize: 4, GraphMode: fwd.GraphFullAndPiecewise},
+		"graphs of one rank":        {GraphMode: fwd.GraphFullAndPiecewise},
+		"hardly any blocks":         {DataParallelSize: 2, NumBlocks: 11},
+		"large blocks":              {BlockSize: 1000, NumBlocks: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -138,7 +143,7 @@ func TestAdapters(t *testing.T) {
 func TestStats(t *testing.T) {
 	t.Run("alone", func(t *testing.T) {
 		// 200 prompt tokens: 128 are too large for a graph, 72 as well; then 4 decode steps.
-		stats := serve(t, Config{}, []Request{{Prompt: make([]int, 200), MaxTokens: 5}})
+		stats := serve(t, Config{GraphMode: fwd.GraphFullAndPiecewise}, []Request{{Prompt: make([]int, 200), MaxTokens: 5}})
 		if stats.Steps != 6 || stats.Passes[fwd.ReasonTooLarge] != 2 || stats.Passes[fwd.ReasonExact] != 4 || stats.DummyPasses != 0 ||
 			stats.GraphPadding != 0 || stats.DataPadding != 0 {
 			t.Errorf("%+v", stats)
@@ -146,14 +151,14 @@ func TestStats(t *testing.T) {
 	})
 	t.Run("idle rank", func(t *testing.T) {
 		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in dummy passes.
-		stats := serve(t, Config{DataParallelSize: 2}, []Request{{Prompt: make([]int, 30), MaxTokens: 10}})
+		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise}, []Request{{Prompt: make([]int, 30), MaxTokens: 10}})
 		if stats.DummyPasses < stats.Steps || stats.GraphPadding != 2 || stats.DataPadding != 31 {
 			t.Errorf("%+v, want a dummy pass a step, 2 tokens of graph padding and 31 of DP padding", stats)
 		}
 	})
 	t.Run("lowered by a rank", func(t *testing.T) {
 		requests := []Request{{Prompt: make([]int, 100), MaxTokens: 1}, {Prompt: make([]int, 1), MaxTokens: 1}}
-		stats := serve(t, Config{DataParallelSize: 2}, requests)
+		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise}, requests)
 		if stats.Passes[fwd.ReasonTooLarge] != 1 || stats.Passes[fwd.ReasonDPRank] != 1 {
 			t.Errorf("%+v, want one pass too large and one lowered by it", stats)
 		}
@@ -286,9 +291,9 @@ func TestSpeed(t *testing.T) {
 			t.Errorf("dp %d: %d steps: ranks did not sleep", dp, stats.Steps)
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
-	requests[5].Arrival = time.Hour
+	requests[5].Arrival = 10000 * time.Hour
 	if _, stats, err := newEngine(t, Config{DataParallelSize: 2, Speed: 1e4}).Run(ctx, requests); !errors.Is(err, context.DeadlineExceeded) || stats.Finished != 5 {
 		t.Errorf("%v, %d finished, want the deadline in the long sleep", err, stats.Finished)
 	}
@@ -381,6 +386,8 @@ func TestBadConfig(t *testing.T) {
 		{Config{BlockSize: -5}, "BlockSize is -5"},
 		{Config{NumBlocks: -6}, "NumBlocks is -6"},
 		{Config{Speed: -0.5}, "Speed is -0.5"},
+		{Config{GraphMode: fwd.GraphFull, CaptureSizes: []int{8, 4}}, "capture sizes are not ascending: 4 follows 8"},
+		{Config{GraphMode: 9}, "GraphMode(9) is not a graph mode"},
 		{Config{DataParallelSize: 2, Coordinators: make([]fwd.Coordinator, 3)}, "3 coordinators for 2 ranks"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
@@ -416,7 +423,7 @@ func TestCheckNotices(t *testing.T) {
 	results[2].Logits[9] += 1e-6
 	results[3].Finished = false
 	results[3].Tokens = nil
-	for i, err := range Check(t.Context(), e.model.Weights(), requests, results, nil) {
+	for i, err := range Check(t.Context(), e.target.model.Weights(), requests, results, nil) {
 		if want := i == 1 || i == 2; (err != nil) != want {
 			t.Errorf("request %d: %v", i, err)
 		}

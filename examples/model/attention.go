@@ -14,9 +14,10 @@ import (
 // AttnMeta is the attention metadata of one pass, or of one microbatch of it: which rows belong together, and where their
 // past lies. Rows of no sequence are padding; they attend to nothing.
 type AttnMeta struct {
-	Positions []int // of each row in its sequence, so also the number of tokens before it
-	Adapters  []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
-	Seqs      []SeqMeta
+	Positions      []int // of each row in its sequence, so also the number of tokens before it
+	Adapters       []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
+	ActiveAdapters int   // different ones
+	Seqs           []SeqMeta
 }
 
 // NoAdapter stands for the model as it is.
@@ -74,53 +75,125 @@ func newAttention(name string, c Config, w *LayerWeights) *Attention {
 	return a
 }
 
-// Forward lets each row of x attend to its own sequence up to itself. Keys and values of the new rows are written to the KV
-// cache first and then read from it like those of earlier steps, so prefill, chunked prefill and decode are one case.
-func (a *Attention) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
-	rows, width := x.Dims()
-	out := mat.NewDense(rows, width, nil)
+// attnInputs are what attention must know about a batch.
+type attnInputs struct {
+	meta  *AttnMeta
+	slots []int
+	cache *KVCache
+}
 
-	meta, err := fwd.AttnMetadata[*AttnMeta](ctx, a.Name)
+// inputs returns what the forward context says about the batch. A dummy pass has no metadata: no row belongs to a request.
+func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy bool, err error) {
+	in.cache, err = fwd.Layer[*KVCache](ctx, a.Name)
+	if err != nil {
+		return in, false, err
+	}
+	in.meta, err = fwd.AttnMetadata[*AttnMeta](ctx, a.Name)
 	if errors.Is(err, fwd.ErrNoMetadata) {
-		return out, nil // a dummy pass: no row belongs to a request
+		return in, true, nil
 	}
 	if err != nil {
-		return nil, err
+		return in, false, err
 	}
-	slots, err := fwd.SlotMapping[[]int](ctx, a.Name)
+	in.slots, err = fwd.SlotMapping[[]int](ctx, a.Name)
 	if err != nil {
-		return nil, err
+		return in, false, err
 	}
+	if len(in.slots) != rows || len(in.meta.Positions) != rows {
+		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows, len(in.slots), len(in.meta.Positions))
+	}
+	return in, false, nil
+}
+
+// Forward stores in t.attended what each row sees of its own sequence, up to itself. Keys and values of the new rows are
+// written to the KV cache first and then read from it like those of earlier steps, so prefill, chunked prefill and decode are
+// one case.
+func (a *Attention) Forward(ctx context.Context, t *activations) error {
+	rows, _ := t.q.Dims()
+	in, dummy, err := a.inputs(ctx, rows)
+	if err != nil {
+		return err
+	}
+	t.attended.Zero()
+	if !dummy {
+		a.write(&in, t)
+		a.read(&in, t, nil)
+	}
+	return nil
+}
+
+// write turns queries and keys by their positions, and puts keys and values into the KV cache.
+func (a *Attention) write(in *attnInputs, t *activations) {
+	a.rotate(t.q, in.meta.Positions)
+	a.rotate(t.k, in.meta.Positions)
+	for i, slot := range in.slots {
+		if slot != NoSlot {
+			in.cache.Keys.SetRow(slot, t.k.RawRowView(i))
+			in.cache.Values.SetRow(slot, t.v.RawRowView(i))
+		}
+	}
+}
+
+// read lets the rows of every sequence attend. It returns scores for the next call to use again.
+func (a *Attention) read(in *attnInputs, t *activations, scores []float64) []float64 {
+	for _, seq := range in.meta.Seqs {
+		for i := seq.Rows.Start; i < seq.Rows.Stop; i++ {
+			scores = a.attend(t.attended.RawRowView(i), t.q.RawRowView(i), in.cache, seq.BlockTable, in.meta.Positions[i], scores)
+		}
+	}
+	return scores
+}
+
+// attnPlan is attention laid out for a full graph, with buffers for what it must know about a batch.
+type attnPlan struct {
+	attn   *Attention
+	key    fwd.BatchDescriptor
+	in     attnInputs
+	scores []float64
+}
+
+func (a *Attention) plan(ctx context.Context, key fwd.BatchDescriptor) (*attnPlan, error) {
 	cache, err := fwd.Layer[*KVCache](ctx, a.Name)
 	if err != nil {
 		return nil, err
 	}
-	if len(slots) != rows || len(meta.Positions) != rows {
-		return nil, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows, len(slots), len(meta.Positions))
-	}
+	meta := &AttnMeta{Positions: make([]int, key.NumTokens)}
+	return &attnPlan{attn: a, key: key, in: attnInputs{meta, make([]int, key.NumTokens), cache}}, nil
+}
 
-	var q, k, v mat.Dense
-	a.Q.forward(&q, x, meta.Adapters)
-	a.K.forward(&k, x, meta.Adapters)
-	a.V.forward(&v, x, meta.Adapters)
-	a.rotate(&q, meta.Positions)
-	a.rotate(&k, meta.Positions)
-	for i, slot := range slots {
-		if slot != NoSlot {
-			cache.Keys.SetRow(slot, k.RawRowView(i))
-			cache.Values.SetRow(slot, v.RawRowView(i))
+// load copies what the forward context says about the batch into the plan's buffers.
+func (p *attnPlan) load(ctx context.Context) error {
+	in, dummy, err := p.attn.inputs(ctx, p.key.NumTokens)
+	if err != nil {
+		return err
+	}
+	meta := p.in.meta
+	if dummy {
+		meta.Seqs = meta.Seqs[:0]
+		clear(meta.Positions)
+		for i := range p.in.slots {
+			p.in.slots[i] = NoSlot
+		}
+		return nil
+	}
+	if p.key.Uniform {
+		for i, s := range in.meta.Seqs {
+			if i == p.key.NumReqs || s.Rows.Len() != p.key.NumTokens/p.key.NumReqs {
+				return fmt.Errorf("model: %s: request %d of %d has %d tokens, in a graph for %d requests of %d tokens each",
+					p.attn.Name, i, len(in.meta.Seqs), s.Rows.Len(), p.key.NumReqs, p.key.NumTokens/p.key.NumReqs)
+			}
 		}
 	}
+	copy(meta.Positions, in.meta.Positions)
+	copy(p.in.slots, in.slots)
+	meta.Seqs = append(meta.Seqs[:0], in.meta.Seqs...)
+	return nil
+}
 
-	attended := mat.NewDense(rows, width, nil)
-	var scores []float64
-	for _, seq := range meta.Seqs {
-		for i := seq.Rows.Start; i < seq.Rows.Stop; i++ {
-			scores = a.attend(attended.RawRowView(i), q.RawRowView(i), cache, seq.BlockTable, meta.Positions[i], scores)
-		}
-	}
-	a.O.forward(out, attended, meta.Adapters)
-	return out, nil
+func (p *attnPlan) run(t *activations) {
+	t.attended.Zero()
+	p.attn.write(&p.in, t)
+	p.scores = p.attn.read(&p.in, t, p.scores)
 }
 
 // attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys' products with q. It

@@ -1,10 +1,13 @@
 // Package model is a decoder-only mixture-of-experts language model, written the way that models are written on fwd.
 //
-// A layer takes a context and its input tensor, one token per row, and returns its output tensor. Whatever else it needs to
-// know about the forward pass comes out of the context through fwd: [Attention] reads which rows belong to which request
+// A layer takes a context and its tensors, one token per row. Whatever else it needs to know about the forward pass comes out
+// of the context through fwd: [Attention] reads which rows belong to which request
 // (fwd.AttnMetadata), where in the KV cache new keys and values go (fwd.SlotMapping) and the cache itself (fwd.Layer); [MoE]
 // reads its workers' experts (fwd.Layer) and the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer
-// passes anything on for another, and the layers in between ([Model], [Layer]) know nothing of batching, paging or ranks.
+// passes anything on for another, and what lies in between ([Model], [Layer]) knows nothing of batching, paging or ranks.
+//
+// The model runs in stages, from one attention to the next (stage.go). A stage is planned for the shape of a pass and then
+// run; an [Executor] keeps plans as graphs and replays them, so that a pass of a known shape needs no planning.
 //
 // The file reference.go computes the same model for one request by plain loops and knows nothing of all this. It is what the
 // engine's answers are checked against.
@@ -16,6 +19,7 @@ import (
 	"fmt"
 	"math"
 
+	"github.com/forwardctx/fwd"
 	"gonum.org/v1/gonum/floats"
 	"gonum.org/v1/gonum/mat"
 )
@@ -39,19 +43,58 @@ func New(w *Weights) *Model {
 // Weights returns the weights that m was built on.
 func (m *Model) Weights() *Weights { return m.weights }
 
-// Forward returns the hidden state of every token. Tokens are rows of a batch: several requests, one after the other, then
-// padding; the context says which is which.
+// Forward returns the hidden state of every token, without graphs. Tokens are rows of a batch: several requests, one after
+// the other, then padding; the context says which is which. The microbatches of a split pass run at the same time.
 func (m *Model) Forward(ctx context.Context, tokens []int) (*mat.Dense, error) {
-	h, err := m.embed(tokens)
+	return m.forward(ctx, tokens, m.eager)
+}
+
+// forward takes tokens through the model: a stage, an attention, a stage, and so on. How stage i is run is the caller's
+// choice; attention is called as it is, since what it does depends on what the batch holds.
+func (m *Model) forward(ctx context.Context, tokens []int, stage func(ctx context.Context, i int, a *activations) error) (*mat.Dense, error) {
+	if len(tokens) == 0 {
+		return nil, errors.New("model: a pass without tokens")
+	}
+	hidden := mat.NewDense(len(tokens), m.weights.Config.Width, nil)
+	pass, _ := fwd.FromContext(ctx)
+	err := fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
+		rows := fwd.Range{Start: 0, Stop: len(tokens)}
+		if len(pass.UBatches) > 0 {
+			rows = pass.UBatches[i].Tokens
+		}
+		if rows.Stop > len(tokens) {
+			return fmt.Errorf("model: microbatch %d has rows [%d, %d) of %d", i, rows.Start, rows.Stop, len(tokens))
+		}
+		a := &activations{tokens: tokens[rows.Start:rows.Stop]}
+		for i, l := range m.layers {
+			if err := stage(ctx, i, a); err != nil {
+				return err
+			}
+			if err := l.attn.Forward(ctx, a); err != nil {
+				return err
+			}
+		}
+		if err := stage(ctx, len(m.layers), a); err != nil {
+			return err
+		}
+		for row := range rows.Len() {
+			hidden.SetRow(rows.Start+row, a.hidden.RawRowView(row))
+		}
+		return nil
+	})
 	if err != nil {
 		return nil, err
 	}
-	for _, l := range m.layers {
-		if h, err = l.Forward(ctx, h); err != nil {
-			return nil, err
-		}
+	return hidden, nil
+}
+
+// eager plans a stage for the pass in ctx and runs it, once.
+func (m *Model) eager(ctx context.Context, i int, a *activations) error {
+	s, err := m.plan(ctx, i, len(a.tokens))
+	if err != nil {
+		return err
 	}
-	return rmsNorm(like(h), h, m.weights.FinalNorm), nil
+	return s.run(ctx, a)
 }
 
 // Logits returns the scores of each possible next token for rows of hidden states. An engine asks for the last row of each
@@ -62,21 +105,8 @@ func (m *Model) Logits(hidden *mat.Dense) *mat.Dense {
 	return &logits
 }
 
-func (m *Model) embed(tokens []int) (*mat.Dense, error) {
-	if len(tokens) == 0 {
-		return nil, errors.New("model: a pass without tokens")
-	}
-	h := mat.NewDense(len(tokens), m.weights.Config.Width, nil)
-	for i, t := range tokens {
-		if t < 0 || t >= m.weights.Config.Vocab {
-			return nil, fmt.Errorf("model: token %d in row %d is not in the vocabulary of %d", t, i, m.weights.Config.Vocab)
-		}
-		h.SetRow(i, m.weights.Embedding.RawRowView(t))
-	}
-	return h, nil
-}
-
-// Layer is one decoder layer: attention and a mixture of experts, each behind a norm and beside a residual connection.
+// Layer is one decoder layer: attention and a mixture of experts, each behind a norm and beside a residual connection. A
+// [stage] computes what lies between two attentions.
 type Layer struct {
 	attnNorm, moeNorm []float64
 	attn              *Attention
@@ -99,28 +129,8 @@ func AttentionName(layer int) string { return fmt.Sprintf("layers.%d.attn", laye
 // MoEName returns the name under which the mixture of experts of a layer finds this worker's experts.
 func MoEName(layer int) string { return fmt.Sprintf("layers.%d.moe", layer) }
 
-// Forward returns x after the layer, in a new matrix.
-func (l *Layer) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
-	attended, err := l.attn.Forward(ctx, rmsNorm(like(x), x, l.attnNorm))
-	if err != nil {
-		return nil, err
-	}
-	attended.Add(attended, x)
-	rows, _ := attended.Dims()
-	moe, err := l.moe.plan(ctx, rows)
-	if err != nil {
-		return nil, err
-	}
-	rmsNorm(moe.in, attended, l.moeNorm)
-	if err := moe.run(ctx); err != nil {
-		return nil, err
-	}
-	attended.Add(attended, moe.out)
-	return attended, nil
-}
-
-// rmsNorm stores in dst each row of x divided by its root mean square and multiplied by weight, and returns dst.
-func rmsNorm(dst, x *mat.Dense, weight []float64) *mat.Dense {
+// rmsNorm stores in dst each row of x divided by its root mean square and multiplied by weight.
+func rmsNorm(dst, x *mat.Dense, weight []float64) {
 	rows, cols := x.Dims()
 	for i := range rows {
 		in, out := x.RawRowView(i), dst.RawRowView(i)
@@ -129,19 +139,12 @@ func rmsNorm(dst, x *mat.Dense, weight []float64) *mat.Dense {
 			out[j] = in[j] * scale * w
 		}
 	}
-	return dst
 }
 
 // firstRows returns a view of the first rows of m.
 func firstRows(m *mat.Dense, rows int) *mat.Dense {
 	_, cols := m.Dims()
 	return m.Slice(0, rows, 0, cols).(*mat.Dense)
-}
-
-// like returns a matrix of zeros with the shape of m.
-func like(m *mat.Dense) *mat.Dense {
-	rows, cols := m.Dims()
-	return mat.NewDense(rows, cols, nil)
 }
 
 // Argmax returns the index of the largest value, the first of several: greedy sampling.

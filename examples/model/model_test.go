@@ -26,7 +26,7 @@ func (alone) Combine(_ context.Context, _ Place, _ []int, parts []*mat.Dense) ([
 const blockSize = 4
 
 // newTest returns a model of one rank, with layer objects for passes over it.
-func newTest(t *testing.T, chunk int) (*Model, map[string]any) {
+func newTest(t testing.TB, chunk int) (*Model, map[string]any) {
 	t.Helper()
 	w, err := NewWeights(Config{Layers: 2, Width: 16, Heads: 2, Experts: 4, ExpertWidth: 8, Vocab: 50, Adapters: 2, Seed: 3})
 	if err != nil {

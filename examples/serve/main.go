@@ -22,6 +22,7 @@ import (
 	"os/signal"
 	"syscall"
 
+	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/engine"
 	"github.com/forwardctx/fwd/examples/model"
 	"github.com/forwardctx/fwd/examples/trace"
@@ -45,6 +46,7 @@ type options struct {
 	sp         int
 	chunk      int
 	loras      int
+	graph      fwd.GraphMode
 	speed      float64
 	check      bool
 	json       bool
@@ -61,6 +63,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
 	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
 	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
+	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise, "which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
 	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
@@ -146,7 +149,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	config := engine.Config{DataParallelSize: o.dp, SequenceParallel: o.sp, MaxChunk: o.chunk, Speed: o.speed}
+	config := engine.Config{DataParallelSize: o.dp, SequenceParallel: o.sp, MaxChunk: o.chunk, GraphMode: o.graph, Speed: o.speed}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp)
 		if err != nil {

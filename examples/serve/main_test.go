@@ -97,6 +97,7 @@ func TestBadFlags(t *testing.T) {
 		{"-dp two", `invalid value "two" for flag -dp`},
 		{"-sp 0", "serve: -sp is 0, want 1 to 16"},
 		{"-loras -1", "serve: -loras is -1, want 0 to 64"},
+		{"-graph SOME", `graph mode "SOME" is none of NONE, PIECEWISE, FULL,`},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
 		{"-requests -1", "serve: -requests is -1, want at least 0"},
 		{"-max-context -1", "serve: -max-context is -1, want at least 0"},
@@ -240,7 +241,7 @@ func TestTelemetry(t *testing.T) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.names["request"] != 5 || c.names["fwd.forward"] != 4*got.Steps || c.names["fwd.coordinate"] != 4*got.Steps || c.names["fwd.forward.duration"] == 0 {
+	if c.names["request"] != 5 || c.names["warm-up"] != 4 || c.names["fwd.forward"] <= 4*got.Steps || c.names["fwd.coordinate"] != 4*got.Steps || c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 4 ranks", c.names, got.Steps)
 	}
 }

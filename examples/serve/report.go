@@ -114,6 +114,7 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 var meaning = map[string]string{
 	"exact":     "full graph of a decode batch",
 	"relaxed":   "graph for any batch of the size",
+	"disabled":  "no graphs at all",
 	"no_key":    "no graph for such a batch",
 	"too_large": "larger than any graph",
 	"dp_rank":   "another rank had no such graph",

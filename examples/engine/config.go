@@ -1,0 +1,91 @@
+package engine
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"math"
+	"slices"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/metric"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// Config configures an engine. The zero value is one rank with the defaults.
+type Config struct {
+	DataParallelSize    int           // ranks; 0: 1
+	SequenceParallel    int           // expert-parallel workers of a rank, among which its rows are split; 0: 1
+	MaxChunk            int           // rows that a worker sends to the experts at once; 0: 32
+	MaxNumBatchedTokens int           // of a rank in a step; 0: 128
+	MaxNumSeqs          int           // requests of a rank in a step; 0: 16
+	BlockSize           int           // tokens in a block of the KV cache; 0: 16
+	GraphMode           fwd.GraphMode // which passes run by graphs; zero: none
+	CaptureSizes        []int         // of graphs, in tokens; nil: the usual ones, up to 64
+	NumBlocks           int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
+	Speed               float64       // how many times faster than they say requests arrive; 0: all are there at once
+	ExchangeTimeout     time.Duration // of a step's votes; 0: 30 s
+	StopGrace           time.Duration // how long an interrupted run may take to end its step; 0: 2 s
+
+	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
+	Coordinators []fwd.Coordinator
+
+	// Middleware returns what wraps the passes of a rank; nil: nothing.
+	Middleware func(rank int) []fwd.Middleware
+
+	TracerProvider trace.TracerProvider // nil: the global one
+	MeterProvider  metric.MeterProvider // nil: the global one
+	StepTrace      bool                 // one trace for a step across all ranks
+}
+
+// MaxRanks is the most ranks of an engine: each has a KV cache of its own in the same process.
+const MaxRanks = 64
+
+// MaxSequenceParallel is the most workers of a rank.
+const MaxSequenceParallel = 16
+
+// maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that
+// all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the
+// largest prefills.
+const maxCapture = 64
+
+func (c Config) withDefaults() (Config, error) {
+	var errs []error
+	count := func(name string, v *int, zero int) {
+		if *v < 0 {
+			errs = append(errs, fmt.Errorf("engine: %s is %d, want at least 1, or 0 for the default of %d", name, *v, zero))
+		}
+		if *v == 0 {
+			*v = zero
+		}
+	}
+	count("DataParallelSize", &c.DataParallelSize, 1)
+	count("SequenceParallel", &c.SequenceParallel, 1)
+	count("MaxChunk", &c.MaxChunk, 32)
+	count("MaxNumBatchedTokens", &c.MaxNumBatchedTokens, 128)
+	count("MaxNumSeqs", &c.MaxNumSeqs, 16)
+	count("BlockSize", &c.BlockSize, 16)
+	if c.NumBlocks < 0 {
+		errs = append(errs, fmt.Errorf("engine: NumBlocks is %d", c.NumBlocks))
+	}
+	if c.DataParallelSize > MaxRanks {
+		errs = append(errs, fmt.Errorf("engine: DataParallelSize is %d, want at most %d", c.DataParallelSize, MaxRanks))
+	}
+	if c.SequenceParallel > MaxSequenceParallel {
+		errs = append(errs, fmt.Errorf("engine: SequenceParallel is %d, want at most %d", c.SequenceParallel, MaxSequenceParallel))
+	}
+	if c.Speed < 0 || math.IsNaN(c.Speed) || math.IsInf(c.Speed, 0) {
+		errs = append(errs, fmt.Errorf("engine: Speed is %v, want a finite number of at least 0", c.Speed))
+	}
+	if c.Coordinators != nil && len(c.Coordinators) != c.DataParallelSize {
+		errs = append(errs, fmt.Errorf("engine: %d coordinators for %d ranks", len(c.Coordinators), c.DataParallelSize))
+	}
+	c.CaptureSizes = slices.Clone(c.CaptureSizes)
+	if c.CaptureSizes == nil {
+		c.CaptureSizes = fwd.DefaultCaptureSizes(maxCapture)
+	}
+	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
+	c.StopGrace = cmp.Or(c.StopGrace, 2*time.Second)
+	return c, errors.Join(errs...)
+}

@@ -1,0 +1,80 @@
+package engine
+
+import (
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// Stats are the figures of a run.
+type Stats struct {
+	Requests, Finished            int
+	Steps                         int // each with a pass on every rank
+	PromptTokens, GeneratedTokens int
+	Duration, WarmUp              time.Duration      // of serving, and before it
+	Passes                        map[fwd.Reason]int // by the reason for their graph mode, dummy passes included
+	Modes                         map[fwd.GraphMode]int
+	DummyPasses                   int
+	Captures, Replays             int // of graphs: a full pass replays one, a piecewise pass one for each stage of the model
+	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
+	Ranks                         []RankStats
+}
+
+// RankStats are the figures of one rank. Forward includes Experts.
+type RankStats struct {
+	Votes   time.Duration // waiting in Plan for the other ranks' votes
+	Experts time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
+	Forward time.Duration // in passes
+}
+
+func collect(ranks []*rank, requests int, duration time.Duration) Stats {
+	s := Stats{Requests: requests, Duration: duration, Passes: map[fwd.Reason]int{}, Modes: map[fwd.GraphMode]int{}}
+	for _, r := range ranks {
+		f := &r.figures
+		s.Finished += f.finished
+		s.Steps = max(s.Steps, f.steps)
+		s.PromptTokens += f.promptTokens
+		s.GeneratedTokens += f.generated
+		for reason, n := range f.reasons {
+			s.Passes[reason] += n
+		}
+		for mode, n := range f.modes {
+			s.Modes[mode] += n
+		}
+		s.DummyPasses += f.dummies
+		s.GraphPadding += f.graphPadding
+		s.DataPadding += f.dataPadding
+		captures, replays := r.target.executor.Graphs()
+		s.Captures += captures
+		s.Replays += replays
+		s.Ranks = append(s.Ranks, RankStats{Votes: r.target.coordinator.waited, Experts: r.target.experts.waiting(), Forward: f.forward})
+	}
+	return s
+}
+
+// figures are what a rank counts while it serves. They are read when it has stopped.
+type figures struct {
+	steps, dummies            int
+	promptTokens, generated   int
+	finished                  int
+	reasons                   map[fwd.Reason]int
+	modes                     map[fwd.GraphMode]int
+	graphPadding, dataPadding int
+	forward                   time.Duration
+}
+
+func newFigures() figures {
+	return figures{reasons: map[fwd.Reason]int{}, modes: map[fwd.GraphMode]int{}}
+}
+
+// count notes the pass of a step.
+func (f *figures) count(pass *fwd.Pass) {
+	f.steps++
+	if pass.Dummy {
+		f.dummies++
+	}
+	f.reasons[pass.Reason]++
+	f.modes[pass.GraphMode]++
+	f.graphPadding += pass.NumTokensGraph - pass.NumTokensUnpadded
+	f.dataPadding += pass.NumTokens - pass.NumTokensGraph
+}

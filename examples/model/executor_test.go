@@ -1,0 +1,139 @@
+package model
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+	"gonum.org/v1/gonum/mat"
+)
+
+// decode returns a pass that decodes one token each of some requests, with tokens of a past of 20 tokens, in a graph mode.
+func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.ForwardContext, []int) {
+	meta := &AttnMeta{Positions: slices.Repeat([]int{20}, requests)}
+	slots, tokens := make([]int, requests), make([]int, requests)
+	for i := range requests {
+		table := []int{i % 4, 4 + i%4, 8, 9, 10, 11 + i%4}
+		meta.Seqs = append(meta.Seqs, SeqMeta{Rows: fwd.Range{Start: i, Stop: i + 1}, BlockTable: table})
+		slots[i], tokens[i] = table[5]*blockSize, i%50
+	}
+	fc := &fwd.ForwardContext{
+		NoCompileLayers: layers,
+		AttnMetadata:    []map[string]any{{"": meta}},
+		SlotMapping:     []map[string]any{{"": slots}},
+		NumTokens:       requests,
+		GraphMode:       mode,
+		Batch:           fwd.BatchDescriptor{NumTokens: requests},
+	}
+	if mode == fwd.GraphFull {
+		fc.Batch.NumReqs, fc.Batch.Uniform = requests, true
+	}
+	return fc, tokens
+}
+
+// TestReplay: a graph that was captured with one batch gives another batch the same result as an eager pass, bit by bit.
+func TestReplay(t *testing.T) {
+	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFull} {
+		t.Run(mode.String(), func(t *testing.T) {
+			m, layers := newTest(t, 3)
+			e, err := NewExecutor(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			warmUp, tokens := decode(layers, 4, mode)
+			warmUp.AttnMetadata, warmUp.SlotMapping = nil, nil
+			if _, err := e.Forward(fwd.NewContext(t.Context(), warmUp), tokens); err != nil {
+				t.Fatal(err)
+			}
+			e.CloseCapture()
+			for range 3 {
+				fc, tokens := decode(layers, 4, mode)
+				ctx := fwd.NewContext(t.Context(), fc)
+				got, err := e.Forward(ctx, tokens)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = mat.DenseCopyOf(got)
+				want, err := m.Forward(ctx, tokens)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !mat.Equal(got, want) {
+					t.Error("a replay differs from an eager pass")
+				}
+			}
+			graphs := 1
+			if mode == fwd.GraphPiecewise {
+				graphs = 3
+			}
+			if captures, replays := e.Graphs(); captures != graphs || replays != 4*graphs {
+				t.Errorf("%d captures and %d replays, want %d and %d", captures, replays, graphs, 4*graphs)
+			}
+			late, tokens := decode(layers, 5, mode)
+			if _, err := e.Forward(fwd.NewContext(t.Context(), late), tokens); !errors.Is(err, fwd.ErrCaptureClosed) {
+				t.Errorf("%v, want %v", err, fwd.ErrCaptureClosed)
+			}
+		})
+	}
+}
+
+// TestGraphRefuses: a graph is for the batches that its key describes, and for no others.
+func TestGraphRefuses(t *testing.T) {
+	for _, c := range []struct {
+		name, want string
+		mode       fwd.GraphMode
+		change     func(fc *fwd.ForwardContext)
+	}{
+		{"adapters", "a batch with 2 adapters for a graph with 1", fwd.GraphPiecewise, func(fc *fwd.ForwardContext) {
+			meta := fc.AttnMetadata[0][""].(*AttnMeta)
+			meta.Adapters, meta.ActiveAdapters = []int{1, 2, 0, 0}, 2
+			fc.Batch.HasLoRA, fc.Batch.NumActiveLoRAs = true, 1
+		}},
+		{"requests", "request 0 of 4 has 1 tokens, in a graph for 2 requests of 2 tokens each", fwd.GraphFull, func(fc *fwd.ForwardContext) {
+			fc.Batch.NumReqs = 2
+		}},
+		{"tokens", "a batch of 4 tokens for a graph of 8", fwd.GraphFull, func(fc *fwd.ForwardContext) {
+			fc.NumTokens, fc.Batch.NumTokens = 8, 8
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			m, layers := newTest(t, 3)
+			e, err := NewExecutor(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fc, tokens := decode(layers, 4, c.mode)
+			c.change(fc)
+			if _, err := e.Forward(fwd.NewContext(t.Context(), fc), tokens); err == nil || !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want an error with %q", err, c.want)
+			}
+		})
+	}
+}
+
+// BenchmarkForward shows what a replay saves: mode NONE plans each pass anew.
+func BenchmarkForward(b *testing.B) {
+	for _, requests := range []int{1, 4, 16} {
+		for _, mode := range []fwd.GraphMode{fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull} {
+			b.Run(fmt.Sprintf("tokens=%d/mode=%v", requests, mode), func(b *testing.B) {
+				m, layers := newTest(b, 4)
+				e, err := NewExecutor(m)
+				if err != nil {
+					b.Fatal(err)
+				}
+				fc, tokens := decode(layers, requests, mode)
+				ctx := fwd.NewContext(context.Background(), fc)
+				b.ReportAllocs()
+				for b.Loop() {
+					if _, err := e.Forward(ctx, tokens); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
