@@ -56,6 +56,43 @@ func newBatch(step []scheduled, rows, blockSize int) *batch {
 	return b
 }
 
+// metadata returns what attention must know, for each microbatch of a split pass, or for the pass. A request that the split
+// cuts is in both microbatches, with some of its rows in each.
+func (b *batch) metadata(slices []fwd.UBatchSlice, layers int) (meta, slots []map[string]any) {
+	if len(slices) == 0 {
+		return []map[string]any{{"": b.meta}}, []map[string]any{{"": b.slots}} // "": all layers have the same
+	}
+	written := make([]chan struct{}, layers) // by layer, of the last microbatch so far
+	for _, s := range slices {
+		part := b.slice(s)
+		byLayer := map[string]any{}
+		for l := range layers {
+			own := *part
+			own.After, written[l] = written[l], make(chan struct{})
+			own.Written = written[l]
+			byLayer[model.AttentionName(l)] = &own
+		}
+		meta = append(meta, byLayer)
+		slots = append(slots, map[string]any{"": b.slots[s.Tokens.Start:s.Tokens.Stop]})
+	}
+	return meta, slots
+}
+
+// slice returns the metadata of a microbatch. Its rows count from its own first token.
+func (b *batch) slice(s fwd.UBatchSlice) *model.AttnMeta {
+	part := &model.AttnMeta{Positions: b.meta.Positions[s.Tokens.Start:s.Tokens.Stop], ActiveAdapters: b.meta.ActiveAdapters}
+	if b.meta.Adapters != nil {
+		part.Adapters = b.meta.Adapters[s.Tokens.Start:s.Tokens.Stop]
+	}
+	// The last microbatch has the padding too, which is of requests that don't exist.
+	for _, seq := range b.meta.Seqs[s.Requests.Start:min(s.Requests.Stop, len(b.meta.Seqs))] {
+		seq.Rows.Start = max(seq.Rows.Start, s.Tokens.Start) - s.Tokens.Start
+		seq.Rows.Stop = min(seq.Rows.Stop, s.Tokens.Stop) - s.Tokens.Start
+		part.Seqs = append(part.Seqs, seq)
+	}
+	return part
+}
+
 // activeAdapters returns how many different adapters the requests of a step use.
 func activeAdapters(step []scheduled) int {
 	active := map[int]bool{}

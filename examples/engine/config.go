@@ -23,10 +23,15 @@ type Config struct {
 	BlockSize           int           // tokens in a block of the KV cache; 0: 16
 	GraphMode           fwd.GraphMode // which passes run by graphs; zero: none
 	CaptureSizes        []int         // of graphs, in tokens; nil: the usual ones, up to 64
+	NumUBatches         int           // microbatches of a split pass; 0 or 1: passes are not split
 	NumBlocks           int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
 	Speed               float64       // how many times faster than they say requests arrive; 0: all are there at once
 	ExchangeTimeout     time.Duration // of a step's votes; 0: 30 s
 	StopGrace           time.Duration // how long an interrupted run may take to end its step; 0: 2 s
+
+	// From how many tokens on a rank wants its pass split: DecodeUBatchThreshold where all requests decode, else
+	// PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
+	DecodeUBatchThreshold, PrefillUBatchThreshold int
 
 	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
 	Coordinators []fwd.Coordinator
@@ -44,6 +49,9 @@ const MaxRanks = 64
 
 // MaxSequenceParallel is the most workers of a rank.
 const MaxSequenceParallel = 16
+
+// MaxUBatches is the most microbatches of a pass.
+const MaxUBatches = 16
 
 // maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that
 // all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the
@@ -66,6 +74,12 @@ func (c Config) withDefaults() (Config, error) {
 	count("MaxNumBatchedTokens", &c.MaxNumBatchedTokens, 128)
 	count("MaxNumSeqs", &c.MaxNumSeqs, 16)
 	count("BlockSize", &c.BlockSize, 16)
+	count("NumUBatches", &c.NumUBatches, 1)
+	count("DecodeUBatchThreshold", &c.DecodeUBatchThreshold, 4)
+	count("PrefillUBatchThreshold", &c.PrefillUBatchThreshold, 32)
+	if c.NumUBatches > MaxUBatches {
+		errs = append(errs, fmt.Errorf("engine: NumUBatches is %d, want at most %d", c.NumUBatches, MaxUBatches))
+	}
 	if c.NumBlocks < 0 {
 		errs = append(errs, fmt.Errorf("engine: NumBlocks is %d", c.NumBlocks))
 	}

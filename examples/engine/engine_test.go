@@ -139,6 +139,22 @@ func TestAdapters(t *testing.T) {
 	}
 }
 
+// TestMicrobatches: passes are split wherever they can be, through the middle of requests too.
+func TestMicrobatches(t *testing.T) {
+	requests := withAdapters(newRequests(24, 90, 12), 2)
+	for _, cfg := range []Config{
+		{NumUBatches: 2},
+		{NumUBatches: 3, SequenceParallel: 2, DecodeUBatchThreshold: 1, PrefillUBatchThreshold: 1},
+		{NumUBatches: 2, DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise},
+		{NumUBatches: 16, DataParallelSize: 2, MaxChunk: 3},
+	} {
+		stats := serve(t, cfg, requests)
+		if stats.SplitPasses == 0 {
+			t.Errorf("%+v: no pass was split", cfg)
+		}
+	}
+}
+
 // TestStats: figures that can be known beforehand.
 func TestStats(t *testing.T) {
 	t.Run("alone", func(t *testing.T) {
@@ -381,6 +397,9 @@ func TestBadConfig(t *testing.T) {
 		{Config{DataParallelSize: 65}, "DataParallelSize is 65, want at most 64"},
 		{Config{SequenceParallel: 17}, "SequenceParallel is 17, want at most 16"},
 		{Config{MaxChunk: -2}, "MaxChunk is -2"},
+		{Config{NumUBatches: 17}, "NumUBatches is 17, want at most 16"},
+		{Config{NumUBatches: -1, DecodeUBatchThreshold: -2}, "DecodeUBatchThreshold is -2"},
+		{Config{PrefillUBatchThreshold: -2}, "PrefillUBatchThreshold is -2"},
 		{Config{MaxNumBatchedTokens: -3}, "MaxNumBatchedTokens is -3"},
 		{Config{MaxNumSeqs: -4}, "MaxNumSeqs is -4"},
 		{Config{BlockSize: -5}, "BlockSize is -5"},

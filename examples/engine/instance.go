@@ -99,7 +99,7 @@ func (in *instance) warmUp(ctx context.Context) error {
 
 // plan prepares a pass over a step, or a dummy pass.
 func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (fwd.Pass, *batch, error) {
-	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step)}
+	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step), AllowUBatches: true}
 	for _, s := range step {
 		schedule.NumScheduledTokens = append(schedule.NumScheduledTokens, s.count)
 	}
@@ -110,8 +110,7 @@ func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (
 	// A dummy pass has tokens, so that every exchange finds this rank, but no metadata: they belong to no request.
 	b := newBatch(step, pass.NumTokens, blockSize)
 	if !pass.Dummy {
-		pass.AttnMetadata = []map[string]any{{"": b.meta}} // "": all layers have the same
-		pass.SlotMapping = []map[string]any{{"": b.slots}}
+		pass.AttnMetadata, pass.SlotMapping = b.metadata(pass.UBatches, len(in.model.Weights().Layers))
 	}
 	return pass, b, nil
 }

@@ -15,6 +15,7 @@ type Stats struct {
 	Passes                        map[fwd.Reason]int // by the reason for their graph mode, dummy passes included
 	Modes                         map[fwd.GraphMode]int
 	DummyPasses                   int
+	SplitPasses                   int // into microbatches, which run without graphs
 	Captures, Replays             int // of graphs: a full pass replays one, a piecewise pass one for each stage of the model
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
@@ -42,6 +43,7 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 			s.Modes[mode] += n
 		}
 		s.DummyPasses += f.dummies
+		s.SplitPasses += f.split
 		s.GraphPadding += f.graphPadding
 		s.DataPadding += f.dataPadding
 		captures, replays := r.target.executor.Graphs()
@@ -54,7 +56,7 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 
 // figures are what a rank counts while it serves. They are read when it has stopped.
 type figures struct {
-	steps, dummies            int
+	steps, dummies, split     int
 	promptTokens, generated   int
 	finished                  int
 	reasons                   map[fwd.Reason]int
@@ -72,6 +74,9 @@ func (f *figures) count(pass *fwd.Pass) {
 	f.steps++
 	if pass.Dummy {
 		f.dummies++
+	}
+	if len(pass.UBatches) > 0 {
+		f.split++
 	}
 	f.reasons[pass.Reason]++
 	f.modes[pass.GraphMode]++

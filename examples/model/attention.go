@@ -18,6 +18,11 @@ type AttnMeta struct {
 	Adapters       []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
 	ActiveAdapters int   // different ones
 	Seqs           []SeqMeta
+
+	// The order of the microbatches of a pass in this layer; nil: there is none before, or after. A request that the split
+	// has cut has rows in both, and the later ones attend to keys and values of the earlier ones.
+	After   <-chan struct{} // closed once those of the microbatch before are in the cache
+	Written chan<- struct{} // closed once those of this one are
 }
 
 // NoAdapter stands for the model as it is.
@@ -115,10 +120,21 @@ func (a *Attention) Forward(ctx context.Context, t *activations) error {
 		return err
 	}
 	t.attended.Zero()
-	if !dummy {
-		a.write(&in, t)
-		a.read(&in, t, nil)
+	if dummy {
+		return nil
 	}
+	if in.meta.After != nil {
+		select {
+		case <-in.meta.After:
+		case <-ctx.Done():
+			return fmt.Errorf("model: %s: waiting for the microbatch before: %w", a.Name, context.Cause(ctx))
+		}
+	}
+	a.write(&in, t)
+	if in.meta.Written != nil {
+		close(in.meta.Written)
+	}
+	a.read(&in, t, nil)
 	return nil
 }
 

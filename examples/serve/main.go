@@ -47,6 +47,9 @@ type options struct {
 	chunk      int
 	loras      int
 	graph      fwd.GraphMode
+	ubatches   int
+	decodeUB   int
+	prefillUB  int
 	speed      float64
 	check      bool
 	json       bool
@@ -64,6 +67,9 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
 	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
 	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise, "which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
+	flags.IntVar(&o.ubatches, "ubatches", 1, "split passes into `N` microbatches that run at once, one's attention beside another's exchanges (1: don't)")
+	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4, "split a pass in which all requests decode from `N` tokens on")
+	flags.IntVar(&o.prefillUB, "prefill-ubatch-threshold", 32, "split any other pass from `N` tokens on")
 	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
@@ -102,6 +108,15 @@ func (o *options) validate(rest []string) error {
 	}
 	if o.loras < 0 || o.loras > maxLoRAs {
 		bad("-loras is %d, want 0 to %d", o.loras, maxLoRAs)
+	}
+	if o.ubatches < 1 || o.ubatches > engine.MaxUBatches {
+		bad("-ubatches is %d, want 1 to %d", o.ubatches, engine.MaxUBatches)
+	}
+	if o.decodeUB < 1 {
+		bad("-decode-ubatch-threshold is %d, want at least 1", o.decodeUB)
+	}
+	if o.prefillUB < 1 {
+		bad("-prefill-ubatch-threshold is %d, want at least 1", o.prefillUB)
 	}
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
@@ -149,7 +164,16 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 	if err != nil {
 		return err
 	}
-	config := engine.Config{DataParallelSize: o.dp, SequenceParallel: o.sp, MaxChunk: o.chunk, GraphMode: o.graph, Speed: o.speed}
+	config := engine.Config{
+		DataParallelSize:       o.dp,
+		SequenceParallel:       o.sp,
+		MaxChunk:               o.chunk,
+		GraphMode:              o.graph,
+		NumUBatches:            o.ubatches,
+		DecodeUBatchThreshold:  o.decodeUB,
+		PrefillUBatchThreshold: o.prefillUB,
+		Speed:                  o.speed,
+	}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp)
 		if err != nil {
