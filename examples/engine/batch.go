@@ -13,19 +13,23 @@ type batch struct {
 	sample []sampled
 }
 
-// sampled is a row from whose hidden state the next token of a sequence comes.
+// sampled is rows of a sequence after which a token is to be sampled: that of its last known token, and of each guess.
 type sampled struct {
-	seq *sequence
-	row int
+	seq  *sequence
+	rows fwd.Range
 }
 
 // newBatch lays a step out in rows: the scheduled tokens of each sequence, one sequence after the other, and padding up to
 // rows. A padding row is token 0, belongs to no sequence and is written nowhere, but it takes its way through the experts.
-func newBatch(step []scheduled, rows, blockSize int) *batch {
+// adapters is how many different ones the step has; 0: the model has none.
+func newBatch(step []scheduled, rows, blockSize, adapters int) *batch {
 	b := &batch{
 		tokens: make([]int, rows),
 		slots:  make([]int, rows),
-		meta:   &model.AttnMeta{Positions: make([]int, rows), ActiveAdapters: activeAdapters(step)},
+		meta:   &model.AttnMeta{Positions: make([]int, rows), ActiveAdapters: adapters},
+	}
+	if adapters > 0 {
+		b.meta.Adapters = make([]int, rows)
 	}
 	row := 0
 	for _, s := range step {
@@ -33,21 +37,17 @@ func newBatch(step []scheduled, rows, blockSize int) *batch {
 			Rows:       fwd.Range{Start: row, Stop: row + s.count},
 			BlockTable: s.seq.blockTable,
 		})
-		adapter := s.seq.request.Adapter
-		if adapter != model.NoAdapter && b.meta.Adapters == nil {
-			b.meta.Adapters = make([]int, rows)
-		}
-		for position := s.seq.computed; position < s.seq.computed+s.count; position++ {
+		for position := s.first; position < s.first+s.count; position++ {
 			b.tokens[row] = s.seq.token(position)
 			b.meta.Positions[row] = position
 			b.slots[row] = s.seq.blockTable[position/blockSize]*blockSize + position%blockSize
-			if adapter != model.NoAdapter {
-				b.meta.Adapters[row] = adapter
+			if adapters > 0 {
+				b.meta.Adapters[row] = s.seq.request.Adapter
 			}
 			row++
 		}
-		if s.count == s.seq.pending() {
-			b.sample = append(b.sample, sampled{s.seq, row - 1})
+		if n := s.first + s.count - max(s.first, s.seq.known()-1); n > 0 {
+			b.sample = append(b.sample, sampled{s.seq, fwd.Range{Start: row - n, Stop: row}})
 		}
 	}
 	for ; row < rows; row++ {

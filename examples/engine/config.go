@@ -15,19 +15,20 @@ import (
 
 // Config configures an engine. The zero value is one rank with the defaults.
 type Config struct {
-	DataParallelSize    int           // ranks; 0: 1
-	SequenceParallel    int           // expert-parallel workers of a rank, among which its rows are split; 0: 1
-	MaxChunk            int           // rows that a worker sends to the experts at once; 0: 32
-	MaxNumBatchedTokens int           // of a rank in a step; 0: 128
-	MaxNumSeqs          int           // requests of a rank in a step; 0: 16
-	BlockSize           int           // tokens in a block of the KV cache; 0: 16
-	GraphMode           fwd.GraphMode // which passes run by graphs; zero: none
-	CaptureSizes        []int         // of graphs, in tokens; nil: the usual ones, up to 64
-	NumUBatches         int           // microbatches of a split pass; 0 or 1: passes are not split
-	NumBlocks           int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
-	Speed               float64       // how many times faster than they say requests arrive; 0: all are there at once
-	ExchangeTimeout     time.Duration // of a step's votes; 0: 30 s
-	StopGrace           time.Duration // how long an interrupted run may take to end its step; 0: 2 s
+	DataParallelSize     int           // ranks; 0: 1
+	SequenceParallel     int           // expert-parallel workers of a rank, among which its rows are split; 0: 1
+	MaxChunk             int           // rows that a worker sends to the experts at once; 0: 32
+	MaxNumBatchedTokens  int           // of a rank in a step; 0: 128
+	MaxNumSeqs           int           // requests of a rank in a step; 0: 16
+	BlockSize            int           // tokens in a block of the KV cache; 0: 16
+	GraphMode            fwd.GraphMode // which passes run by graphs; zero: none
+	CaptureSizes         []int         // of graphs, in tokens; nil: the usual ones, up to 64
+	NumUBatches          int           // microbatches of a split pass; 0 or 1: passes are not split
+	NumSpeculativeTokens int           // guesses of a draft model that a decoding request brings to each step; 0: no draft model
+	NumBlocks            int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
+	Speed                float64       // how many times faster than they say requests arrive; 0: all are there at once
+	ExchangeTimeout      time.Duration // of a step's votes; 0: 30 s
+	StopGrace            time.Duration // how long an interrupted run may take to end its step; 0: 2 s
 
 	// From how many tokens on a rank wants its pass split: DecodeUBatchThreshold where all requests decode, else
 	// PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
@@ -36,7 +37,10 @@ type Config struct {
 	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
 	Coordinators []fwd.Coordinator
 
-	// Middleware returns what wraps the passes of a rank; nil: nothing.
+	// DraftCoordinators connects the ranks' draft models, as Coordinators does the ranks.
+	DraftCoordinators []fwd.Coordinator
+
+	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil: nothing.
 	Middleware func(rank int) []fwd.Middleware
 
 	TracerProvider trace.TracerProvider // nil: the global one
@@ -49,6 +53,9 @@ const MaxRanks = 64
 
 // MaxSequenceParallel is the most workers of a rank.
 const MaxSequenceParallel = 16
+
+// MaxSpeculativeTokens is the most guesses of a request in a step.
+const MaxSpeculativeTokens = 31
 
 // MaxUBatches is the most microbatches of a pass.
 const MaxUBatches = 16
@@ -80,6 +87,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.NumUBatches > MaxUBatches {
 		errs = append(errs, fmt.Errorf("engine: NumUBatches is %d, want at most %d", c.NumUBatches, MaxUBatches))
 	}
+	if c.NumSpeculativeTokens < 0 || c.NumSpeculativeTokens > MaxSpeculativeTokens {
+		errs = append(errs, fmt.Errorf("engine: NumSpeculativeTokens is %d, want 0 to %d", c.NumSpeculativeTokens, MaxSpeculativeTokens))
+	}
 	if c.NumBlocks < 0 {
 		errs = append(errs, fmt.Errorf("engine: NumBlocks is %d", c.NumBlocks))
 	}
@@ -92,13 +102,12 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Speed < 0 || math.IsNaN(c.Speed) || math.IsInf(c.Speed, 0) {
 		errs = append(errs, fmt.Errorf("engine: Speed is %v, want a finite number of at least 0", c.Speed))
 	}
-	if c.Coordinators != nil && len(c.Coordinators) != c.DataParallelSize {
-		errs = append(errs, fmt.Errorf("engine: %d coordinators for %d ranks", len(c.Coordinators), c.DataParallelSize))
+	for what, group := range map[string][]fwd.Coordinator{"coordinators": c.Coordinators, "draft coordinators": c.DraftCoordinators} {
+		if group != nil && len(group) != c.DataParallelSize {
+			errs = append(errs, fmt.Errorf("engine: %d %s for %d ranks", len(group), what, c.DataParallelSize))
+		}
 	}
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
-	if c.CaptureSizes == nil {
-		c.CaptureSizes = fwd.DefaultCaptureSizes(maxCapture)
-	}
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
 	c.StopGrace = cmp.Or(c.StopGrace, 2*time.Second)
 	return c, errors.Join(errs...)

@@ -8,6 +8,7 @@
 //	Runner.Run         the model, by a graph where there is one (instance.go), in which every mixture-of-experts layer
 //	                   exchanges rows with all ranks (exchange.go)
 //	sample             the next token of each request that has caught up with itself
+//	propose            with speculative decoding, guesses at the tokens after it (speculate.go)
 //
 // Before the first step the ranks warm up: they capture all graphs. No rank can take a step alone. One that has nothing to do takes it as a dummy pass, and all stop after the same one.
 package engine
@@ -32,6 +33,7 @@ import (
 type Engine struct {
 	config Config
 	target *blueprint
+	draft  *blueprint // nil: no speculative decoding
 
 	running             atomic.Bool
 	finished, generated atomic.Int64
@@ -43,28 +45,49 @@ func New(m *model.Model, cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, err
 	}
-	target, err := cfg.blueprint("", m)
-	if err != nil {
+	e := &Engine{config: cfg}
+	if e.target, err = cfg.targetBlueprint(m); err != nil {
 		return nil, err
 	}
-	return &Engine{config: cfg, target: target}, nil
+	if cfg.NumSpeculativeTokens > 0 {
+		if e.draft, err = cfg.draftBlueprint(m); err != nil {
+			return nil, err
+		}
+	}
+	return e, nil
 }
 
-// blueprint returns a model's, with a dispatcher as the configuration says.
-func (c *Config) blueprint(name string, m *model.Model) (*blueprint, error) {
-	dispatch := fwd.DispatcherConfig{Mode: c.GraphMode, CaptureSizes: c.CaptureSizes, MaxNumSeqs: c.MaxNumSeqs}
+// targetBlueprint returns that of the model which is served.
+func (c *Config) targetBlueprint(m *model.Model) (*blueprint, error) {
+	return c.blueprint("", m, fwd.ParallelConfig{
+		DataParallelSize:       c.DataParallelSize,
+		NumUBatches:            c.NumUBatches,
+		DecodeUBatchThreshold:  c.DecodeUBatchThreshold,
+		PrefillUBatchThreshold: c.PrefillUBatchThreshold,
+	}, 1+c.NumSpeculativeTokens)
+}
+
+// blueprint returns a model's, with a dispatcher for decode batches of queryLen tokens a request. A full graph of such a
+// batch has whole requests, so the default capture sizes are rounded up to them.
+func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelConfig, queryLen int) (*blueprint, error) {
+	dispatch := fwd.DispatcherConfig{
+		Mode:                  c.GraphMode,
+		CaptureSizes:          c.CaptureSizes,
+		MaxNumSeqs:            c.MaxNumSeqs,
+		UniformDecodeQueryLen: queryLen,
+	}
+	if dispatch.CaptureSizes == nil {
+		var err error
+		if dispatch.CaptureSizes, err = fwd.RoundCaptureSizes(fwd.DefaultCaptureSizes(maxCapture), queryLen); err != nil {
+			return nil, fmt.Errorf("engine: NumSpeculativeTokens is %d: %w", queryLen-1, err)
+		}
+	}
 	if n := m.Weights().Config.Adapters; n > 0 {
 		dispatch.LoRA = &fwd.LoRAConfig{MaxLoRAs: n, SpecializeCount: true}
 	}
 	dispatcher, err := fwd.NewDispatcher(dispatch)
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
-	}
-	parallel := fwd.ParallelConfig{
-		DataParallelSize:       c.DataParallelSize,
-		NumUBatches:            c.NumUBatches,
-		DecodeUBatchThreshold:  c.DecodeUBatchThreshold,
-		PrefillUBatchThreshold: c.PrefillUBatchThreshold,
 	}
 	return &blueprint{name: name, model: m, dispatcher: dispatcher, parallel: parallel}, nil
 }
@@ -181,7 +204,7 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 				return 0, fmt.Errorf("engine: request %d: token %d at position %d is not in the vocabulary of %d", r.ID, t, p, vocab)
 			}
 		}
-		need := blocksFor(r.length(), e.config.BlockSize)
+		need := blocksFor(r.length()+e.config.NumSpeculativeTokens, e.config.BlockSize)
 		if e.config.NumBlocks > 0 && need > e.config.NumBlocks {
 			return 0, fmt.Errorf("engine: request %d needs %d blocks of %d tokens, the KV cache has %d", r.ID, need, e.config.BlockSize, e.config.NumBlocks)
 		}
@@ -193,37 +216,58 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 // newRanks builds the ranks and deals the requests out to them, in turn.
 func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error) {
 	cfg, size := &e.config, e.config.DataParallelSize
-	coordinators := cfg.Coordinators
-	if coordinators == nil {
-		var err error
-		if coordinators, err = fwd.NewLocalGroup(size); err != nil {
+	targets, err := e.newInstances(e.target, numBlocks, cfg.Coordinators)
+	if err != nil {
+		return nil, err
+	}
+	drafts := make([]*instance, size)
+	if e.draft != nil {
+		if drafts, err = e.newInstances(e.draft, numBlocks, cfg.DraftCoordinators); err != nil {
 			return nil, err
 		}
 	}
-	e.target.numBlocks = numBlocks
-	group := newExpertGroup(size * cfg.SequenceParallel)
 	ranks := make([]*rank, size)
 	for d := range size {
 		r := &rank{
 			rank:   d,
 			engine: e,
+			target: targets[d],
+			draft:  drafts[d],
 			scheduler: &scheduler{
 				blocks:  newBlockAllocator(numBlocks, cfg.BlockSize),
 				budget:  cfg.MaxNumBatchedTokens,
 				maxSeqs: cfg.MaxNumSeqs,
+				drafts:  cfg.NumSpeculativeTokens,
 			},
 			figures: newFigures(),
 		}
 		for i := d; i < len(sequences); i += size {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
 		}
-		var err error
-		if r.target, err = newInstance(e.target, cfg, d, coordinators[d], group); err != nil {
-			return nil, err
-		}
 		ranks[d] = r
 	}
 	return ranks, nil
+}
+
+// newInstances puts a model on all ranks. Its ranks agree among themselves and share its experts; another model's have
+// nothing to do with it.
+func (e *Engine) newInstances(b *blueprint, numBlocks int, coordinators []fwd.Coordinator) ([]*instance, error) {
+	size := e.config.DataParallelSize
+	if coordinators == nil {
+		var err error
+		if coordinators, err = fwd.NewLocalGroup(size); err != nil {
+			return nil, err
+		}
+	}
+	group := newExpertGroup(size * e.config.SequenceParallel)
+	instances := make([]*instance, size)
+	for d := range size {
+		var err error
+		if instances[d], err = newInstance(b, &e.config, d, numBlocks, coordinators[d], group); err != nil {
+			return nil, err
+		}
+	}
+	return instances, nil
 }
 
 // tracer returns the tracer of the spans that are the engine's own.

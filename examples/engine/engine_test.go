@@ -155,6 +155,27 @@ func TestMicrobatches(t *testing.T) {
 	}
 }
 
+// TestSpeculative: guesses change how fast tokens come, and not which.
+func TestSpeculative(t *testing.T) {
+	requests := newRequests(24, 60, 25)
+	for _, cfg := range []Config{
+		{NumSpeculativeTokens: 1},
+		{NumSpeculativeTokens: 4, BlockSize: 1},
+		{NumSpeculativeTokens: 2, DataParallelSize: 4, SequenceParallel: 2, GraphMode: fwd.GraphFullAndPiecewise},
+		{NumSpeculativeTokens: 2, DataParallelSize: 2, NumUBatches: 2, GraphMode: fwd.GraphFull},
+		{NumSpeculativeTokens: 3, MaxNumBatchedTokens: 2, DataParallelSize: 2},
+		{NumSpeculativeTokens: 31, MaxNumSeqs: 2, GraphMode: fwd.GraphFullDecodeOnly},
+	} {
+		stats := serve(t, cfg, requests)
+		if stats.AcceptedTokens == 0 || stats.AcceptedTokens >= stats.ProposedTokens || stats.DraftPasses == 0 {
+			t.Errorf("%+v: %d of %d guesses accepted in %d draft passes", cfg, stats.AcceptedTokens, stats.ProposedTokens, stats.DraftPasses)
+		}
+		if size := cfg.DataParallelSize; size > 1 && stats.DraftPasses != stats.Steps*cfg.NumSpeculativeTokens*size {
+			t.Errorf("%+v: %d draft passes in %d steps", cfg, stats.DraftPasses, stats.Steps)
+		}
+	}
+}
+
 // TestStats: figures that can be known beforehand.
 func TestStats(t *testing.T) {
 	t.Run("alone", func(t *testing.T) {
@@ -397,6 +418,8 @@ func TestBadConfig(t *testing.T) {
 		{Config{DataParallelSize: 65}, "DataParallelSize is 65, want at most 64"},
 		{Config{SequenceParallel: 17}, "SequenceParallel is 17, want at most 16"},
 		{Config{MaxChunk: -2}, "MaxChunk is -2"},
+		{Config{NumSpeculativeTokens: 32}, "NumSpeculativeTokens is 32, want 0 to 31"},
+		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, CaptureSizes: []int{4, 6, 8}}, "capture sizes [4 8] are no multiples of the uniform decode query length 3"},
 		{Config{NumUBatches: 17}, "NumUBatches is 17, want at most 16"},
 		{Config{NumUBatches: -1, DecodeUBatchThreshold: -2}, "DecodeUBatchThreshold is -2"},
 		{Config{PrefillUBatchThreshold: -2}, "PrefillUBatchThreshold is -2"},

@@ -18,7 +18,6 @@ type blueprint struct {
 	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them have.
 	dispatcher *fwd.Dispatcher
 	parallel   fwd.ParallelConfig // but for the rank
-	numBlocks  int                // of the KV cache
 }
 
 // instance is a model on a rank: its Runner, its graphs and its KV cache.
@@ -32,7 +31,7 @@ type instance struct {
 
 // newInstance puts a model on a rank, with the layer objects that its passes find: a KV cache for every attention layer, and
 // the shares of the experts of the rank's workers for every mixture-of-experts layer.
-func newInstance(b *blueprint, cfg *Config, rank int, coordinator fwd.Coordinator, group *expertGroup) (*instance, error) {
+func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd.Coordinator, group *expertGroup) (*instance, error) {
 	in := &instance{
 		blueprint:   b,
 		coordinator: &timedCoordinator{Coordinator: coordinator},
@@ -41,7 +40,7 @@ func newInstance(b *blueprint, cfg *Config, rank int, coordinator fwd.Coordinato
 	weights := b.model.Weights()
 	layers := map[string]any{}
 	for l := range weights.Layers {
-		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, b.numBlocks, cfg.BlockSize)
+		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, numBlocks, cfg.BlockSize)
 		workers := &model.Workers{MaxChunk: cfg.MaxChunk}
 		for _, w := range in.experts {
 			workers.Experts = append(workers.Experts, model.NewExperts(&weights.Layers[l], w.worker, group.size, w))
@@ -99,7 +98,10 @@ func (in *instance) warmUp(ctx context.Context) error {
 
 // plan prepares a pass over a step, or a dummy pass.
 func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (fwd.Pass, *batch, error) {
-	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step), AllowUBatches: true}
+	schedule := fwd.Schedule{AllowUBatches: true}
+	if in.model.Weights().Config.Adapters > 0 {
+		schedule.NumActiveLoRAs = activeAdapters(step)
+	}
 	for _, s := range step {
 		schedule.NumScheduledTokens = append(schedule.NumScheduledTokens, s.count)
 	}
@@ -108,11 +110,32 @@ func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (
 		return pass, nil, err
 	}
 	// A dummy pass has tokens, so that every exchange finds this rank, but no metadata: they belong to no request.
-	b := newBatch(step, pass.NumTokens, blockSize)
+	b := newBatch(step, pass.NumTokens, blockSize, schedule.NumActiveLoRAs)
 	if !pass.Dummy {
 		pass.AttnMetadata, pass.SlotMapping = b.metadata(pass.UBatches, len(in.model.Weights().Layers))
 	}
 	return pass, b, nil
+}
+
+// logits returns the scores of the next token after each row to sample from, one row after the other; nil for none.
+func (in *instance) logits(sample []sampled, hidden *mat.Dense) *mat.Dense {
+	rows := 0
+	for _, s := range sample {
+		rows += s.rows.Len()
+	}
+	if rows == 0 {
+		return nil
+	}
+	_, width := hidden.Dims()
+	last := mat.NewDense(rows, width, nil)
+	next := 0
+	for _, s := range sample {
+		for row := s.rows.Start; row < s.rows.Stop; row++ {
+			last.SetRow(next, hidden.RawRowView(row))
+			next++
+		}
+	}
+	return in.model.Logits(last)
 }
 
 // timedCoordinator measures how long its rank waits for the others' votes.
@@ -132,5 +155,8 @@ func (c *timedCoordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote
 func (r *rank) warmUp(ctx context.Context) error {
 	ctx, span := r.engine.tracer().Start(ctx, "warm-up", trace.WithNewRoot())
 	defer span.End()
-	return r.target.warmUp(ctx)
+	if err := r.target.warmUp(ctx); err != nil || r.draft == nil {
+		return err
+	}
+	return r.draft.warmUp(ctx)
 }

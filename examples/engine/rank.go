@@ -4,7 +4,6 @@ import (
 	"context"
 	"time"
 
-	"github.com/forwardctx/fwd/examples/model"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -14,6 +13,7 @@ type rank struct {
 	engine    *Engine
 	scheduler *scheduler
 	target    *instance
+	draft     *instance // nil: no speculative decoding
 	figures   figures
 }
 
@@ -39,18 +39,20 @@ func (r *rank) step(ctx context.Context, gate *gate) error {
 	}
 	pass.Links = r.links(step)
 	began := time.Now()
-	var hidden *mat.Dense
-	err = r.target.runner.Run(ctx, pass, func(ctx context.Context) (err error) {
-		hidden, err = r.target.executor.Forward(ctx, batch.tokens)
-		return err
+	err = r.target.runner.Run(ctx, pass, func(ctx context.Context) error {
+		hidden, err := r.target.executor.Forward(ctx, batch.tokens)
+		if err != nil {
+			return err
+		}
+		r.advance(step)
+		r.sample(batch.sample, hidden, gate)
+		return r.propose(ctx, step)
 	})
 	if err != nil {
 		return err
 	}
 	r.figures.forward += time.Since(began)
 	r.figures.count(&pass)
-	r.advance(step)
-	r.sample(batch.sample, hidden, gate)
 	return nil
 }
 
@@ -63,27 +65,18 @@ func (r *rank) advance(step []scheduled) {
 	}
 }
 
-// sample takes the most likely next token for each sequence that has caught up with itself.
-func (r *rank) sample(rows []sampled, hidden *mat.Dense, gate *gate) {
-	if len(rows) == 0 {
-		return
-	}
-	_, width := hidden.Dims()
-	last := mat.NewDense(len(rows), width, nil)
-	for i, s := range rows {
-		last.SetRow(i, hidden.RawRowView(s.row))
-	}
-	logits := r.target.model.Logits(last)
-	now := time.Now()
-	for i, s := range rows {
-		seq := s.seq
-		seq.result.Logits = append(seq.result.Logits[:0], logits.RawRowView(i)...)
-		seq.result.Tokens = append(seq.result.Tokens, model.Argmax(seq.result.Logits))
-		if len(seq.result.Tokens) == 1 {
+// sample takes the most likely next tokens for each sequence that has caught up with itself.
+func (r *rank) sample(sample []sampled, hidden *mat.Dense, gate *gate) {
+	logits := r.target.logits(sample, hidden)
+	now, next := time.Now(), 0
+	for _, s := range sample {
+		seq, rows := s.seq, s.rows.Len()
+		_, vocab := logits.Dims()
+		r.verify(seq, logits.Slice(next, next+rows, 0, vocab).(*mat.Dense))
+		next += rows
+		if seq.firstToken.IsZero() {
 			seq.firstToken = now
 		}
-		r.figures.generated++
-		r.engine.generated.Add(1)
 		if len(seq.result.Tokens) == seq.request.MaxTokens {
 			seq.result.Finished = true
 			seq.endSpan()

@@ -32,28 +32,36 @@ type sequence struct {
 	request    *Request
 	result     *Result
 	blockTable []int
-	computed   int // tokens whose keys and values are in the cache
+	computed   int   // tokens whose keys and values are in the cache
+	drafts     []int // guesses at the tokens after the known ones, not verified yet
+	drafted    int   // tokens whose keys and values are in the draft model's cache
 	span       trace.Span
 	arrived    time.Time
 	scheduled  time.Time // first
 	firstToken time.Time
 }
 
-// token returns the token at a position of prompt and answer.
+// token returns the token at a position of prompt, answer and guesses.
 func (s *sequence) token(position int) int {
-	if position < len(s.request.Prompt) {
-		return s.request.Prompt[position]
+	for _, part := range [...][]int{s.request.Prompt, s.result.Tokens} {
+		if position < len(part) {
+			return part[position]
+		}
+		position -= len(part)
 	}
-	return s.result.Tokens[position-len(s.request.Prompt)]
+	return s.drafts[position]
 }
 
-// pending is the number of tokens known but not computed: the rest of the prompt, or the token sampled last.
-func (s *sequence) pending() int { return len(s.request.Prompt) + len(s.result.Tokens) - s.computed }
+// known is the number of tokens of prompt and answer.
+func (s *sequence) known() int { return len(s.request.Prompt) + len(s.result.Tokens) }
+
+// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and the guesses after it.
+func (s *sequence) pending() int { return s.known() + len(s.drafts) - s.computed }
 
 // scheduled is a sequence's part of one step.
 type scheduled struct {
-	seq   *sequence
-	count int // tokens
+	seq          *sequence
+	first, count int // tokens
 }
 
 // scheduler decides what a rank computes in each step: continuous batching with chunked prefill. Sequences join and leave
@@ -65,6 +73,7 @@ type scheduler struct {
 	blocks  *blockAllocator
 	budget  int // tokens in a step
 	maxSeqs int // sequences in a step
+	drafts  int // guesses that a sequence may have beyond its last token
 }
 
 // schedule returns the next step: first what is running, so that no admitted request starves, then new ones that have
@@ -75,7 +84,7 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 	take := func(seq *sequence) {
 		count := min(seq.pending(), budget)
 		budget -= count
-		batch = append(batch, scheduled{seq, count})
+		batch = append(batch, scheduled{seq, seq.computed, count})
 	}
 	for _, seq := range s.running {
 		if budget > 0 {
@@ -85,7 +94,7 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 	for budget > 0 && len(s.running) < s.maxSeqs && len(s.waiting) > 0 && !s.waiting[0].arrived.After(now) {
 		seq := s.waiting[0]
 		// A request gets blocks for all it will ever need, so nothing that runs ever has to be evicted.
-		blocks, ok := s.blocks.allocate(seq.request.length())
+		blocks, ok := s.blocks.allocate(seq.request.length() + s.drafts)
 		if !ok {
 			break
 		}

@@ -16,12 +16,15 @@ type Stats struct {
 	Modes                         map[fwd.GraphMode]int
 	DummyPasses                   int
 	SplitPasses                   int // into microbatches, which run without graphs
+	DraftPasses                   int // of the draft model, dummy ones included
+	ProposedTokens                int // that the draft model guessed and the target verified
+	AcceptedTokens                int // of these, the right ones that were needed
 	Captures, Replays             int // of graphs: a full pass replays one, a piecewise pass one for each stage of the model
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
 }
 
-// RankStats are the figures of one rank. Forward includes Experts.
+// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its votes.
 type RankStats struct {
 	Votes   time.Duration // waiting in Plan for the other ranks' votes
 	Experts time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
@@ -46,10 +49,21 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 		s.SplitPasses += f.split
 		s.GraphPadding += f.graphPadding
 		s.DataPadding += f.dataPadding
-		captures, replays := r.target.executor.Graphs()
-		s.Captures += captures
-		s.Replays += replays
-		s.Ranks = append(s.Ranks, RankStats{Votes: r.target.coordinator.waited, Experts: r.target.experts.waiting(), Forward: f.forward})
+		s.DraftPasses += f.draftPasses
+		s.ProposedTokens += f.proposed
+		s.AcceptedTokens += f.accepted
+		own := RankStats{Forward: f.forward}
+		for _, in := range []*instance{r.target, r.draft} {
+			if in == nil {
+				continue
+			}
+			captures, replays := in.executor.Graphs()
+			s.Captures += captures
+			s.Replays += replays
+			own.Votes += in.coordinator.waited
+			own.Experts += in.experts.waiting()
+		}
+		s.Ranks = append(s.Ranks, own)
 	}
 	return s
 }
@@ -59,6 +73,8 @@ type figures struct {
 	steps, dummies, split     int
 	promptTokens, generated   int
 	finished                  int
+	draftPasses               int
+	proposed, accepted        int
 	reasons                   map[fwd.Reason]int
 	modes                     map[fwd.GraphMode]int
 	graphPadding, dataPadding int

@@ -47,6 +47,7 @@ type options struct {
 	chunk      int
 	loras      int
 	graph      fwd.GraphMode
+	spec       int
 	ubatches   int
 	decodeUB   int
 	prefillUB  int
@@ -67,6 +68,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
 	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
 	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise, "which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
+	flags.IntVar(&o.spec, "spec", 0, "speculative decoding: a draft model guesses `K` tokens for each request and step")
 	flags.IntVar(&o.ubatches, "ubatches", 1, "split passes into `N` microbatches that run at once, one's attention beside another's exchanges (1: don't)")
 	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4, "split a pass in which all requests decode from `N` tokens on")
 	flags.IntVar(&o.prefillUB, "prefill-ubatch-threshold", 32, "split any other pass from `N` tokens on")
@@ -108,6 +110,9 @@ func (o *options) validate(rest []string) error {
 	}
 	if o.loras < 0 || o.loras > maxLoRAs {
 		bad("-loras is %d, want 0 to %d", o.loras, maxLoRAs)
+	}
+	if o.spec < 0 || o.spec > engine.MaxSpeculativeTokens {
+		bad("-spec is %d, want 0 to %d", o.spec, engine.MaxSpeculativeTokens)
 	}
 	if o.ubatches < 1 || o.ubatches > engine.MaxUBatches {
 		bad("-ubatches is %d, want 1 to %d", o.ubatches, engine.MaxUBatches)
@@ -169,6 +174,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 		SequenceParallel:       o.sp,
 		MaxChunk:               o.chunk,
 		GraphMode:              o.graph,
+		NumSpeculativeTokens:   o.spec,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,

@@ -101,6 +101,7 @@ func TestBadFlags(t *testing.T) {
 		{"-ubatches 0", "serve: -ubatches is 0, want 1 to 16"},
 		{"-decode-ubatch-threshold 0", "serve: -decode-ubatch-threshold is 0, want at least 1"},
 		{"-prefill-ubatch-threshold -1", "serve: -prefill-ubatch-threshold is -1, want at least 1"},
+		{"-spec -1", "serve: -spec is -1, want 0 to 31"},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
 		{"-requests -1", "serve: -requests is -1, want at least 0"},
 		{"-max-context -1", "serve: -max-context is -1, want at least 0"},
