@@ -30,12 +30,13 @@ func runServe(t *testing.T, args ...string) (exit int, stdout, stderr string) {
 }
 
 func TestTable(t *testing.T) {
-	exit, out, errs := runServe(t, "-requests", "20", "-max-context", "40", "-check")
+	exit, out, errs := runServe(t, "-requests", "20", "-max-context", "40", "-spec", "2", "-ubatches", "2", "-check")
 	if exit != 0 || errs != "" {
 		t.Fatalf("exit %d, stderr %q", exit, errs)
 	}
 	for _, want := range []string{
-		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`, `(?m)^passes +\d+ `, `(?m)^  exact +\d+ `,
+		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`, `(?m)^passes +\d+ `, `(?m)^ +\d+ +of them split into microbatches`, `(?m)^  FULL +\d+ `, `(?m)^reasons `, `(?m)^  exact +\d+ `,
+		`(?m)^graphs +\d+ +captured in \S+, \d+ replays`, `(?m)^guesses +\d+ +\d+ accepted`,
 		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `, `check: 20 of 20 requests agree with the reference\n$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
@@ -58,15 +59,19 @@ func TestJSON(t *testing.T) {
 	if _, err := in.Token(); err != io.EOF {
 		t.Errorf("more than one object: %s", out)
 	}
-	passes := 0
+	passes, modes := 0, 0
 	for _, n := range got.Passes {
 		passes += n
+	}
+	for _, n := range got.Modes {
+		modes += n
 	}
 	prompt, generated := 0, 0
 	for _, r := range trace.Default()[:9] {
 		prompt, generated = prompt+r.ContextTokens, generated+r.GeneratedTokens
 	}
-	if got.Requests != 9 || got.Finished != 9 || got.Interrupted || passes != 2*got.Steps || len(got.Waiting) != 2 || got.Waiting[1].Rank != 1 ||
+	if got.Requests != 9 || got.Finished != 9 || got.Interrupted || passes != 2*got.Steps || modes != passes || got.Graphs.Captures == 0 || got.Graphs.Replays <= got.Graphs.Captures ||
+		got.Speculation != nil || got.SplitPasses != 0 || got.DraftPasses != 0 || len(got.Waiting) != 2 || got.Waiting[1].Rank != 1 ||
 		got.PromptTokens != prompt || got.GeneratedTokens != generated || got.Tokens != prompt+generated || got.TokensPerSecond <= 0 ||
 		got.Check == nil || *got.Check != (checkReport{Requests: 9, Agreed: 9}) {
 		t.Errorf("%+v", got)

@@ -1,10 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -23,10 +26,26 @@ type report struct {
 	GeneratedTokens int            `json:"generated_tokens"`
 	TokensPerSecond float64        `json:"tokens_per_second"`
 	Passes          map[string]int `json:"passes"` // by the reason for their graph mode
+	Modes           map[string]int `json:"modes"`  // passes by their graph mode
 	DummyPasses     int            `json:"dummy_passes"`
+	SplitPasses     int            `json:"split_passes"` // into microbatches
+	DraftPasses     int            `json:"draft_passes"` // of the draft model, in the steps of the others
+	Graphs          graphReport    `json:"graphs"`
+	Speculation     *specReport    `json:"speculation,omitempty"`
 	Padding         paddingReport  `json:"padding"`
 	Waiting         []rankReport   `json:"waiting"` // by rank
 	Check           *checkReport   `json:"check,omitempty"`
+}
+
+type graphReport struct {
+	WarmUp   float64 `json:"warm_up"`
+	Captures int     `json:"captures"`
+	Replays  int     `json:"replays"`
+}
+
+type specReport struct {
+	Proposed int `json:"proposed"`
+	Accepted int `json:"accepted"`
 }
 
 type paddingReport struct {
@@ -57,7 +76,11 @@ func newReport(s engine.Stats, interrupted bool) *report {
 		PromptTokens:    s.PromptTokens,
 		GeneratedTokens: s.GeneratedTokens,
 		Passes:          map[string]int{},
+		Modes:           map[string]int{},
 		DummyPasses:     s.DummyPasses,
+		SplitPasses:     s.SplitPasses,
+		DraftPasses:     s.DraftPasses,
+		Graphs:          graphReport{WarmUp: s.WarmUp.Seconds(), Captures: s.Captures, Replays: s.Replays},
 		Padding:         paddingReport{Graph: s.GraphPadding, DP: s.DataPadding},
 	}
 	if r.Seconds > 0 {
@@ -65,6 +88,12 @@ func newReport(s engine.Stats, interrupted bool) *report {
 	}
 	for reason, n := range s.Passes {
 		r.Passes[reason.String()] = n
+	}
+	for mode, n := range s.Modes {
+		r.Modes[mode.String()] = n
+	}
+	if s.DraftPasses > 0 {
+		r.Speculation = &specReport{Proposed: s.ProposedTokens, Accepted: s.AcceptedTokens}
 	}
 	for d, w := range s.Ranks {
 		r.Waiting = append(r.Waiting, rankReport{Rank: d, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds()})
@@ -92,13 +121,15 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 		total += n
 	}
 	fmt.Fprintf(t, "passes\t%d\t%d of them dummy, to keep step\n", total, r.DummyPasses)
-	reasons := make([]string, 0, len(r.Passes))
-	for reason := range r.Passes {
-		reasons = append(reasons, reason)
+	if r.SplitPasses > 0 {
+		fmt.Fprintf(t, "\t%d\tof them split into microbatches, which run without graphs\n", r.SplitPasses)
 	}
-	slices.SortFunc(reasons, func(a, b string) int { return r.Passes[b] - r.Passes[a] })
-	for _, reason := range reasons {
-		fmt.Fprintf(t, "  %s\t%d\t%s\n", reason, r.Passes[reason], meaning[reason])
+	printCounts(t, r.Modes, modeMeaning)
+	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
+	printCounts(t, r.Passes, reasonMeaning)
+	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp), r.Graphs.Replays)
+	if s := r.Speculation; s != nil {
+		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted, r.DraftPasses)
 	}
 	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
 	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)
@@ -110,8 +141,24 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 	return t.Flush()
 }
 
-// meaning explains the reasons that this engine can have.
-var meaning = map[string]string{
+// printCounts prints counts, the largest first, with what each means.
+func printCounts(w io.Writer, counts map[string]int, meaning map[string]string) {
+	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
+		return cmp.Or(counts[b]-counts[a], strings.Compare(a, b))
+	})
+	for _, name := range names {
+		fmt.Fprintf(w, "  %s\t%d\t%s\n", name, counts[name], meaning[name])
+	}
+}
+
+var modeMeaning = map[string]string{
+	"NONE":      "eager",
+	"PIECEWISE": "graphs between the attention calls",
+	"FULL":      "one graph for the whole pass",
+}
+
+// reasonMeaning explains the reasons that this engine can have.
+var reasonMeaning = map[string]string{
 	"exact":     "full graph of a decode batch",
 	"relaxed":   "graph for any batch of the size",
 	"disabled":  "no graphs at all",
