@@ -1,0 +1,187 @@
+package engine
+
+import (
+	"context"
+	"fmt"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// TestTelemetry runs the engine and checks what its spans and metrics say against each other, against the figures of the run
+// and against what follows from the requests: what the answers can't show.
+func TestTelemetry(t *testing.T) {
+	for _, c := range []struct {
+		cfg      Config
+		adapters int
+	}{
+		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise}, 3},
+		{Config{DataParallelSize: 4, GraphMode: fwd.GraphFull, SequenceParallel: 2}, 0},
+		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullDecodeOnly}, 0},
+		{Config{DataParallelSize: 2, GraphMode: fwd.GraphPiecewise, NumUBatches: 2, DecodeUBatchThreshold: 3, PrefillUBatchThreshold: 20}, 0},
+		{Config{DataParallelSize: 3, NumUBatches: 3, MaxChunk: 7, DecodeUBatchThreshold: 3, PrefillUBatchThreshold: 20}, 0},
+		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2}, 2},
+		{Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, NumUBatches: 2}, 0},
+		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, NumUBatches: 2}, 2},
+	} {
+		name := fmt.Sprintf("dp=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", max(c.cfg.DataParallelSize, 1), c.cfg.GraphMode,
+			max(c.cfg.NumUBatches, 1), c.cfg.NumSpeculativeTokens, c.adapters)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			checkTelemetry(t, c.cfg, c.adapters)
+		})
+	}
+}
+
+func checkTelemetry(t *testing.T, cfg Config, adapters int) {
+	recorder, reader := tracetest.NewSpanRecorder(), metric.NewManualReader()
+	cfg.TracerProvider = sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	cfg.MeterProvider = metric.NewMeterProvider(metric.WithReader(reader))
+	cfg.StepTrace = true
+	cfg.Middleware = func(rank int) []fwd.Middleware { return []fwd.Middleware{inPass(t, rank)} }
+	dp := max(cfg.DataParallelSize, 1)
+	requests := withAdapters(newRequests(9*dp, 25, 9), adapters)
+	for len(requests[0].Prompt) < 150 { // too large for any graph
+		requests[0].Prompt = append(requests[0].Prompt, len(requests[0].Prompt)%256)
+	}
+	e := newEngineOf(t, newModel(t, adapters), cfg)
+	results, stats, err := e.Run(t.Context(), requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	compareAll(t, e, requests, results)
+	if started, ended := len(recorder.Started()), len(recorder.Ended()); started != ended {
+		t.Errorf("%d spans started, %d ended", started, ended)
+	}
+	v := &spanView{T: t, engine: e, dp: dp, adapters: adapters, spans: map[trace.SpanID]*span{}}
+	v.read(recorder.Ended())
+	v.checkPasses()
+	v.checkSteps()
+	v.checkMicrobatches()
+	v.checkFigures(&stats)
+
+	var got metricdata.ResourceMetrics
+	if err := reader.Collect(context.Background(), &got); err != nil {
+		t.Fatal(err)
+	}
+	v.checkMetrics(&got, &stats)
+}
+
+// inPass is middleware that checks what a pass finds in its context, against the attributes of its span. It leaves local sizes
+// in the context: a pass nested in this one must not see them.
+func inPass(t *testing.T, rank int) fwd.Middleware {
+	return func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error {
+			fc, ok := fwd.FromContext(ctx)
+			recorded, recording := trace.SpanFromContext(ctx).(sdktrace.ReadOnlySpan)
+			if !ok || !recording {
+				t.Errorf("a pass without forward context (%t) or span (%t)", ok, recording)
+				return next(ctx)
+			}
+			s := newSpan(recorded)
+			if sizes, ok := fwd.LocalSizes(ctx); ok {
+				t.Errorf("a pass begins with local sizes %v", sizes)
+			}
+			if i, n, ok := fwd.UBatch(ctx); ok {
+				t.Errorf("a pass begins in microbatch %d of %d", i, n)
+			}
+			if s.Name() != "fwd.forward" || fc.NumTokens != s.int("fwd.num_tokens") || fc.NumTokensUnpadded != s.int("fwd.num_tokens_unpadded") ||
+				fc.GraphMode.String() != s.text("fwd.graph.mode") || fc.Dummy != s.bool("fwd.dummy") || len(fc.UBatches) != s.int("fwd.ubatches") ||
+				fc.Batch.NumReqs != s.int("fwd.batch.num_reqs") || fc.Batch.NumActiveLoRAs != s.int("fwd.batch.num_active_loras") ||
+				fc.Batch.Uniform != s.bool("fwd.batch.uniform") || fc.Batch.HasLoRA != (fc.Batch.NumActiveLoRAs > 0) || fc.Batch.NumTokens != fc.NumTokens {
+				t.Errorf("span %s with %v in a pass with %+v", s.Name(), s.Attributes(), *fc)
+			}
+			if fc.DP != nil && (fc.DP.Rank() != rank || fc.DP.NumTokens(rank) != fc.NumTokens || fc.DP.MaxTokensAcrossDP() != s.int("fwd.dp.max_tokens")) {
+				t.Errorf("rank %d with DP metadata of rank %d: %d tokens of at most %d, with %v", rank, fc.DP.Rank(), fc.DP.NumTokens(fc.DP.Rank()),
+					fc.DP.MaxTokensAcrossDP(), s.Attributes())
+			}
+			inner, err := fwd.WithSPLocalSizes(ctx, 1)
+			if err != nil {
+				return err
+			}
+			return next(inner)
+		}
+	}
+}
+
+// checkMetrics compares the metrics with the spans and with what the graphs have counted themselves.
+func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
+	want := map[string]float64{
+		"fwd.graph.events{capture}": float64(stats.Captures),
+		"fwd.graph.events{replay}":  float64(stats.Replays),
+	}
+	if n := len(v.named("fwd.coordinate")); n > 0 {
+		want["fwd.coordinate.duration"] = float64(n)
+	}
+	for _, s := range v.named("fwd.forward") {
+		mode := s.text("fwd.graph.mode")
+		if mode == "NONE" {
+			want["fwd.graph.events{eager}"]++
+		}
+		want["fwd.forward.tokens{"+mode+"}"] += float64(s.int("fwd.num_tokens_unpadded"))
+		for _, kind := range []string{"graph", "dp"} {
+			if n := s.int(attribute.Key("fwd.padding." + kind)); n > 0 {
+				want["fwd.padding{"+kind+"}"] += float64(n)
+			}
+		}
+		want[fmt.Sprintf("fwd.forward.duration{%s %s %s %d}", s.text("fwd.name"), mode, s.text("fwd.graph.reason"), v.bucket(s))]++
+	}
+	is := map[string]float64{}
+	value := func(set attribute.Set, key attribute.Key) string {
+		value, _ := set.Value(key)
+		return value.Emit()
+	}
+	for _, scope := range got.ScopeMetrics {
+		for _, m := range scope.Metrics {
+			switch data := m.Data.(type) {
+			case metricdata.Sum[int64]:
+				for _, p := range data.DataPoints {
+					is[m.Name+"{"+value(p.Attributes, "fwd.graph.event")+value(p.Attributes, "fwd.padding.kind")+"}"] += float64(p.Value)
+				}
+			case metricdata.Histogram[int64]:
+				for _, p := range data.DataPoints {
+					is[m.Name+"{"+value(p.Attributes, "fwd.graph.mode")+"}"] += float64(p.Sum)
+				}
+			case metricdata.Histogram[float64]:
+				for _, p := range data.DataPoints {
+					name := m.Name
+					if name == "fwd.forward.duration" {
+						name = fmt.Sprintf("%s{%s %s %s %s}", name, value(p.Attributes, "fwd.name"), value(p.Attributes, "fwd.graph.mode"),
+							value(p.Attributes, "fwd.graph.reason"), value(p.Attributes, "fwd.batch.bucket"))
+					}
+					is[name] += float64(p.Count)
+				}
+			}
+		}
+	}
+	for name, n := range want {
+		if is[name] != n {
+			v.Errorf("%s is %v, want %v", name, is[name], n)
+		}
+	}
+	for name, n := range is {
+		if _, ok := want[name]; !ok {
+			v.Errorf("%s is %v, want nothing", name, n)
+		}
+	}
+}
+
+// bucket returns what fwd.batch.bucket must be: the size of the graph, or the next power of two. Warm-up passes are not
+// dispatched.
+func (v *spanView) bucket(s *span) int {
+	tokens := s.int("fwd.num_tokens")
+	if s.text("fwd.graph.mode") != "NONE" && !s.warmUp {
+		return tokens
+	}
+	bucket := 1
+	for bucket < tokens {
+		bucket *= 2
+	}
+	return bucket
+}
