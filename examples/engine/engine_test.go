@@ -224,16 +224,18 @@ func TestWrongVotes(t *testing.T) {
 		"another chunk":  func(votes []fwd.Vote) { votes[0].NumTokensPadded += 400 },
 	} {
 		t.Run(name, func(t *testing.T) {
-			group, err := fwd.NewLocalGroup(3)
-			if err != nil {
-				t.Fatal(err)
-			}
-			group[2] = liar{group[2], lie}
 			// No batch has a graph: then ranks are not padded, and each size counts.
 			requests := []Request{{ID: 0, Prompt: make([]int, 100), MaxTokens: 9}, {ID: 1, Prompt: make([]int, 90), MaxTokens: 9}, {ID: 2, Prompt: make([]int, 80), MaxTokens: 9}}
-			_, stats, err := newEngine(t, Config{DataParallelSize: 3, Coordinators: group}).Run(t.Context(), requests)
-			if !errors.Is(err, ErrRefused) || stats.Finished != 0 {
-				t.Errorf("%v, %d requests finished; want ErrRefused", err, stats.Finished)
+			for _, sp := range []int{1, 2} {
+				group, err := fwd.NewLocalGroup(3)
+				if err != nil {
+					t.Fatal(err)
+				}
+				group[2] = liar{group[2], lie}
+				_, stats, err := newEngine(t, Config{DataParallelSize: 3, SequenceParallel: sp, Coordinators: group}).Run(t.Context(), requests)
+				if !errors.Is(err, ErrRefused) || stats.Finished != 0 {
+					t.Errorf("sp %d: %v, %d requests finished; want ErrRefused", sp, err, stats.Finished)
+				}
 			}
 		})
 	}
@@ -260,6 +262,33 @@ func TestRankFails(t *testing.T) {
 			t.Errorf("dp %d: %v after %d steps, want %v after 4", dp, err, stats.Steps, broken)
 		}
 		compareAll(t, e, requests, results) // what had finished stays right
+	}
+}
+
+// TestRankFailsAnywhere: whichever pass it is that fails, of the warm-up, of the model or of its draft, the others don't wait
+// for it. Each model captures 11 graphs.
+func TestRankFailsAnywhere(t *testing.T) {
+	broken := errors.New("broken layer")
+	for _, at := range []int64{1, 12, 22, 23, 24, 25, 26, 40} {
+		var passes atomic.Int64
+		cfg := Config{DataParallelSize: 2, SequenceParallel: 2, NumUBatches: 2, NumSpeculativeTokens: 1, GraphMode: fwd.GraphPiecewise, ExchangeTimeout: time.Hour}
+		cfg.Middleware = func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					if rank == 0 || passes.Add(1) != at {
+						return next(ctx)
+					}
+					return broken
+				}
+			}}
+		}
+		requests := newRequests(20, 50, 20)
+		e := newEngine(t, cfg)
+		results, _, err := e.Run(t.Context(), requests)
+		if !errors.Is(err, broken) {
+			t.Errorf("pass %d: %v, want %v", at, err, broken)
+		}
+		compareAll(t, e, requests, results)
 	}
 }
 
@@ -392,7 +421,7 @@ func TestNoGoroutines(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 10 {
-		e := newEngine(t, Config{DataParallelSize: 4})
+		e := newEngine(t, Config{DataParallelSize: 4, SequenceParallel: 2, NumUBatches: 2, NumSpeculativeTokens: 1, GraphMode: fwd.GraphFullAndPiecewise})
 		if _, _, err := e.Run(t.Context(), requests); err != nil {
 			t.Fatal(err)
 		}

@@ -135,7 +135,7 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 	is := map[string]float64{}
 	value := func(set attribute.Set, key attribute.Key) string {
 		value, _ := set.Value(key)
-		return value.Emit()
+		return value.String()
 	}
 	for _, scope := range got.ScopeMetrics {
 		for _, m := range scope.Metrics {

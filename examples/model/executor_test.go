@@ -115,6 +115,38 @@ func TestGraphRefuses(t *testing.T) {
 	}
 }
 
+// split returns a pass in microbatches, all rows of which are of one request.
+func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
+	fc := &fwd.ForwardContext{NoCompileLayers: layers}
+	for _, meta := range metas {
+		first, n := fc.NumTokens, len(meta.Positions)
+		fc.NumTokens += n
+		fc.UBatches = append(fc.UBatches, fwd.UBatchSlice{
+			Requests: fwd.Range{Start: 0, Stop: 1},
+			Tokens:   fwd.Range{Start: first, Stop: fc.NumTokens},
+		})
+		fc.AttnMetadata = append(fc.AttnMetadata, map[string]any{"": meta})
+		fc.SlotMapping = append(fc.SlotMapping, map[string]any{"": slices.Repeat([]int{NoSlot}, n)})
+	}
+	return fc
+}
+
+// TestMicrobatchFails: a microbatch that fails before its keys are written does not leave the next one waiting for them.
+func TestMicrobatchFails(t *testing.T) {
+	m, layers := newTest(t, 3)
+	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
+	fc.SlotMapping[0][""] = []int{NoSlot} // one is missing
+	var failed *fwd.UBatchError
+	_, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 5))
+	if !errors.As(err, &failed) || failed.Index != 0 || !strings.Contains(err.Error(), "2 rows with 1 slots") {
+		t.Errorf("%v, want the error of microbatch 0", err)
+	}
+	fc = split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3)})
+	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil || !strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
+		t.Errorf("%v, want an error about the missing row", err)
+	}
+}
+
 // BenchmarkForward shows what a replay saves: mode NONE plans each pass anew.
 func BenchmarkForward(b *testing.B) {
 	for _, requests := range []int{1, 4, 16} {

@@ -97,7 +97,11 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
 	}
 	width, _ := m.Router.Dims()
-	share := sizes[workers.Experts[0].Worker]
+	first := workers.Experts[0].Worker
+	if first >= len(sizes) {
+		return nil, fmt.Errorf("model: %s: worker %d has no local size among %v", m.Name, first, sizes)
+	}
+	share := sizes[first]
 	if share*sp < rows || (share-1)*sp >= rows {
 		return nil, fmt.Errorf("model: %s: %d rows for %d workers of %d rows each", m.Name, rows, sp, share)
 	}
