@@ -21,7 +21,7 @@ type sampled struct {
 
 // newBatch lays a step out in rows: the scheduled tokens of each sequence, one sequence after the other, and padding up to
 // rows. A padding row is token 0, belongs to no sequence and is written nowhere, but it takes its way through the experts.
-// adapters is how many different ones the step has; 0: the model has none.
+// adapters is how many different ones the step has.
 func newBatch(step []scheduled, rows, blockSize, adapters int) *batch {
 	b := &batch{
 		tokens: make([]int, rows),

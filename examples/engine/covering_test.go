@@ -106,3 +106,22 @@ func pairwise(levels ...int) [][]int {
 	}
 	return rows
 }
+
+func TestPairwise(t *testing.T) {
+	levels := []int{4, 2, 3, 5}
+	rows := pairwise(levels...)
+	for f := range levels {
+		for g := f + 1; g < len(levels); g++ {
+			seen := map[[2]int]bool{}
+			for _, row := range rows {
+				seen[[2]int{row[f], row[g]}] = true
+			}
+			if len(seen) != levels[f]*levels[g] {
+				t.Errorf("factors %d and %d: %d of %d pairs", f, g, len(seen), levels[f]*levels[g])
+			}
+		}
+	}
+	if len(rows) > 30 {
+		t.Errorf("%d rows, where 20 are needed", len(rows))
+	}
+}

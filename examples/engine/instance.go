@@ -98,10 +98,7 @@ func (in *instance) warmUp(ctx context.Context) error {
 
 // plan prepares a pass over a step, or a dummy pass.
 func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (fwd.Pass, *batch, error) {
-	schedule := fwd.Schedule{AllowUBatches: true}
-	if in.model.Weights().Config.Adapters > 0 {
-		schedule.NumActiveLoRAs = activeAdapters(step)
-	}
+	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step), AllowUBatches: true}
 	for _, s := range step {
 		schedule.NumScheduledTokens = append(schedule.NumScheduledTokens, s.count)
 	}

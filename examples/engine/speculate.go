@@ -97,8 +97,8 @@ func (r *rank) verify(seq *sequence, rows *mat.Dense) {
 	seq.drafts = seq.drafts[:0]
 }
 
-// draftBlueprint returns the draft of a model: its first layers, under the same embedding and head. It knows no adapters,
-// since all it does is guess, and takes one token of each sequence at a time.
+// draftBlueprint returns the draft of a model: its first layers, under the same embedding and head. It takes one token of
+// each sequence at a time.
 func (c *Config) draftBlueprint(m *model.Model) (*blueprint, error) {
 	return c.blueprint("draft", model.New(m.Weights().Truncate(draftLayers)), fwd.ParallelConfig{DataParallelSize: c.DataParallelSize}, 1)
 }

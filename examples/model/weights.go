@@ -127,15 +127,11 @@ func NewWeights(c Config) (*Weights, error) {
 	return w, nil
 }
 
-// Truncate returns the weights of a model with the first layers only and without adapters, which shares everything else: a
-// draft of the model, that needs no training of its own to say the same now and then.
+// Truncate returns the weights of a model with the first layers only, which shares all it has with the whole: a draft of the
+// model, that needs no training of its own to say the same now and then.
 func (w *Weights) Truncate(layers int) *Weights {
 	short := *w
-	short.Config.Layers, short.Config.Adapters = layers, 0
-	short.Layers = append([]LayerWeights(nil), w.Layers[:layers]...)
-	for l := range short.Layers {
-		short.Layers[l].Adapters = nil
-	}
+	short.Config.Layers, short.Layers = layers, w.Layers[:layers]
 	return &short
 }
 

@@ -1,6 +1,7 @@
 // Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and says what came of it.
 //
 //	go -C examples run ./serve -check
+//	go -C examples run ./serve -check -sp 2 -ubatches 2 -spec 2 -loras 3 -graph FULL_DECODE_ONLY
 //
 // The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
 // that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
