@@ -60,9 +60,8 @@ const MaxSpeculativeTokens = 31
 // MaxUBatches is the most microbatches of a pass.
 const MaxUBatches = 16
 
-// maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that
-// all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the
-// largest prefills.
+// maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that all the ways a
+// batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the largest prefills.
 const maxCapture = 64
 
 func (c Config) withDefaults() (Config, error) {
@@ -102,11 +101,13 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Speed < 0 || math.IsNaN(c.Speed) || math.IsInf(c.Speed, 0) {
 		errs = append(errs, fmt.Errorf("engine: Speed is %v, want a finite number of at least 0", c.Speed))
 	}
-	for what, group := range map[string][]fwd.Coordinator{"coordinators": c.Coordinators, "draft coordinators": c.DraftCoordinators} {
+	group := func(what string, group []fwd.Coordinator) {
 		if group != nil && len(group) != c.DataParallelSize {
 			errs = append(errs, fmt.Errorf("engine: %d %s for %d ranks", len(group), what, c.DataParallelSize))
 		}
 	}
+	group("coordinators", c.Coordinators)
+	group("draft coordinators", c.DraftCoordinators)
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
 	c.StopGrace = cmp.Or(c.StopGrace, 2*time.Second)

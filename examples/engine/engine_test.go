@@ -460,6 +460,7 @@ func TestBadConfig(t *testing.T) {
 		{Config{GraphMode: fwd.GraphFull, CaptureSizes: []int{8, 4}}, "capture sizes are not ascending: 4 follows 8"},
 		{Config{GraphMode: 9}, "GraphMode(9) is not a graph mode"},
 		{Config{DataParallelSize: 2, Coordinators: make([]fwd.Coordinator, 3)}, "3 coordinators for 2 ranks"},
+		{Config{DataParallelSize: 2, DraftCoordinators: make([]fwd.Coordinator, 1)}, "1 draft coordinators for 2 ranks"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.cfg, err, c.want)

@@ -9,6 +9,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
 	"gonum.org/v1/gonum/mat"
 )
@@ -172,6 +173,45 @@ func TestExchangeRoutes(t *testing.T) {
 			}
 		}
 		return nil
+	}) {
+		if err != nil {
+			t.Errorf("worker %d: %v", w, err)
+		}
+	}
+}
+
+// TestExchangeMicrobatches: what microbatches exchange at the same place never mixes, in whatever order each worker gets there.
+func TestExchangeMicrobatches(t *testing.T) {
+	const workers, ubatches = 2, 2
+	split := &fwd.ForwardContext{NumTokens: ubatches}
+	for i := range ubatches {
+		one := fwd.Range{Start: i, Stop: i + 1}
+		split.UBatches = append(split.UBatches, fwd.UBatchSlice{Requests: one, Tokens: one})
+	}
+	var gate [ubatches]chan struct{} // closed when worker 0 has left its message
+	for i := range gate {
+		gate[i] = make(chan struct{})
+	}
+	for w, err := range meetAll(workers, func(w *expertWorker) error {
+		return fwd.RunUBatches(fwd.NewContext(t.Context(), split), func(ctx context.Context, i int) error {
+			mine := routed(1)
+			mine.Rows.Set(0, 0, float64(10*i+w.worker))
+			if w.worker == 1 {
+				<-gate[ubatches-1-i] // this worker's microbatch 0 comes after the other's microbatch 1, and the reverse
+			} else {
+				close(gate[i])
+			}
+			all, err := w.Dispatch(ctx, here, []int{1, 1}, mine)
+			if err != nil {
+				return err
+			}
+			for from, rows := range all {
+				if got, want := rows.Rows.At(0, 0), float64(10*i+from); got != want {
+					return fmt.Errorf("%v from worker %d, want %v", got, from, want)
+				}
+			}
+			return nil
+		})
 	}) {
 		if err != nil {
 			t.Errorf("worker %d: %v", w, err)

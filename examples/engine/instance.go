@@ -7,18 +7,8 @@ import (
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
-	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
-
-// blueprint is a model with what all ranks that run it have in common.
-type blueprint struct {
-	name  string
-	model *model.Model
-	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them have.
-	dispatcher *fwd.Dispatcher
-	parallel   fwd.ParallelConfig // but for the rank
-}
 
 // instance is a model on a rank: its Runner, its graphs and its KV cache.
 type instance struct {
@@ -146,14 +136,4 @@ func (c *timedCoordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote
 	began := time.Now()
 	defer func() { c.waited += time.Since(began) }()
 	return c.Coordinator.Exchange(ctx, v)
-}
-
-// warmUp gets a rank ready to serve.
-func (r *rank) warmUp(ctx context.Context) error {
-	ctx, span := r.engine.tracer().Start(ctx, "warm-up", trace.WithNewRoot())
-	defer span.End()
-	if err := r.target.warmUp(ctx); err != nil || r.draft == nil {
-		return err
-	}
-	return r.draft.warmUp(ctx)
 }

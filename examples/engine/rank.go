@@ -4,6 +4,7 @@ import (
 	"context"
 	"time"
 
+	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -15,6 +16,16 @@ type rank struct {
 	target    *instance
 	draft     *instance // nil: no speculative decoding
 	figures   figures
+}
+
+// warmUp gets a rank ready to serve.
+func (r *rank) warmUp(ctx context.Context) error {
+	ctx, span := r.engine.tracer().Start(ctx, "warm-up", trace.WithNewRoot())
+	defer span.End()
+	if err := r.target.warmUp(ctx); err != nil || r.draft == nil {
+		return err
+	}
+	return r.draft.warmUp(ctx)
 }
 
 // serve takes steps for as long as the ranks take steps.

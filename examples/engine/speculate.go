@@ -3,13 +3,9 @@ package engine
 import (
 	"context"
 
-	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
 	"gonum.org/v1/gonum/mat"
 )
-
-// draftLayers is how many of the model's layers its draft has.
-const draftLayers = 1
 
 // propose lets the draft model guess the next tokens of each sequence in the step, for the next step to verify all at once
 // (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", 2023). A guess costs a pass of a smaller
@@ -95,10 +91,4 @@ func (r *rank) verify(seq *sequence, rows *mat.Dense) {
 	seq.computed = seq.known() - 1
 	seq.drafted = min(seq.drafted, known+sampled-1)
 	seq.drafts = seq.drafts[:0]
-}
-
-// draftBlueprint returns the draft of a model: its first layers, under the same embedding and head. It takes one token of
-// each sequence at a time.
-func (c *Config) draftBlueprint(m *model.Model) (*blueprint, error) {
-	return c.blueprint("draft", model.New(m.Weights().Truncate(draftLayers)), fwd.ParallelConfig{DataParallelSize: c.DataParallelSize}, 1)
 }

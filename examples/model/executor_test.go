@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/forwardctx/fwd"
 	"gonum.org/v1/gonum/mat"
@@ -144,6 +145,44 @@ func TestMicrobatchFails(t *testing.T) {
 	fc = split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3)})
 	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil || !strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
 		t.Errorf("%v, want an error about the missing row", err)
+	}
+}
+
+// together is an exchange that lets microbatch 0 go on only once microbatch 1 has come, in every layer.
+type together struct {
+	alone
+	come map[string]chan struct{} // by layer
+}
+
+func (x together) Dispatch(ctx context.Context, at Place, sizes []int, rows Routed) ([]Routed, error) {
+	if u, _, _ := fwd.UBatch(ctx); u == 1 {
+		close(x.come[at.Layer])
+	}
+	select {
+	case <-x.come[at.Layer]:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	return x.alone.Dispatch(ctx, at, sizes, rows)
+}
+
+// TestMicrobatchesOverlap: the attention of a microbatch goes on while the one before is in its expert exchange.
+func TestMicrobatchesOverlap(t *testing.T) {
+	m, layers := newTest(t, 100)
+	x := together{come: map[string]chan struct{}{}}
+	for l := range m.layers {
+		x.come[MoEName(l)] = make(chan struct{})
+		layers[MoEName(l)].(*Workers).Experts[0].Exchange = x
+	}
+	written := make(chan struct{})
+	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 2)})
+	for i, own := range []AttnMeta{{Positions: make([]int, 2), Written: written}, {Positions: make([]int, 2), After: written}} {
+		fc.AttnMetadata[i][AttentionName(0)] = &own
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := m.Forward(fwd.NewContext(ctx, fc), make([]int, 4)); err != nil {
+		t.Error(err)
 	}
 }
 
