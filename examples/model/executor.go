@@ -11,8 +11,8 @@ import (
 
 // Executor runs a model for one rank, by graphs where the pass asks for them. A graph is a plan that is kept: the stages of
 // the model laid out for one shape, with buffers of their own into which a replay copies its inputs. A pass in mode
-// PIECEWISE replays each stage and calls attention in between as an eager pass does; one in mode FULL replays stages and
-// attention as one. Any other pass makes its plans anew.
+// PIECEWISE replays each stage, expert exchanges included, and calls attention in between as an eager pass does; one in mode
+// FULL replays stages and attention as one. Any other pass makes its plans anew.
 //
 // It runs one pass at a time, and its result is good until the next.
 type Executor struct {

@@ -1,10 +1,10 @@
 // Package model is a decoder-only mixture-of-experts language model, written the way that models are written on fwd.
 //
 // A layer takes a context and its tensors, one token per row. Whatever else it needs to know about the forward pass comes out
-// of the context through fwd: [Attention] reads which rows belong to which request
-// (fwd.AttnMetadata), where in the KV cache new keys and values go (fwd.SlotMapping) and the cache itself (fwd.Layer); [MoE]
-// reads its workers' experts (fwd.Layer) and the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer
-// passes anything on for another, and what lies in between ([Model], [Layer]) knows nothing of batching, paging or ranks.
+// of the context through fwd: [Attention] reads which rows belong to which request (fwd.AttnMetadata), where in the KV cache
+// new keys and values go (fwd.SlotMapping) and the cache itself (fwd.Layer); [MoE] reads its workers' experts (fwd.Layer) and
+// the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer passes anything on for another, and what lies in
+// between ([Model], [Layer]) knows nothing of batching, paging or ranks.
 //
 // The model runs in stages, from one attention to the next (stage.go). A stage is planned for the shape of a pass and then
 // run; an [Executor] keeps plans as graphs and replays them, so that a pass of a known shape needs no planning.
@@ -126,7 +126,7 @@ func newLayer(i int, w *Weights) *Layer {
 // AttentionName returns the name under which the attention of a layer finds its metadata, slot mapping and KV cache.
 func AttentionName(layer int) string { return fmt.Sprintf("layers.%d.attn", layer) }
 
-// MoEName returns the name under which the mixture of experts of a layer finds this worker's experts.
+// MoEName returns the name under which the mixture of experts of a layer finds the rank's [Workers].
 func MoEName(layer int) string { return fmt.Sprintf("layers.%d.moe", layer) }
 
 // rmsNorm stores in dst each row of x divided by its root mean square and multiplied by weight.
