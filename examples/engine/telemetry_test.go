@@ -47,8 +47,11 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	cfg.Middleware = func(rank int) []fwd.Middleware { return []fwd.Middleware{inPass(t, rank)} }
 	dp := max(cfg.DataParallelSize, 1)
 	requests := withAdapters(newRequests(9*dp, 25, 9), adapters)
-	for len(requests[0].Prompt) < 150 { // too large for any graph
-		requests[0].Prompt = append(requests[0].Prompt, len(requests[0].Prompt)%256)
+	for _, r := range []*Request{&requests[1], &requests[2]} {
+		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by two at once.
+		for len(r.Prompt) < 500 {
+			r.Prompt = append(r.Prompt, len(r.Prompt)%256)
+		}
 	}
 	e := newEngineOf(t, newModel(t, adapters), cfg)
 	results, stats, err := e.Run(t.Context(), requests)
@@ -65,12 +68,48 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	v.checkSteps()
 	v.checkMicrobatches()
 	v.checkFigures(&stats)
+	v.checkSeen()
 
 	var got metricdata.ResourceMetrics
 	if err := reader.Collect(context.Background(), &got); err != nil {
 		t.Fatal(err)
 	}
 	v.checkMetrics(&got, &stats)
+}
+
+// checkSeen makes sure that the run had what there is to check.
+func (v *spanView) checkSeen() {
+	seen := map[string]bool{}
+	for _, s := range v.named("fwd.forward") {
+		if s.int("fwd.ubatches") > 0 {
+			seen["a split pass"] = true
+		}
+		if s.bool("fwd.dummy") && !s.warmUp {
+			seen["a dummy pass"] = true
+		}
+		if s.int("fwd.dp.lowest_mode_rank") > 0 {
+			seen["a pass lowered by a rank other than the first"] = true
+		}
+		if s.int("fwd.padding.dp") > 0 {
+			seen["padding up to the largest rank"] = true
+		}
+		if s.int("fwd.padding.graph") > 0 {
+			seen["padding up to a graph"] = true
+		}
+	}
+	cfg := &v.engine.config
+	graphs := cfg.GraphMode != fwd.GraphNone
+	for what, want := range map[string]bool{
+		"a split pass": cfg.NumUBatches > 1,
+		"a dummy pass": v.dp > 1,
+		"a pass lowered by a rank other than the first": v.dp > 2 && graphs,
+		"padding up to the largest rank":                v.dp > 1,
+		"padding up to a graph":                         graphs,
+	} {
+		if want && !seen[what] {
+			v.Errorf("there was not %s", what)
+		}
+	}
 }
 
 // inPass is middleware that checks what a pass finds in its context, against the attributes of its span. It leaves local sizes

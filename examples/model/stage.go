@@ -47,6 +47,10 @@ func (m *Model) plan(ctx context.Context, i, rows int) (*stage, error) {
 	if !ok {
 		return nil, fmt.Errorf("model: stage %d: %w", i, fwd.ErrNoForwardContext)
 	}
+	if u, n, split := fwd.UBatch(ctx); split && fc.GraphMode != fwd.GraphNone {
+		// A graph is for a whole pass: its exchanges have as many rows as that.
+		return nil, fmt.Errorf("model: microbatch %d of %d in graph mode %v", u, n, fc.GraphMode)
+	}
 	tensor := func() *mat.Dense { return mat.NewDense(rows, m.weights.Config.Width, nil) }
 	s := &stage{weights: m.weights, loras: -1, x: tensor()}
 	if fc.GraphMode != fwd.GraphNone {
