@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,63 +25,72 @@ const (
 
 // detector is a program made with the faulty package, and how to run it so that a fault shows.
 type detector struct {
-	name   string
-	module string   // directory where it is built
-	build  []string // arguments of go, without -o and -overlay
-	dir    string   // directory where it runs
-	runs   []string // arguments of the program: until the first run that fails
-	// blame says from its output what about a failed run went wrong.
+	module  string        // directory where it is built
+	build   []string      // arguments of go, without -o and -overlay
+	dir     string        // directory where it runs
+	runs    []string      // arguments of the program: until the first run that fails
+	timeout time.Duration // of a run: what takes so long hangs
+	// blame says what has noticed the fault, from the arguments and the output of the failed run.
 	blame func(args, output string) string
 }
 
 // servedCombinations are flags of serve under which its answers, or its own checks, depend on every part of the package. The
 // first one has nearly everything at once, and most faults are noticed there.
 var servedCombinations = []string{
-	"-dp 3 -sp 2 -chunk 7 -loras 3",
-	"-dp 4 -sp 1 -chunk 1",
-	"-dp 2 -sp 2 -chunk 64",
-	"-dp 1 -sp 2 -chunk 7 -loras 3",
+	"-dp 3 -sp 2 -chunk 7 -ubatches 2 -loras 3",
+	"-dp 3 -chunk 7 -spec 2",
+	"-dp 4 -sp 2 -chunk 1 -graph NONE -ubatches 3",
+	"-dp 2 -chunk 64 -graph PIECEWISE -ubatches 2",
+	"-dp 1 -sp 2 -chunk 7 -graph FULL -ubatches 2 -loras 3",
+	"-dp 2 -sp 2 -graph FULL_DECODE_ONLY -spec 2",
+	"-dp 3 -graph FULL -ubatches 3 -spec 2 -loras 3",
 }
 
 // servedRequests keeps a run to a fraction of a second. Their number is no multiple of a number of ranks, and their prompts
 // stay long enough to be larger than any graph.
 const servedRequests = " -requests 23 -max-context 150"
 
-func detectors(m modules) [numDetectors]detector {
+// detectors returns the detectors. A short run leaves out the unit tests: that detector has nothing to run.
+func detectors(m modules, short bool) [numDetectors]detector {
 	serve := detector{
-		name: "serve", module: m.examples, dir: m.examples,
-		build: []string{"build", "-ldflags=-s -w", "./serve"},
-		blame: blameServe,
+		module: m.examples, dir: m.examples,
+		build:   []string{"build", "-ldflags=-s -w", "./serve"},
+		timeout: serveTimeout,
+		blame:   blameServe,
 	}
 	for _, flags := range servedCombinations {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
-	const tests = "-test.failfast -test.timeout 40s"
-	return [...]detector{
-		byServe: serve,
-		byTelemetry: {
-			name: "telemetry", module: m.examples, dir: filepath.Join(m.examples, "engine"),
-			build: []string{"test", "-c", "-ldflags=-s -w", "./engine"},
-			runs:  []string{"-test.run ^TestTelemetry " + tests},
-			blame: blameTest,
-		},
-		byUnit: {
-			name: "unit", module: m.root, dir: m.root,
-			build: []string{"test", "-c", "-ldflags=-s -w", "."},
-			runs:  []string{"-test.short " + tests},
-			blame: blameTest,
-		},
+	const tests = "-test.failfast -test.timeout 60s"
+	telemetry := detector{
+		module: m.examples, dir: filepath.Join(m.examples, "engine"),
+		build:   []string{"test", "-c", "-ldflags=-s -w", "./engine"},
+		runs:    []string{"-test.run ^TestTelemetry " + tests},
+		timeout: testTimeout,
+		blame:   blameTest,
 	}
+	unit := detector{
+		module: m.root, dir: m.root,
+		build:   []string{"test", "-c", "-ldflags=-s -w", "."},
+		runs:    []string{"-test.short " + tests},
+		timeout: testTimeout,
+		blame:   blameTest,
+	}
+	if short {
+		unit.runs = nil
+	}
+	return [...]detector{byServe: serve, byTelemetry: telemetry, byUnit: unit}
 }
 
-// runTimeout bounds one run of a detector, above the tests' own timeout: what takes so long hangs.
-const runTimeout = 45 * time.Second
-
-// serveTimeout bounds one run of serve, which takes a fraction of a second where it works.
-const serveTimeout = 15 * time.Second
+const (
+	buildTimeout = 5 * time.Minute
+	serveTimeout = 20 * time.Second // a run takes a fraction of a second where it works
+	testTimeout  = 70 * time.Second // above the timeout of the tests themselves, which say what hangs
+)
 
 // verdict is what one detector says of one fault.
 type verdict struct {
+	skipped bool
 	noticed bool
 	by      string // the flags, or the test
 	output  string // of the failed run
@@ -159,30 +169,28 @@ func (b *bench) try(ctx context.Context, f fault) result {
 
 // look builds the detector with an overlay, in dir, and runs it until it notices something.
 func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
-	program := filepath.Join(dir, d.name)
-	verb, rest := d.build[0], d.build[1:]
-	args := append([]string{verb, "-o", program, "-overlay", overlay}, rest...)
-	if output, err := start(ctx, d.module, 5*time.Minute, "go", args...); err != nil {
-		return verdict{err: fmt.Errorf("%s does not build: %w\n%s", d.name, err, output)}
+	if len(d.runs) == 0 {
+		return verdict{skipped: true}
+	}
+	program := filepath.Join(dir, "detector")
+	args := append([]string{d.build[0], "-o", program, "-overlay", overlay}, d.build[1:]...)
+	if output, err := start(ctx, command{name: "go", args: args, dir: d.module, env: buildEnv, timeout: buildTimeout}); err != nil {
+		return verdict{err: fmt.Errorf("go %s: %w\n%s", strings.Join(d.build, " "), err, output)}
 	}
 	defer os.Remove(program)
 	for _, run := range d.runs {
-		timeout := runTimeout
-		if d.name == "serve" {
-			timeout = serveTimeout
-		}
-		output, err := start(ctx, d.dir, timeout, program, strings.Fields(run)...)
+		output, err := start(ctx, command{name: program, args: strings.Fields(run), dir: d.dir, timeout: d.timeout})
 		switch {
 		case ctx.Err() != nil:
 			return verdict{err: ctx.Err()}
 		case errors.Is(err, context.DeadlineExceeded):
-			return verdict{noticed: true, by: "hang: " + d.blame(run, output), output: output}
+			return verdict{noticed: true, by: d.blame(run, output) + ", which hangs", output: output}
 		case err != nil && !isExit(err):
 			return verdict{err: err}
 		case err != nil:
 			return verdict{noticed: true, by: d.blame(run, output), output: output}
 		case strings.Contains(output, "no tests to run"):
-			return verdict{err: fmt.Errorf("%s has no tests for %q", d.name, run)}
+			return verdict{err: fmt.Errorf("go %s: there are no tests for %s", strings.Join(d.build, " "), run)}
 		}
 	}
 	return verdict{}
@@ -193,14 +201,27 @@ func isExit(err error) bool {
 	return ok
 }
 
-// start runs a program and returns what it printed, and what was wrong: an *exec.ExitError, or context.DeadlineExceeded when
-// it was stopped after the timeout. With it go the processes that it has started.
-func start(ctx context.Context, dir string, timeout time.Duration, name string, args ...string) (output string, err error) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+// buildEnv makes compilers, which live for seconds, leave most of their garbage to their end. That saves a third of their time.
+var buildEnv = []string{"GOGC=400"}
+
+// command is a program to run, and where.
+type command struct {
+	name    string
+	args    []string
+	dir     string
+	env     []string // beside this process's own
+	timeout time.Duration
+}
+
+// start runs a command and returns what it printed, and what was wrong: an *exec.ExitError, or context.DeadlineExceeded when
+// it was stopped after the timeout. The processes that it has started go with it.
+func start(ctx context.Context, c command) (output string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	var out bytes.Buffer
-	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.Dir, cmd.Stdout, cmd.Stderr = dir, &out, &out
+	cmd := exec.CommandContext(ctx, c.name, c.args...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = c.dir, &out, &out
+	cmd.Env = append(cmd.Environ(), c.env...)
 	cmd.WaitDelay = 5 * time.Second // for output pipes that a grandchild holds
 	inGroup(cmd)
 	err = cmd.Run()
@@ -217,28 +238,21 @@ func blameServe(args, _ string) string {
 
 var (
 	failedTest  = regexp.MustCompile(`(?m)^\s*--- FAIL: (\S+)`)
-	runningTest = regexp.MustCompile(`(?m)^running tests:\n\t(\S+)`)
-	panicking   = regexp.MustCompile(`(?m)^github\.com/forwardctx/fwd\S*\.(Test\w+|Fuzz\w+|Example\w*)`)
+	runningTest = regexp.MustCompile(`(?m)^\s*running tests:\s+(\S+)`)
+	panicking   = regexp.MustCompile(`(?m)^(?:panic|fatal error): .*`)
 )
 
-// blameTest returns the name of the test that failed.
+// blameTest returns the name of the test that failed, or what ended the program.
 func blameTest(_, output string) string {
 	if m := runningTest.FindStringSubmatch(output); m != nil {
-		return "hang: " + m[1]
+		return m[1] + ", which hangs"
 	}
-	// The last of a run of nested failures is the innermost, and says most.
-	var name string
+	var name string // the innermost of nested tests, which says most
 	for _, m := range failedTest.FindAllStringSubmatch(output, -1) {
 		if name != "" && !strings.HasPrefix(m[1], name+"/") {
 			break
 		}
 		name = m[1]
 	}
-	if name != "" {
-		return name
-	}
-	if m := panicking.FindStringSubmatch(output); m != nil {
-		return "panic: " + m[1]
-	}
-	return "a crash"
+	return cmp.Or(name, panicking.FindString(output), "a test")
 }

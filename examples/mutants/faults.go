@@ -41,12 +41,6 @@ var faults = []fault{
 `,
 	},
 	{
-		name: "sizes-once-per-rank", kind: arithmetic, file: "dp.go",
-		what: "local sizes of one worker for each rank",
-		old:  "dst = appendRepeated(dst, ceilDiv(n, sp), sp)",
-		new:  "dst = append(dst, ceilDiv(n, sp))",
-	},
-	{
 		name: "chunk-not-split", kind: arithmetic, file: "dp.go",
 		what: "the sizes of a chunk are of the rank's rows, not of a worker's",
 		old:  "local, size := ceilDiv(n, sp), 1",
@@ -73,22 +67,10 @@ var faults = []fault{
 `,
 	},
 	{
-		name: "finished-rank-sends-chunk", kind: arithmetic, file: "dp.go",
-		what: "a rank that is done has the size of a whole chunk",
-		old:  "local, size := ceilDiv(n, sp), 1",
-		new:  "local, size := ceilDiv(n, sp), maxChunk",
-	},
-	{
 		name: "chunk-start-off-by-one", kind: arithmetic, file: "dp.go",
 		what: "a round leaves out its first row",
 		old:  "start := i * maxChunk",
 		new:  "start := i*maxChunk + 1",
-	},
-	{
-		name: "chunk-end-short", kind: arithmetic, file: "dp.go",
-		what: "a round leaves out its last row",
-		old:  "end := start + min(maxChunk, largest-start)",
-		new:  "end := start + min(maxChunk-1, largest-start)",
 	},
 	{
 		name: "chunk-past-own-rows", kind: arithmetic, file: "dp.go",
@@ -165,12 +147,6 @@ var faults = []fault{
 		new:  "if v.GraphMode > votes[lowest].GraphMode {",
 	},
 	{
-		name: "mode-of-rank-0", kind: coordination, file: "dp.go",
-		what: "the agreed graph mode is rank 0's",
-		old:  "\ta.GraphMode = votes[lowest].GraphMode\n",
-		new:  "",
-	},
-	{
 		name: "own-mode-kept", kind: coordination, file: "fwd.go",
 		what: "a rank runs the mode that it voted for",
 		old:  "r.applyGraph(&pass, query, mode, agreed.GraphMode)",
@@ -219,22 +195,10 @@ var faults = []fault{
 		new:  "",
 	},
 	{
-		name: "vote-without-padding", kind: coordination, file: "fwd.go",
-		what: "the vote leaves out the padding up to a graph",
-		old:  "NumTokensPadded: batch.NumTokens, UBatch:",
-		new:  "NumTokensPadded: query.NumTokens, UBatch:",
-	},
-	{
 		name: "tokens-of-rank-0", kind: coordination, file: "fwd.go",
 		what: "every rank takes rank 0's count out of the agreement",
 		old:  "pass.NumTokens = int(a.NumTokensAcrossDP.AtVec(r.parallel.DataParallelRank))",
 		new:  "pass.NumTokens = int(a.NumTokensAcrossDP.AtVec(0))",
-	},
-	{
-		name: "graph-of-own-count", kind: coordination, file: "fwd.go",
-		what: "the graph is looked up for the count before the agreement",
-		old:  "\tquery.NumTokens = pass.NumTokens\n",
-		new:  "",
 	},
 	{
 		name: "full-after-piecewise", kind: coordination, file: "fwd.go",
@@ -261,16 +225,10 @@ var faults = []fault{
 		new:  "votes[g.here] = v",
 	},
 	{
-		name: "votes-of-other-round", kind: coordination, file: "dp.go",
-		what: "two rounds share their votes: the slow ranks get those of the fast ones' next step",
-		old:  "\tg.turn = 1 - g.turn\n",
-		new:  "",
-	},
-	{
 		name: "step-stays", kind: coordination, file: "dp.go",
 		what: "a Runner votes in the same step for ever",
 		old:  "\tr.step.Store(step)\n",
-		new:  "",
+		new:  "\tr.step.Store(min(step, 0))\n",
 	},
 	{
 		name: "stale-vote-accepted", kind: coordination, file: "dp.go",
@@ -359,12 +317,6 @@ var faults = []fault{
 		new:  "reqStart <= s.Tokens.Stop",
 	},
 	{
-		name: "split-tokens", kind: microbatch, file: "batch.go",
-		what: "slices share the token at their border",
-		old:  "s.Tokens = Range{k * split, (k + 1) * split}",
-		new:  "s.Tokens = Range{k * split, (k+1)*split + 1}",
-	},
-	{
 		name: "last-slice-unpadded", kind: microbatch, file: "batch.go",
 		what: "the last slice ends with the scheduled tokens",
 		old:  "padded[n-1].Requests.Stop, padded[n-1].Tokens.Stop = numReqsPadded, numTokensPadded",
@@ -381,12 +333,6 @@ var faults = []fault{
 		what: "ranks split though one of them has nothing for the last microbatch",
 		old:  "if a.UBatch && lastUBatchEmpty(minTokens, maxPadded, numUBatches) {",
 		new:  "if a.UBatch && maxPadded < numUBatches {",
-	},
-	{
-		name: "empty-by-maximum", kind: microbatch, file: "dp.go",
-		what: "whether the last microbatch is empty is asked of the largest rank",
-		old:  "minTokens = min(minTokens, v.NumTokens)",
-		new:  "minTokens = max(minTokens, v.NumTokens)",
 	},
 	{
 		name: "empty-at-border", kind: microbatch, file: "dp.go",
@@ -464,12 +410,6 @@ var faults = []fault{
 		new:  "own < float64(numTokens) {",
 	},
 	{
-		name: "common-metadata-first", kind: inContext, file: "fwd.go",
-		what: "the metadata for all layers hide those of one",
-		old:  "\tvalue, ok := maps[0][layer]\n\tif !ok {\n\t\tvalue, ok = maps[0][\"\"]\n",
-		new:  "\tvalue, ok := maps[0][\"\"]\n\tif !ok {\n\t\tvalue, ok = maps[0][layer]\n",
-	},
-	{
 		name: "unpadded-is-padded", kind: inContext, file: "fwd.go",
 		what: "padding counts as tokens of requests",
 		old:  "NumTokensUnpadded: p.NumTokensUnpadded,\n\t\tVirtualEngine:",
@@ -490,12 +430,6 @@ var faults = []fault{
 		new:  "\tcase full && !q.ExcludeFull && exact && d.mixed == GraphNone:\n",
 	},
 	{
-		name: "decode-batches-piecewise", kind: graph, file: "graphmode.go",
-		what: "a decode batch runs piecewise though it has a full graph",
-		old:  "\tfull := exact || d.mixed == GraphFull\n",
-		new:  "\tfull := d.mixed == GraphFull\n",
-	},
-	{
 		name: "mixed-is-decode", kind: graph, file: "fwd.go",
 		what: "a batch is uniform decode as soon as one of its requests is",
 		old:  "UniformDecode:  !slices.ContainsFunc(s.NumScheduledTokens, func(n int) bool { return n != q }),",
@@ -505,7 +439,7 @@ var faults = []fault{
 		name: "no-adapters-in-descriptor", kind: graph, file: "graphmode.go",
 		what: "the descriptor of a batch with adapters does not say so",
 		old:  "\tkey := BatchDescriptor{NumTokens: padded, HasLoRA: loras > 0, NumActiveLoRAs: loras}\n",
-		new:  "\tkey := BatchDescriptor{NumTokens: padded}\n",
+		new:  "\tkey := BatchDescriptor{NumTokens: padded, HasLoRA: loras < 0}\n",
 	},
 	{
 		name: "adapters-forgotten-by-plan", kind: graph, file: "fwd.go",
@@ -520,12 +454,6 @@ var faults = []fault{
 		new:  "for len(d.padded) < min(size, maxPadded) {",
 	},
 	{
-		name: "largest-decode-graph-unused", kind: graph, file: "graphmode.go",
-		what: "the largest decode batch has no full graph",
-		old:  "int64(size) <= d.maxDecode }",
-		new:  "int64(size) < d.maxDecode }",
-	},
-	{
 		name: "requests-of-one-token", kind: graph, file: "graphmode.go",
 		what: "the key of a decode batch counts its tokens as requests",
 		old:  "key.NumReqs, key.Uniform = padded/d.q, true",
@@ -536,12 +464,6 @@ var faults = []fault{
 		what: "a mixed batch gets a full graph that it can't use",
 		old:  "\tcase full && !q.ExcludeFull:\n",
 		new:  "\tcase full:\n",
-	},
-	{
-		name: "captures-ascending", kind: graph, file: "graphmode.go",
-		what: "the smallest graphs are captured first",
-		old:  "range slices.Backward(d.sizes) {",
-		new:  "range slices.All(d.sizes) {",
 	},
 	{
 		name: "captures-without-adapters", kind: graph, file: "graphmode.go",
@@ -573,12 +495,6 @@ var faults = []fault{
 		old:  "\t\tif graph, err = c.captured(ctx, pass, key); err != nil {\n\t\t\treturn err\n\t\t}\n",
 		new:  "\t\tgraph, err = c.captured(ctx, pass, key)\n\t\treturn err\n",
 	},
-	{
-		name: "round-up-of-multiples", kind: graph, file: "graphmode.go",
-		what: "capture sizes that fit are rounded up too",
-		old:  "add := (multiple - size%multiple) % multiple",
-		new:  "add := multiple - size%multiple",
-	},
 
 	// Spans and metrics.
 	{
@@ -592,18 +508,6 @@ var faults = []fault{
 		what: "the step hangs on the span of the last rank, which has none",
 		old:  "LowestModeRank: -1, SpanContext: first.SpanContext}",
 		new:  "LowestModeRank: -1, SpanContext: votes[len(votes)-1].SpanContext}",
-	},
-	{
-		name: "caller-not-linked", kind: telemetry, file: "logging.go",
-		what: "a span of the step has no link to its caller's",
-		old:  "if caller := trace.SpanContextFromContext(ctx); caller.IsValid() {",
-		new:  "if caller := trace.SpanContextFromContext(ctx); caller.IsRemote() {",
-	},
-	{
-		name: "requests-not-linked", kind: telemetry, file: "logging.go",
-		what: "a pass has no links to its requests",
-		old:  "\tif len(p.Links) > 0 {\n",
-		new:  "\tif len(p.Links) > maxLinks {\n",
 	},
 	{
 		name: "padding-kinds-swapped", kind: telemetry, file: "logging.go",
@@ -628,12 +532,6 @@ var faults = []fault{
 		what: "the tokens of dummy passes count as served, and the others as dummy",
 		old:  "keyDummy.Bool(dummy == 1)",
 		new:  "keyDummy.Bool(dummy == 0)",
-	},
-	{
-		name: "replays-are-captures", kind: telemetry, file: "graphmode.go",
-		what: "a replay is counted as a capture",
-		old:  "pass.telemetry().event(ctx, eventReplay)",
-		new:  "pass.telemetry().event(ctx, eventCapture)",
 	},
 	{
 		name: "eager-passes-uncounted", kind: telemetry, file: "logging.go",

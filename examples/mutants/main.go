@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"runtime"
 	"syscall"
 	"time"
 )
@@ -41,6 +42,7 @@ type options struct {
 	faults  []fault
 	list    bool
 	verbose bool
+	short   bool
 	jobs    int
 }
 
@@ -55,7 +57,8 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	})
 	flags.BoolVar(&o.list, "list", false, "print the faults and run nothing; with -v, their changes")
 	flags.BoolVar(&o.verbose, "v", false, "print what each detector saw, and how long it took")
-	flags.IntVar(&o.jobs, "j", 1, "`faults` at a time")
+	flags.BoolVar(&o.short, "short", false, "leave out the unit tests, and only ask for what serve and telemetry must notice")
+	flags.IntVar(&o.jobs, "j", runtime.NumCPU(), "`faults` at a time")
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
 	}
@@ -128,7 +131,7 @@ func mutants(ctx context.Context, o options, stdout io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
 
 	began := time.Now()
-	b := &bench{modules: dirs, sources: src, tmp: tmp, detectors: detectors(dirs)}
+	b := &bench{modules: dirs, sources: src, tmp: tmp, detectors: detectors(dirs, o.short)}
 	t := newTable(stdout, o)
 	t.header()
 	control := b.try(ctx, control)

@@ -25,9 +25,18 @@ func newTable(w io.Writer, o options) *table {
 
 func (t *table) header() { t.line("fault", "kind", "serve -check", "telemetry", "unit tests") }
 
-// line prints the columns of a row. The last three may be too long for theirs, and then push the rest to the right.
+// line prints the columns of a row. What does not fit into one is cut: -v prints more.
 func (t *table) line(name, kind, serve, telemetry, unit string) {
-	fmt.Fprintf(t.w, "%-*s  %-12s  %-42s  %-30s  %s\n", t.name, name, kind, serve, telemetry, unit)
+	fmt.Fprintf(t.w, "%-*s  %-12s  %s  %s  %s\n", t.name, name, kind, fit(serve, 56), fit(telemetry, 40), strings.TrimRight(fit(unit, 60), " "))
+}
+
+// fit cuts or fills text to width characters.
+func fit(text string, width int) string {
+	runes := []rune(text)
+	if len(runes) > width {
+		return string(runes[:width-1]) + "…"
+	}
+	return text + strings.Repeat(" ", width-len(runes))
 }
 
 func (t *table) row(r result) {
@@ -41,9 +50,11 @@ func (t *table) row(r result) {
 	}
 	fmt.Fprintf(t.w, "    %s\n", r.fault.what)
 	for i, v := range r.verdicts {
-		fmt.Fprintf(t.w, "    %s, %v\n", detectorNames[i], v.took.Round(10*time.Millisecond))
+		if !v.skipped {
+			fmt.Fprintf(t.w, "    %s, %v\n", detectorNames[i], v.took.Round(10*time.Millisecond))
+		}
 		if v.noticed {
-			fmt.Fprintln(t.w, indent(firstLines(v.output, 12), "    | "))
+			fmt.Fprintln(t.w, indent(v.by+"\n"+firstLines(v.output, 12), "    | "))
 		}
 	}
 }
@@ -59,6 +70,8 @@ func (v verdict) String() string {
 	switch {
 	case v.err != nil:
 		return "error"
+	case v.skipped:
+		return ""
 	case v.noticed:
 		return v.by
 	}
@@ -88,10 +101,10 @@ func (r result) problem() error {
 	}
 	shows := r.verdicts[byServe].noticed || r.verdicts[byTelemetry].noticed
 	switch {
-	case !shows && !r.verdicts[byUnit].noticed:
+	case !shows && !r.verdicts[byUnit].noticed && !r.verdicts[byUnit].skipped:
 		return fmt.Errorf("%s is not noticed: %s", r.fault.name, r.fault.what)
 	case !shows && r.fault.kind.carriesAnswers():
-		return fmt.Errorf("%s (%s) is noticed by unit tests alone: %s", r.fault.name, r.fault.kind, r.fault.what)
+		return fmt.Errorf("%s (%s) is not noticed by serve or telemetry: %s", r.fault.name, r.fault.kind, r.fault.what)
 	}
 	return nil
 }
