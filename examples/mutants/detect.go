@@ -148,23 +148,28 @@ func (b *bench) tryAll(ctx context.Context, faults []fault, jobs int, done func(
 // try shows one fault to all detectors.
 func (b *bench) try(ctx context.Context, f fault) result {
 	r := result{fault: f}
-	dir, err := os.MkdirTemp(b.tmp, f.name+"-")
-	if err == nil {
-		defer os.RemoveAll(dir) // what is left goes with b.tmp
-		var overlay string
-		if overlay, err = b.sources.overlay(&f, b.modules.root, dir); err == nil {
-			for i := range b.detectors {
-				began := time.Now()
-				r.verdicts[i] = b.detectors[i].look(ctx, dir, overlay)
-				r.verdicts[i].took = time.Since(began)
-			}
-			return r
+	dir, overlay, err := b.prepare(&f)
+	defer os.RemoveAll(dir) // what is left goes with b.tmp
+	for i := range b.detectors {
+		if err != nil {
+			r.verdicts[i].err = err
+			continue
 		}
-	}
-	for i := range r.verdicts {
-		r.verdicts[i].err = err
+		began := time.Now()
+		r.verdicts[i] = b.detectors[i].look(ctx, dir, overlay)
+		r.verdicts[i].took = time.Since(began)
 	}
 	return r
+}
+
+// prepare makes a directory for a fault, with its overlay in it.
+func (b *bench) prepare(f *fault) (dir, overlay string, err error) {
+	dir, err = os.MkdirTemp(b.tmp, f.name+"-")
+	if err != nil {
+		return "", "", err
+	}
+	overlay, err = b.sources.overlay(f, b.modules.root, dir)
+	return dir, overlay, err
 }
 
 // look builds the detector with an overlay, in dir, and runs it until it notices something.
@@ -173,25 +178,44 @@ func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
 		return verdict{skipped: true}
 	}
 	program := filepath.Join(dir, "detector")
-	args := append([]string{d.build[0], "-o", program, "-overlay", overlay}, d.build[1:]...)
-	if output, err := start(ctx, command{name: "go", args: args, dir: d.module, env: buildEnv, timeout: buildTimeout}); err != nil {
-		return verdict{err: fmt.Errorf("go %s: %w\n%s", strings.Join(d.build, " "), err, output)}
+	if err := d.make(ctx, program, overlay); err != nil {
+		return verdict{err: err}
 	}
-	defer os.Remove(program)
 	for _, run := range d.runs {
-		output, err := start(ctx, command{name: program, args: strings.Fields(run), dir: d.dir, timeout: d.timeout})
-		switch {
-		case ctx.Err() != nil:
-			return verdict{err: ctx.Err()}
-		case errors.Is(err, context.DeadlineExceeded):
-			return verdict{noticed: true, by: d.blame(run, output) + ", which hangs", output: output}
-		case err != nil && !isExit(err):
-			return verdict{err: err}
-		case err != nil:
-			return verdict{noticed: true, by: d.blame(run, output), output: output}
-		case strings.Contains(output, "no tests to run"):
-			return verdict{err: fmt.Errorf("go %s: there are no tests for %s", strings.Join(d.build, " "), run)}
+		if v := d.run(ctx, program, run); v.noticed || v.err != nil {
+			return v
 		}
+	}
+	return verdict{}
+}
+
+// make builds the detector. Compilers live for seconds: leaving most of their garbage to their end saves a third of their
+// time.
+func (d *detector) make(ctx context.Context, program, overlay string) error {
+	args := append([]string{d.build[0], "-o", program, "-overlay", overlay}, d.build[1:]...)
+	env := append(tempEnv(filepath.Dir(program)), "GOGC=400")
+	output, err := start(ctx, command{name: "go", args: args, dir: d.module, env: env, timeout: buildTimeout})
+	if err != nil {
+		return fmt.Errorf("go %s: %w\n%s", strings.Join(d.build, " "), err, output)
+	}
+	return nil
+}
+
+// run runs the detector once.
+func (d *detector) run(ctx context.Context, program, args string) verdict {
+	env := tempEnv(filepath.Dir(program))
+	output, err := start(ctx, command{name: program, args: strings.Fields(args), dir: d.dir, env: env, timeout: d.timeout})
+	switch {
+	case ctx.Err() != nil:
+		return verdict{err: ctx.Err()}
+	case errors.Is(err, context.DeadlineExceeded):
+		return verdict{noticed: true, by: d.blame(args, output) + ", which hangs", output: output}
+	case err != nil && !isExit(err):
+		return verdict{err: err}
+	case err != nil:
+		return verdict{noticed: true, by: d.blame(args, output), output: output}
+	case strings.Contains(output, "no tests to run"):
+		return verdict{err: fmt.Errorf("go %s: there are no tests for %s", strings.Join(d.build, " "), args)}
 	}
 	return verdict{}
 }
@@ -201,8 +225,8 @@ func isExit(err error) bool {
 	return ok
 }
 
-// buildEnv makes compilers, which live for seconds, leave most of their garbage to their end. That saves a third of their time.
-var buildEnv = []string{"GOGC=400"}
+// tempEnv keeps what commands leave behind, when they are stopped, in dir.
+func tempEnv(dir string) []string { return []string{"TMPDIR=" + dir, "GOTMPDIR=" + dir} }
 
 // command is a program to run, and where.
 type command struct {

@@ -236,7 +236,7 @@ func TestInterrupted(t *testing.T) {
 	if took := time.Since(began); took > 20*time.Second {
 		t.Errorf("it took %v", took)
 	}
-	if left, err := filepath.Glob(filepath.Join(os.Getenv("TMPDIR"), "mutants-*")); err != nil || len(left) > 0 {
+	if left, err := filepath.Glob(filepath.Join(os.Getenv("TMPDIR"), "*")); err != nil || len(left) > 0 {
 		t.Errorf("left behind: %q, %v", left, err)
 	}
 }
