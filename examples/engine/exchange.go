@@ -10,6 +10,8 @@ import (
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -106,10 +108,15 @@ func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 }
 
 // inPass is middleware that tells the group how each pass ended. So a worker that fails, or that goes through fewer
-// exchanges than the others, is noticed by those who wait for it.
+// exchanges than the others, is noticed by those who wait for it. The pass's span says how long it waited for the others'
+// rows: the passes of a step are equally long, and this tells the rank that is waited for from those that wait.
 func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	return func(ctx context.Context) error {
+		before := ws.waiting()
 		err := next(ctx)
+		if span := trace.SpanFromContext(ctx); span.IsRecording() {
+			span.SetAttributes(attribute.Float64("engine.experts.wait_time", (ws.waiting() - before).Seconds()))
+		}
 		for _, w := range ws {
 			w.group.endPass(w.worker, err)
 		}

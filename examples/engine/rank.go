@@ -48,9 +48,11 @@ func (r *rank) step(ctx context.Context, gate *gate) error {
 	if err != nil {
 		return err
 	}
-	pass.Links = r.links(step)
+	var leftOut int
+	pass.Links, leftOut = r.links(ctx, step)
 	began := time.Now()
 	err = r.target.runner.Run(ctx, pass, func(ctx context.Context) error {
+		noteLeftOut(ctx, leftOut)
 		hidden, err := r.target.executor.Forward(ctx, batch.tokens)
 		if err != nil {
 			return err

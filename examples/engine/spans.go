@@ -14,18 +14,33 @@ const scopeName = "github.com/forwardctx/fwd/examples/engine"
 const maxLinks = 128
 
 // links returns links from a pass to the requests in it. A request's span is a trace of its own, from its arrival to its
-// last token: it takes part in many steps, and a step serves many requests, so neither can be the other's parent.
-func (r *rank) links(step []scheduled) []trace.Link {
-	var links []trace.Link
+// last token: it takes part in many steps, and a step serves many requests, so neither can be the other's parent. Requests
+// beyond the limit are left out; it says how many.
+func (r *rank) links(ctx context.Context, step []scheduled) (links []trace.Link, leftOut int) {
+	limit := maxLinks
+	if r.engine.config.StepTrace && trace.SpanContextFromContext(ctx).IsValid() {
+		limit-- // the step trace links the pass to its caller
+	}
 	for _, s := range step {
 		if s.seq.span == nil {
 			s.seq.span = r.startSpan(s.seq)
 		}
-		if sc := s.seq.span.SpanContext(); sc.IsValid() && len(links) < maxLinks {
+		switch sc := s.seq.span.SpanContext(); {
+		case !sc.IsValid():
+		case len(links) == limit:
+			leftOut++
+		default:
 			links = append(links, trace.Link{SpanContext: sc})
 		}
 	}
-	return links
+	return links, leftOut
+}
+
+// noteLeftOut says on the pass's span how many requests are in the pass without a link.
+func noteLeftOut(ctx context.Context, leftOut int) {
+	if leftOut > 0 {
+		trace.SpanFromContext(ctx).SetAttributes(attribute.Int("engine.requests.not_linked", leftOut))
+	}
 }
 
 func (r *rank) startSpan(s *sequence) trace.Span {
