@@ -1,0 +1,87 @@
+// Command jaeger builds the Jaeger that this module pins, the program that users run, and prints where the binary is. The
+// binary is kept in a cache outside the tree, one for each Go version and go.sum: the first build takes minutes and about
+// 4 GiB of memory, later ones nothing. With arguments it also runs the binary with them:
+//
+//	go -C integration/jaeger run . --config ../jaeger.yaml
+//
+// FWD_JAEGER names a binary to use as it is, without building; FWD_JAEGER_CACHE the folder of the cache.
+package main
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+)
+
+func main() {
+	log.SetFlags(0)
+	log.SetPrefix("jaeger: ")
+	binary, err := build()
+	if err != nil {
+		log.Fatal(err)
+	}
+	if len(os.Args) == 1 {
+		fmt.Println(binary)
+		return
+	}
+	signal.Ignore(os.Interrupt, syscall.SIGTERM) // they reach Jaeger too: wait until it has stopped
+	command := exec.Command(binary, os.Args[1:]...)
+	command.Stdin, command.Stdout, command.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if err := command.Run(); err != nil {
+		log.Fatal(err)
+	}
+}
+
+// build returns the binary, built if it must be. It reads this module in the current directory.
+func build() (string, error) {
+	if binary := os.Getenv("FWD_JAEGER"); binary != "" {
+		return binary, nil
+	}
+	cache := os.Getenv("FWD_JAEGER_CACHE")
+	if cache == "" {
+		user, err := os.UserCacheDir()
+		if err != nil {
+			return "", err
+		}
+		cache = filepath.Join(user, "fwd-jaeger")
+	}
+	sums, err := os.ReadFile("go.sum")
+	if err != nil {
+		return "", fmt.Errorf("the current directory is not this module's: %w", err)
+	}
+	version := strings.Fields(runtime.Version())[0]
+	folder := filepath.Join(cache, fmt.Sprintf("%s-%s-%s-%.8x", version, runtime.GOOS, runtime.GOARCH, sha256.Sum256(sums)))
+	binary := filepath.Join(folder, "jaeger")
+	if _, err := os.Stat(binary); !errors.Is(err, fs.ErrNotExist) {
+		return binary, err
+	}
+	if err := os.MkdirAll(folder, 0o755); err != nil {
+		return "", err
+	}
+
+	// Under another name until it is whole: a build may be interrupted, or run twice at once.
+	part, err := os.CreateTemp(folder, "part-*")
+	if err != nil {
+		return "", err
+	}
+	defer os.Remove(part.Name())
+	if err := part.Close(); err != nil {
+		return "", err
+	}
+	log.Printf("building Jaeger into %s, for some minutes", folder)
+	command := exec.Command("go", "build", "-ldflags=-s -w", "-o", part.Name(), "github.com/jaegertracing/jaeger/cmd/jaeger")
+	command.Stderr = os.Stderr
+	if err := command.Run(); err != nil {
+		return "", fmt.Errorf("go build: %w", err)
+	}
+	return binary, os.Rename(part.Name(), binary)
+}
