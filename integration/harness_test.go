@@ -1,0 +1,272 @@
+package integration
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/forwardctx/fwd/examples/model"
+	"go.opentelemetry.io/otel"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
+	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
+	"go.opentelemetry.io/otel/metric/noop"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
+	"go.opentelemetry.io/otel/sdk/metric/metricdata"
+	"go.opentelemetry.io/otel/sdk/resource"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+)
+
+const ranks = 4
+
+// protocols are the ways into Jaeger.
+var protocols = map[string]func(ctx context.Context, p *process) (sdktrace.SpanExporter, error){
+	"grpc": func(ctx context.Context, p *process) (sdktrace.SpanExporter, error) {
+		return otlptracegrpc.New(ctx, otlptracegrpc.WithEndpoint(p.grpc), otlptracegrpc.WithInsecure())
+	},
+	"http": func(ctx context.Context, p *process) (sdktrace.SpanExporter, error) {
+		return otlptracehttp.New(ctx, otlptracehttp.WithEndpoint(p.http), otlptracehttp.WithInsecure())
+	},
+}
+
+var services atomic.Int64
+
+// service is a name under which spans come into a Jaeger, for one test alone.
+type service struct {
+	*process
+	name     string
+	began    time.Time
+	provider *sdktrace.TracerProvider
+	exporter *countingExporter
+}
+
+// countingExporter counts the spans that an exporter delivered.
+type countingExporter struct {
+	sdktrace.SpanExporter
+	delivered atomic.Int64
+}
+
+func (e *countingExporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan) error {
+	err := e.SpanExporter.ExportSpans(ctx, spans)
+	if err == nil {
+		e.delivered.Add(int64(len(spans)))
+	}
+	return err
+}
+
+// newService returns a new service in the shared Jaeger, with OpenTelemetry's defaults beside the options.
+func newService(t *testing.T, protocol string, options ...sdktrace.TracerProviderOption) *service {
+	t.Helper()
+	return newServiceIn(t, shared, protocol, nil, options...)
+}
+
+func newServiceIn(t *testing.T, p *process, protocol string, batch []sdktrace.BatchSpanProcessorOption, options ...sdktrace.TracerProviderOption) *service {
+	t.Helper()
+	exporter, err := protocols[protocol](t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, _, _ := strings.Cut(t.Name(), "/")
+	s := &service{process: p, name: fmt.Sprintf("%s-%d", name, services.Add(1)), began: time.Now().Add(-time.Minute)}
+	s.exporter = &countingExporter{SpanExporter: exporter}
+	s.provider = sdktrace.NewTracerProvider(append([]sdktrace.TracerProviderOption{
+		sdktrace.WithBatcher(s.exporter, batch...),
+		sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", s.name))),
+	}, options...)...)
+	t.Cleanup(func() { s.flush(t) })
+	return s
+}
+
+// flush hands all spans over.
+func (s *service) flush(t *testing.T) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := s.provider.Shutdown(ctx); err != nil {
+		t.Error(err)
+	}
+}
+
+// spans hands all spans over and returns what Jaeger holds, once that are as many as were exported.
+func (s *service) spans(t *testing.T) []Span {
+	t.Helper()
+	s.flush(t)
+	want := int(s.exporter.delivered.Load())
+	if want == 0 {
+		t.Fatal("nothing was exported")
+	}
+	var spans []Span
+	eventually(t, func(ctx context.Context) (err error) {
+		if spans, err = s.query.Spans(ctx, s.name, s.began, 100_000); err == nil && len(spans) != want {
+			err = fmt.Errorf("jaeger holds %d spans of %s, %d were exported", len(spans), s.name, want)
+		}
+		return err
+	})
+	return spans
+}
+
+// find returns the ids of the traces with a span that has these attributes.
+func (s *service) find(t *testing.T, tags map[string]string) []string {
+	t.Helper()
+	ids, err := s.query.Find(t.Context(), s.name, tags, 10_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(ids)
+	return ids
+}
+
+// trace returns a trace's spans.
+func (s *service) trace(t *testing.T, id string) []Span {
+	t.Helper()
+	spans, err := s.query.Trace(t.Context(), id)
+	if err != nil || len(spans) == 0 {
+		t.Fatalf("trace %s: %d spans, %v", id, len(spans), err)
+	}
+	return spans
+}
+
+// byTrace returns spans by their trace.
+func byTrace(spans []Span) map[string][]Span {
+	traces := map[string][]Span{}
+	for _, s := range spans {
+		traces[s.TraceID] = append(traces[s.TraceID], s)
+	}
+	return traces
+}
+
+// named returns the spans with that name.
+func named(spans []Span, name string) []Span {
+	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
+}
+
+// steps returns the traces that are a step, not a request or a warm-up.
+func steps(spans []Span) map[string][]Span {
+	traces := byTrace(spans)
+	for id, trace := range traces {
+		if len(named(trace, "fwd.coordinate")) == 0 {
+			delete(traces, id)
+		}
+	}
+	return traces
+}
+
+// counts are what OpenTelemetry's own metrics say about the spans of this process.
+type counts struct {
+	dropped  int64 // by a span processor, since its queue was full
+	exported int64
+	failed   int64 // to be exported
+}
+
+func (c counts) minus(d counts) counts {
+	return counts{c.dropped - d.dropped, c.exported - d.exported, c.failed - d.failed}
+}
+
+var ownMetrics = sdkmetric.NewManualReader()
+
+// countDrops makes OpenTelemetry count what becomes of spans, as a program would that wants to know. It is the only use of a
+// global provider here.
+func countDrops() error {
+	otel.SetMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(ownMetrics)))
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(error) {})) // failed exports are counted; the default prints them
+	return os.Setenv("OTEL_GO_X_OBSERVABILITY", "true")
+}
+
+func readCounts(t *testing.T) counts {
+	t.Helper()
+	var data metricdata.ResourceMetrics
+	if err := ownMetrics.Collect(context.Background(), &data); err != nil {
+		t.Fatal(err)
+	}
+	var c counts
+	for _, scope := range data.ScopeMetrics {
+		for _, m := range scope.Metrics {
+			sum, ok := m.Data.(metricdata.Sum[int64])
+			if !ok {
+				continue
+			}
+			for _, point := range sum.DataPoints {
+				failed := point.Attributes.HasValue("error.type")
+				switch {
+				case m.Name == "otel.sdk.processor.span.processed" && failed:
+					c.dropped += point.Value
+				case m.Name == "otel.sdk.exporter.span.exported" && failed:
+					c.failed += point.Value
+				case m.Name == "otel.sdk.exporter.span.exported":
+					c.exported += point.Value
+				}
+			}
+		}
+	}
+	return c
+}
+
+// config is an engine's that shows everything: graphs, microbatches and steps across all ranks.
+func (s *service) config() engine.Config {
+	return engine.Config{
+		DataParallelSize: ranks,
+		GraphMode:        fwd.GraphFullAndPiecewise,
+		NumUBatches:      2,
+		StepTrace:        true,
+		TracerProvider:   s.provider,
+		MeterProvider:    noop.NewMeterProvider(),
+	}
+}
+
+// newEngine returns an engine with the small model.
+func newEngine(t *testing.T, c engine.Config) *engine.Engine {
+	t.Helper()
+	weights, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	e, err := engine.New(model.New(weights), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return e
+}
+
+// serve runs requests to their end.
+func serve(t *testing.T, c engine.Config, requests []engine.Request) ([]engine.Result, engine.Stats) {
+	t.Helper()
+	results, stats, err := newEngine(t, c).Run(t.Context(), requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stats.Finished != len(requests) {
+		t.Fatalf("%d of %d requests finished", stats.Finished, len(requests))
+	}
+	return results, stats
+}
+
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+func newRequests(n, maxPrompt, maxAnswer int) []engine.Request {
+	rng := rand.New(rand.NewPCG(7, uint64(n)))
+	requests := make([]engine.Request, n)
+	for i := range requests {
+		requests[i] = engine.Request{ID: i, Prompt: make([]int, 1+rng.IntN(maxPrompt)), MaxTokens: 1 + rng.IntN(maxAnswer)}
+		for p := range requests[i].Prompt {
+			requests[i].Prompt[p] = rng.IntN(256)
+		}
+	}
+	return requests
+}
+
+// inRank returns middleware for one rank of an engine.
+func inRank(rank int, middleware fwd.Middleware) func(int) []fwd.Middleware {
+	return func(r int) []fwd.Middleware {
+		if r != rank {
+			return nil
+		}
+		return []fwd.Middleware{middleware}
+	}
+}
