@@ -28,6 +28,12 @@ type group struct {
 
 func newGroup(t *testing.T, dispatch fwd.DispatcherConfig, parallel fwd.ParallelConfig, options ...fwd.Option) *group {
 	t.Helper()
+	return newGroupOf(t, dispatch, parallel, func() []fwd.Option { return options })
+}
+
+// newGroupOf returns a group in which each rank gets options of its own.
+func newGroupOf(t *testing.T, dispatch fwd.DispatcherConfig, parallel fwd.ParallelConfig, options func() []fwd.Option) *group {
+	t.Helper()
 	dispatcher, err := fwd.NewDispatcher(dispatch)
 	if err != nil {
 		t.Fatal(err)
@@ -40,7 +46,7 @@ func newGroup(t *testing.T, dispatch fwd.DispatcherConfig, parallel fwd.Parallel
 	for rank, coordinator := range coordinators {
 		parallel.DataParallelSize, parallel.DataParallelRank = ranks, rank
 		r, err := fwd.New(fwd.Config{Name: "target", Parallel: parallel},
-			append([]fwd.Option{fwd.WithDispatcher(dispatcher), fwd.WithCoordinator(coordinator)}, options...)...)
+			append(options(), fwd.WithDispatcher(dispatcher), fwd.WithCoordinator(coordinator))...)
 		if err != nil {
 			t.Fatal(err)
 		}
