@@ -48,18 +48,20 @@ type service struct {
 	exporter *countingExporter
 }
 
-// countingExporter counts the spans that an exporter delivered.
+// countingExporter counts the spans that an exporter delivered, and those that it couldn't.
 type countingExporter struct {
 	sdktrace.SpanExporter
-	delivered atomic.Int64
+	delivered, failed atomic.Int64
 }
 
 func (e *countingExporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnlySpan) error {
 	err := e.SpanExporter.ExportSpans(ctx, spans)
-	if err == nil {
-		e.delivered.Add(int64(len(spans)))
+	if err != nil {
+		e.failed.Add(int64(len(spans)))
+		return err
 	}
-	return err
+	e.delivered.Add(int64(len(spans)))
+	return nil
 }
 
 // newService returns a new service in the shared Jaeger, with OpenTelemetry's defaults beside the options.

@@ -61,7 +61,6 @@ func endpoint(address string) *process { return &process{grpc: address, http: ad
 // could not be kept is counted, and the end does not wait either.
 func TestServingGoesOn(t *testing.T) {
 	const numSteps = 600
-	const shutdown = 500 * time.Millisecond
 	requests := newRequests(2*ranks, 40, 100)
 	requests[0].MaxTokens = numSteps
 	want, _ := serve(t, engine.Config{DataParallelSize: ranks, GraphMode: fwd.GraphFullAndPiecewise, NumUBatches: 2}, requests)
@@ -88,7 +87,8 @@ func TestServingGoesOn(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			process, protocol := start(t)
-			spans, metrics := exporters(t, process, protocol)
+			exporter, metrics := exporters(t, process, protocol)
+			spans := &countingExporter{SpanExporter: exporter}
 			before := readCounts(t)
 			var ran ended
 			traces := sdktrace.NewTracerProvider(sdktrace.WithBatcher(spans), sdktrace.WithSpanProcessor(&ran))
@@ -112,6 +112,10 @@ func TestServingGoesOn(t *testing.T) {
 				t.Errorf("tokens and logits differ from those without telemetry (-without +with):\n%s", diff)
 			}
 
+			shutdown := 500 * time.Millisecond
+			if process == shared {
+				shutdown = patience // it needs some time for the last spans
+			}
 			began = time.Now()
 			ctx, cancel := context.WithTimeout(t.Context(), shutdown)
 			defer cancel()
@@ -121,7 +125,8 @@ func TestServingGoesOn(t *testing.T) {
 				t.Errorf("the end took %v, with a deadline of %v", d, shutdown)
 			}
 			// What still was in the queue and in the batch when the deadline came is lost, and the shutdown's error says so.
-			counted := readCounts(t).minus(before)
+			// Exporters of earlier tests may still give up on a batch, so this one counts what it failed at itself.
+			counted := counts{readCounts(t).minus(before).dropped, spans.delivered.Load(), spans.failed.Load()}
 			rest := ran.n.Load() - counted.exported - counted.failed - counted.dropped
 			switch {
 			case process == shared:
