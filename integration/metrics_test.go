@@ -279,7 +279,7 @@ func pick(m map[string]float64, keys ...string) map[string]float64 {
 	return picked
 }
 
-// The questions of the README, as queries of the metrics and as queries of the spans' metrics.
+// The questions of the README, as queries of the metrics and as queries of the spans' metrics. TestQueries has their answers.
 var queries = map[string]string{
 	"how long does a batch of this size take": `histogram_quantile(0.5, sum by (fwd_batch_bucket, le) (rate(fwd_forward_duration_seconds_bucket{fwd_dummy="false"}[5m])))`,
 	"how much is padding, and of which kind":  `sum by (fwd_padding_kind) (rate(fwd_padding_total[5m])) / scalar(sum(rate(fwd_forward_tokens_sum[5m])))`,

@@ -33,10 +33,19 @@ func main() {
 		fmt.Println(binary)
 		return
 	}
-	signal.Ignore(os.Interrupt, syscall.SIGTERM) // they reach Jaeger too: wait until it has stopped
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	command := exec.Command(binary, os.Args[1:]...)
 	command.Stdin, command.Stdout, command.Stderr = os.Stdin, os.Stdout, os.Stderr
-	if err := command.Run(); err != nil {
+	if err := command.Start(); err != nil {
+		log.Fatal(err)
+	}
+	go func() { // Jaeger ends in order, and this program after it
+		for s := range signals {
+			_ = command.Process.Signal(s) // it may have ended
+		}
+	}()
+	if err := command.Wait(); err != nil {
 		log.Fatal(err)
 	}
 }
