@@ -547,9 +547,13 @@ type localRank struct {
 	lateFrom uint64 // this one first
 }
 
+// Rank implements [Coordinator].
 func (c *localRank) Rank() int { return c.rank }
+
+// Size implements [Coordinator].
 func (c *localRank) Size() int { return len(c.group.ranks) }
 
+// Exchange implements [Coordinator].
 func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 	if ctx == nil { // noticed later, it would leave a vote behind
 		panic("fwd: Exchange with a nil context")

@@ -108,6 +108,7 @@ type passContext struct {
 	run              *run            // nil: not in a Runner's pass
 }
 
+// Value returns c itself for the package's key, and leaves every other to the parent.
 func (c *passContext) Value(key any) any {
 	if _, ok := key.(contextKey); ok {
 		return c
@@ -115,11 +116,13 @@ func (c *passContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
+// String names the parent and that this is a pass.
 func (c *passContext) String() string { return contextString(c.Context) }
 
 // hiddenContext is a context outside all passes, whatever its parent is in.
 type hiddenContext struct{ context.Context }
 
+// Value returns nil for the package's key, whatever the parent has.
 func (c *hiddenContext) Value(key any) any {
 	if _, ok := key.(contextKey); ok {
 		return nil
@@ -127,6 +130,7 @@ func (c *hiddenContext) Value(key any) any {
 	return c.Context.Value(key)
 }
 
+// String is as that of a pass.
 func (c *hiddenContext) String() string { return contextString(c.Context) }
 
 // contextString is for String methods. They keep fmt from printing the fields, which would race with whoever writes what
@@ -271,8 +275,10 @@ type layerError struct {
 	want        reflect.Type
 }
 
+// Unwrap returns the sentinel.
 func (e *layerError) Unwrap() error { return e.err }
 
+// Error puts the text together.
 func (e *layerError) Error() string {
 	text := fmt.Sprintf("%v: %s of layer %q", e.err, e.what, e.layer)
 	switch {
