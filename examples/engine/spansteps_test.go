@@ -148,7 +148,12 @@ func (v *spanView) checkMicrobatches() {
 		}
 		parts[pass.id()] = append(parts[pass.id()], u)
 	}
+	split, overlapping := 0, 0
 	for _, pass := range v.named("fwd.forward") {
+		split += min(len(parts[pass.id()]), 1)
+		if overlap(parts[pass.id()]) {
+			overlapping++
+		}
 		n, tokens, sum := pass.int("fwd.ubatches"), pass.int("fwd.num_tokens"), 0
 		seen := map[int]bool{}
 		for _, u := range parts[pass.id()] {
@@ -167,6 +172,21 @@ func (v *spanView) checkMicrobatches() {
 			v.Errorf("pass with %v has %d microbatches with %d tokens", pass.Attributes(), len(seen), sum)
 		}
 	}
+	if split > 0 && overlapping == 0 {
+		v.Errorf("the microbatches of %d split passes ran one after the other", split)
+	}
+}
+
+// overlap reports whether two microbatches of a pass ran at the same time.
+func overlap(parts []*span) bool {
+	for i, u := range parts {
+		for _, other := range parts[:i] {
+			if u.StartTime().Before(other.EndTime()) && other.StartTime().Before(u.EndTime()) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // checkFigures compares the spans with what the engine has counted.

@@ -40,19 +40,24 @@ func TestTelemetry(t *testing.T) {
 }
 
 func checkTelemetry(t *testing.T, cfg Config, adapters int) {
-	recorder, reader := tracetest.NewSpanRecorder(), metric.NewManualReader()
-	cfg.TracerProvider = sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
-	cfg.MeterProvider = metric.NewMeterProvider(metric.WithReader(reader))
-	cfg.StepTrace = true
-	cfg.Middleware = func(rank int) []fwd.Middleware { return []fwd.Middleware{inPass(t, rank)} }
-	dp := max(cfg.DataParallelSize, 1)
-	requests := withAdapters(newRequests(9*dp, 25, 9), adapters)
+	requests := withAdapters(newRequests(9*max(cfg.DataParallelSize, 1), 25, 9), adapters)
 	for _, r := range []*Request{&requests[1], &requests[2]} {
 		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by two at once.
 		for len(r.Prompt) < 500 {
 			r.Prompt = append(r.Prompt, len(r.Prompt)%256)
 		}
 	}
+	checkTelemetryOf(t, cfg, adapters, requests).checkSeen()
+}
+
+// checkTelemetryOf runs the engine over requests and returns its spans.
+func checkTelemetryOf(t *testing.T, cfg Config, adapters int, requests []Request) *spanView {
+	recorder, reader := tracetest.NewSpanRecorder(), metric.NewManualReader()
+	cfg.TracerProvider = sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	cfg.MeterProvider = metric.NewMeterProvider(metric.WithReader(reader))
+	cfg.StepTrace = true
+	cfg.Middleware = func(rank int) []fwd.Middleware { return []fwd.Middleware{inPass(t, rank)} }
+	dp := max(cfg.DataParallelSize, 1)
 	e := newEngineOf(t, newModel(t, adapters), cfg)
 	results, stats, err := e.Run(t.Context(), requests)
 	if err != nil {
@@ -68,13 +73,13 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	v.checkSteps()
 	v.checkMicrobatches()
 	v.checkFigures(&stats)
-	v.checkSeen()
 
 	var got metricdata.ResourceMetrics
 	if err := reader.Collect(context.Background(), &got); err != nil {
 		t.Fatal(err)
 	}
 	v.checkMetrics(&got, &stats)
+	return v
 }
 
 // checkSeen makes sure that the run had what there is to check.

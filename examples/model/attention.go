@@ -107,6 +107,16 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 	if len(in.slots) != rows || len(in.meta.Positions) != rows {
 		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows, len(in.slots), len(in.meta.Positions))
 	}
+	scheduled := 0
+	for _, s := range in.meta.Seqs {
+		if s.Rows.Len() < 1 {
+			return in, false, fmt.Errorf("model: %s: a request with rows [%d, %d)", a.Name, s.Rows.Start, s.Rows.Stop)
+		}
+		scheduled += s.Rows.Len()
+	}
+	if n := fwd.MustFromContext(ctx).NumTokensUnpadded; n != scheduled {
+		return in, false, fmt.Errorf("model: %s: %d rows of requests in a pass with %d tokens without padding", a.Name, scheduled, n)
+	}
 	return in, false, nil
 }
 

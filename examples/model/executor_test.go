@@ -26,9 +26,9 @@ func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.Forwa
 		NoCompileLayers: layers,
 		AttnMetadata:    []map[string]any{{"": meta}},
 		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       requests,
-		GraphMode:       mode,
-		Batch:           fwd.BatchDescriptor{NumTokens: requests},
+		NumTokens:       requests, NumTokensUnpadded: requests,
+		GraphMode: mode,
+		Batch:     fwd.BatchDescriptor{NumTokens: requests},
 	}
 	if mode == fwd.GraphFull {
 		fc.Batch.NumReqs, fc.Batch.Uniform = requests, true

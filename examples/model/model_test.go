@@ -60,7 +60,7 @@ func pass(layers map[string]any, adapter, first, count, padding int) context.Con
 		NoCompileLayers: layers,
 		AttnMetadata:    []map[string]any{{"": meta}},
 		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       count + padding,
+		NumTokens:       count + padding, NumTokensUnpadded: count,
 	})
 }
 

@@ -96,6 +96,9 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when they run graphs.
 		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
 	}
+	if err := m.checkShares(ctx, sizes, sp); err != nil {
+		return nil, err
+	}
 	width, _ := m.Router.Dims()
 	first := workers.Experts[0].Worker
 	if first >= len(sizes) {
@@ -116,6 +119,9 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		}
 		for ctx, chunk := range chunks {
 			at := Place{m.Name, chunk.Index}
+			if chunk.Index*workers.MaxChunk >= slices.Max(sizes) {
+				return nil, fmt.Errorf("model: %v: nobody has rows for it, the local sizes are %v", at, sizes)
+			}
 			if chunk.Start < 0 || chunk.End > share || chunk.Start >= chunk.End {
 				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Start, chunk.End, share)
 			}
@@ -133,6 +139,22 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		p.workers = append(p.workers, w)
 	}
 	return p, nil
+}
+
+// checkShares checks that the workers' rows tile those of all: worker w's are the sizes[w] before the running sum at w. So
+// a worker can tell whose a row is from its place among all rows.
+func (m *MoE) checkShares(ctx context.Context, sizes []int, sp int) error {
+	dp := fwd.MustFromContext(ctx).DP
+	if dp == nil {
+		return nil
+	}
+	ends, end := dp.CuTokensAcrossSPTo(nil, sp), 0
+	for w, n := range sizes {
+		if end += n; ends.AtVec(w) != float64(end) {
+			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name, w, ends.AtVec(w), sizes, end)
+		}
+	}
+	return nil
 }
 
 // run stores in out, for each row of in, the weighted sum of the outputs of its two experts, wherever they live. The rank's
