@@ -65,8 +65,8 @@ const maxUBatches = 1 << 16
 // Slice k begins with the request that holds its first token and ends before the first request that starts at or
 // after its end (vLLM's create_ubatch_slices).
 //
-// ErrInvalid: fewer than 2 microbatches or more than 2^16, a negative count, padding below what is scheduled, and a split that leaves a
-// slice without tokens, which happens where numTokensPadded is well above the scheduled tokens.
+// ErrInvalid: fewer than 2 microbatches or more than 2^16, a negative count, padding below what is scheduled, and a split that
+// leaves a slice without tokens, which happens where numTokensPadded is well above the scheduled tokens.
 func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int) (slices, padded []UBatchSlice, err error) {
 	scheduled, err := sumScheduled(numScheduledTokens)
 	if err != nil {

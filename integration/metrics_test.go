@@ -326,20 +326,27 @@ func checkQueries(t *testing.T, queries map[string]string, samples []sample) {
 	}
 }
 
-// TestPrometheus: the metrics through OpenTelemetry's Prometheus exporter, after a long run with every batch size. Their number
-// is bounded: twice the run has the same series.
-func TestPrometheus(t *testing.T) {
+// newPrometheus returns OpenTelemetry's Prometheus exporter, and where Prometheus would scrape it until the test ends.
+func newPrometheus(t *testing.T) (_ *otelprometheus.Exporter, url string) {
+	t.Helper()
 	registry := prometheus.NewRegistry()
 	exporter, err := otelprometheus.New(otelprometheus.WithRegisterer(registry))
 	if err != nil {
 		t.Fatal(err)
 	}
 	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	defer server.Close()
+	t.Cleanup(server.Close)
+	return exporter, server.URL
+}
+
+// TestPrometheus: the metrics through OpenTelemetry's Prometheus exporter, after a long run with every batch size. Their number
+// is bounded: twice the run has the same series.
+func TestPrometheus(t *testing.T) {
+	exporter, url := newPrometheus(t)
 	r := newLongRun(t, sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)))
 	for range 2 {
 		r.everySize(t)
-		samples, err := scrape(t.Context(), server.URL)
+		samples, err := scrape(t.Context(), url)
 		if err == nil {
 			err = r.check(samples, nil)
 		}
@@ -390,18 +397,12 @@ func TestMetricsOverOTLP(t *testing.T) {
 
 // TestGraphEvents: captures, replays and passes without a graph are as many as the engine says.
 func TestGraphEvents(t *testing.T) {
-	registry := prometheus.NewRegistry()
-	exporter, err := otelprometheus.New(otelprometheus.WithRegisterer(registry))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	defer server.Close()
+	exporter, url := newPrometheus(t)
 	c := (&service{provider: nil}).config()
 	c.TracerProvider, c.MeterProvider = tracenoop.NewTracerProvider(), sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter))
 	c.NumUBatches = 0 // microbatches run without their pass's graph
 	_, stats := serve(t, c, newRequests(30, 90, 10))
-	samples, err := scrape(t.Context(), server.URL)
+	samples, err := scrape(t.Context(), url)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,6 @@ package integration
 import (
 	"context"
 	"maps"
-	"net/http/httptest"
 	"slices"
 	"strconv"
 	"testing"
@@ -11,15 +10,12 @@ import (
 
 	"github.com/forwardctx/fwd"
 	"github.com/google/go-cmp/cmp"
-	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"github.com/prometheus/prometheus/model/labels"
 	"github.com/prometheus/prometheus/promql"
 	"github.com/prometheus/prometheus/storage"
 	"github.com/prometheus/prometheus/tsdb/chunkenc"
 	"github.com/prometheus/prometheus/tsdb/chunks"
 	"github.com/prometheus/prometheus/util/annotations"
-	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 )
 
@@ -97,18 +93,12 @@ func (ss scrapes) query(t *testing.T, query, by string) map[string]float64 {
 
 // TestQueries: the questions of the README have the right answers, by Prometheus's own engine.
 func TestQueries(t *testing.T) {
-	registry := prometheus.NewRegistry()
-	exporter, err := otelprometheus.New(otelprometheus.WithRegisterer(registry))
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
-	defer server.Close()
+	exporter, url := newPrometheus(t)
 	r := newLongRun(t, sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)))
 	var ss scrapes
 	for range 7 { // more than the five minutes of the queries
 		r.everySize(t)
-		samples, err := scrape(t.Context(), server.URL)
+		samples, err := scrape(t.Context(), url)
 		if err != nil {
 			t.Fatal(err)
 		}
