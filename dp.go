@@ -363,7 +363,12 @@ type Vote struct {
 	SpanContext trace.SpanContext
 }
 
-func (v Vote) check(rank int) error {
+// Validate returns what is wrong with the vote of a rank, or nil: ErrInvalid, for a negative count, one above 2^31-1, padded
+// below unpadded, and a mode that is not a runtime mode. A [Coordinator] refuses such a vote before it sends anything.
+func (v *Vote) Validate(rank int) error {
+	if v.NumTokens >= 0 && v.NumTokens <= v.NumTokensPadded && v.NumTokensPadded <= maxCount && v.GraphMode.ValidRuntime() {
+		return nil
+	}
 	var p problems
 	if v.NumTokens < 0 || v.NumTokensPadded < v.NumTokens || v.NumTokensPadded > maxCount {
 		p.addf("rank %d votes for %d tokens, %d with padding, want 0 <= tokens <= padded <= %d", rank, v.NumTokens, v.NumTokensPadded, maxCount)
@@ -407,8 +412,9 @@ func Agree(votes []Vote, numUBatches int) (Agreement, error) {
 	first := votes[0]
 	a := Agreement{Step: first.Step, UBatch: numUBatches > 1, GraphMode: first.GraphMode, LowestModeRank: -1, SpanContext: first.SpanContext}
 	minTokens, highest, lowest := first.NumTokens, first.GraphMode, 0
-	for rank, v := range votes {
-		if err := v.check(rank); err != nil {
+	for rank := range votes {
+		v := &votes[rank]
+		if err := v.Validate(rank); err != nil {
 			return Agreement{}, err
 		}
 		if v.Step != first.Step {
@@ -558,14 +564,14 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 	if ctx == nil { // noticed later, it would leave a vote behind
 		panic("fwd: Exchange with a nil context")
 	}
-	if err := v.check(c.rank); err != nil {
+	if err := v.Validate(c.rank); err != nil {
 		return nil, err
 	}
 	if !c.busy.CompareAndSwap(false, true) {
 		return nil, twice(c.rank, v.Step)
 	}
 	defer c.busy.Store(false)
-	votes, complete, err := c.group.join(c, v)
+	votes, complete, err := c.group.join(c, &v)
 	if err != nil {
 		return nil, err
 	}
@@ -585,7 +591,7 @@ func twice(rank int, step uint64) error {
 }
 
 // join adds rank c's vote to the open round and, when it is the last, ends the round. It returns where the votes are.
-func (g *localGroup) join(c *localRank, v Vote) (votes []Vote, complete bool, err error) {
+func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if c.voted && v.Step == c.last {
@@ -596,12 +602,12 @@ func (g *localGroup) join(c *localRank, v Vote) (votes []Vote, complete bool, er
 	}
 	c.here, c.voted, c.last, c.late = true, true, v.Step, false
 	votes = g.votes[g.turn]
-	votes[c.rank] = v
+	votes[c.rank] = *v
 	if g.here++; g.here < len(g.ranks) {
 		return votes, false, nil
 	}
-	for _, w := range votes {
-		if w.Step != v.Step {
+	for i := range votes {
+		if votes[i].Step != v.Step {
 			lockstep := lockstepError(votes)
 			g.end(c, lockstep.Step, lockstep)
 			return nil, true, lockstep

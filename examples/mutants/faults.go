@@ -221,8 +221,8 @@ var faults = []fault{
 	{
 		name: "votes-by-arrival", kind: coordination, file: "dp.go",
 		what: "votes come in the order of arrival, not of ranks",
-		old:  "votes[c.rank] = v",
-		new:  "votes[g.here] = v",
+		old:  "votes[c.rank] = *v",
+		new:  "votes[g.here] = *v",
 	},
 	{
 		name: "step-stays", kind: coordination, file: "dp.go",
