@@ -1,0 +1,19 @@
+package fwdtest_test
+
+import (
+	"testing"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/fwdtest"
+)
+
+func localGroup(t *testing.T, size int) []fwd.Coordinator {
+	t.Helper()
+	group, err := fwd.NewLocalGroup(size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group
+}
+
+func TestLocalGroup(t *testing.T) { fwdtest.TestCoordinator(t, localGroup) }

@@ -1,0 +1,223 @@
+package fwdtest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// watch is where goroutines that exchange by themselves report: each its end, and a call that does not end.
+type watch chan error
+
+// run calls f with 0 to n-1, all at once, and waits until they have returned. The first error fails the test and ends the
+// contexts of the others.
+func run(t *testing.T, n int, f func(ctx context.Context, w watch, i int) error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	w := make(watch, 2*n) // enough for all, also when nobody reads any more
+	for i := range n {
+		go func() { w <- f(ctx, w, i) }()
+	}
+	for range n {
+		if err := <-w; err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// exchange is c's Exchange, watched.
+func (w watch) exchange(ctx context.Context, c fwd.Coordinator, v fwd.Vote) ([]fwd.Vote, error) {
+	overdue := time.AfterFunc(patience, func() {
+		w <- fmt.Errorf("rank %d in step %d has not returned after %v", c.Rank(), v.Step, patience)
+	})
+	defer overdue.Stop()
+	return c.Exchange(ctx, v)
+}
+
+// take lets one rank take n steps, with a pause before each.
+func (g *group) take(ctx context.Context, w watch, rank, n int, pause func()) error {
+	for step := g.steps[rank] + 1; step <= g.steps[rank]+uint64(n); step++ {
+		pause()
+		votes, err := w.exchange(ctx, g.ranks[rank], g.vote(rank, step))
+		if err == nil {
+			err = differ(votes, g.votes(step))
+		}
+		if err != nil {
+			return fmt.Errorf("rank %d in step %d: %w", rank, step, err)
+		}
+		clear(votes) // they are the caller's
+	}
+	return nil
+}
+
+// takeAll lets all ranks take n steps on their own.
+func (g *group) takeAll(n int, pause func()) {
+	g.Helper()
+	run(g.T, len(g.ranks), func(ctx context.Context, w watch, rank int) error { return g.take(ctx, w, rank, n, pause) })
+	g.advance(n)
+}
+
+// advance says that all ranks have taken n steps.
+func (g *group) advance(n int) {
+	g.step += uint64(n)
+	for rank := range g.steps {
+		g.steps[rank] = g.step
+	}
+}
+
+func noPause()     {}
+func randomPause() { time.Sleep(rand.N(time.Millisecond)) }
+
+// Many steps, as fast as the ranks can.
+func (s suite) backToBack(t *testing.T) {
+	for _, size := range []int{2, 4, 8} {
+		s.group(t, size).takeAll(s.many(3000), noPause)
+	}
+}
+
+// Many steps of ranks that don't come at the same time.
+func (s suite) paced(t *testing.T) {
+	s.group(t, 4).takeAll(s.many(500), randomPause)
+}
+
+// Groups that run at once don't get each other's votes.
+func (s suite) severalGroups(t *testing.T) {
+	const size = 3
+	var groups []*group
+	for range 5 {
+		groups = append(groups, s.group(t, size))
+	}
+	run(t, size*len(groups), func(ctx context.Context, w watch, i int) error {
+		return groups[i/size].take(ctx, w, i%size, s.many(1000), noPause)
+	})
+}
+
+// Contexts that end at any time, for a while: every exchange ends, and once all is calm the group comes together again.
+func (s suite) chaos(t *testing.T) {
+	g := s.group(t, 4)
+	c := chaos{group: g, votes: map[uint64][]fwd.Vote{}}
+	length := time.Second
+	if testing.Short() {
+		length /= 10
+	}
+	run(t, len(g.ranks), func(ctx context.Context, w watch, rank int) error {
+		ctx, cancel := context.WithTimeout(ctx, length)
+		defer cancel()
+		return c.rank(ctx, w, rank)
+	})
+	t.Logf("%d steps came together, and ranks got an error %d times", len(c.votes), c.failed)
+	g.comeTogether()
+}
+
+// chaos is a group in which contexts end, and what has come of it.
+type chaos struct {
+	*group
+	mu     sync.Mutex
+	votes  map[uint64][]fwd.Vote // of each step
+	failed int
+}
+
+// rank lets one rank take steps until ctx ends. Every other exchange has a context of its own, which ends about when the
+// others come.
+func (c *chaos) rank(ctx context.Context, w watch, rank int) error {
+	random := rand.New(rand.NewPCG(uint64(rank), 42))
+	upTo := func(d time.Duration) time.Duration { return time.Duration(random.Int64N(int64(d))) }
+	for ctx.Err() == nil {
+		time.Sleep(pick(random, 0, upTo(c.settle/100)))
+		own, cancel := context.WithTimeout(ctx, pick(random, time.Hour, upTo(c.settle/25)))
+		sent := randomVote(random, c.steps[rank]+1)
+		votes, err := w.exchange(own, c.ranks[rank], sent)
+		cancel()
+		if c.steps[rank], err = c.outcome(rank, sent, votes, err); err != nil {
+			return fmt.Errorf("rank %d in step %d: %w", rank, sent.Step, err)
+		}
+	}
+	return nil
+}
+
+// outcome checks what an exchange returned, and returns the step that the rank goes on from.
+func (c *chaos) outcome(rank int, sent fwd.Vote, votes []fwd.Vote, err error) (uint64, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil {
+		c.failed++
+		return missed(rank, sent, err)
+	}
+	if len(votes) != len(c.ranks) {
+		return 0, fmt.Errorf("%d votes, want %d", len(votes), len(c.ranks))
+	}
+	step := votes[rank].Step
+	if sent.Step = max(sent.Step, step); !same(votes[rank], sent) {
+		return 0, fmt.Errorf("the rank's own vote is %+v, want %+v", votes[rank], sent)
+	}
+	for other, v := range votes {
+		if v.Step != step {
+			return 0, fmt.Errorf("votes of the steps %d and %d, of rank %d", step, v.Step, other)
+		}
+	}
+	if c.votes[step] == nil {
+		c.votes[step] = votes
+	}
+	return step, differ(votes, c.votes[step])
+}
+
+// missed returns the step that a rank goes on from after an error, which says that others are missing.
+func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
+	got, ok := errors.AsType[*fwd.RankError](err)
+	switch {
+	case !ok || !errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
+		return 0, fmt.Errorf("error %w, want the votes or a RankError that is %v alone", err, fwd.ErrRankMissing)
+	case len(got.Ranks) == 0 || slices.Contains(got.Ranks, rank):
+		return 0, fmt.Errorf("error %w names itself, or nobody", err)
+	case got.Step < sent.Step:
+		return 0, fmt.Errorf("error %w has step %d, want at least %d", err, got.Step, sent.Step)
+	}
+	return got.Step, nil
+}
+
+// comeTogether lets all ranks come until they get the votes, which what they have not heard of yet may delay by a few rounds,
+// and then take several steps.
+func (g *group) comeTogether() {
+	g.Helper()
+	g.pause()
+	for attempts := 1; !g.attempt(); attempts++ {
+		if attempts == 5 {
+			g.Fatalf("the group has not come together in %d attempts, when all is calm", attempts)
+		}
+		g.pause()
+	}
+	for range 5 {
+		g.together()
+	}
+}
+
+// attempt lets all ranks come, and reports whether they got the votes of one step.
+func (g *group) attempt() bool {
+	g.Helper()
+	ctx, cancel := context.WithTimeout(g.Context(), atOnce)
+	defer cancel()
+	whole := true
+	for _, c := range g.begin(ctx, g.all()...) {
+		c.returned(patience)
+		if err, ok := errors.AsType[*fwd.RankError](c.err); ok {
+			g.Logf("%v: %v", c, err)
+			g.steps[c.rank] = err.Step
+			whole = false
+			continue
+		}
+		if c.err != nil || len(c.votes) == 0 {
+			g.Fatalf("%v: %d votes, error %v", c, len(c.votes), c.err)
+		}
+		g.steps[c.rank] = c.votes[0].Step
+	}
+	g.step = g.steps[0]
+	return whole && slices.Max(g.steps) == slices.Min(g.steps)
+}

@@ -1,0 +1,107 @@
+package fwdtest
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+)
+
+// All ranks there, but at different steps: all fail, with the highest step and the ranks that are not at it. The group is
+// whole again in the next one.
+func (s suite) differentSteps(t *testing.T) {
+	g := s.group(t, 3)
+	for _, tt := range []struct {
+		ahead  [3]uint64 // of the group
+		behind []int
+	}{
+		{[3]uint64{1, 2, 2}, []int{0}},
+		{[3]uint64{2, 1, 2}, []int{1}},
+		{[3]uint64{2, 2, 1}, []int{2}},
+		{[3]uint64{1, 1, 2}, []int{0, 1}},
+		{[3]uint64{3, 1, 2}, []int{1, 2}},
+		{[3]uint64{2, 1 << 40, 2}, []int{0, 2}},
+	} {
+		var calls []*call
+		for rank, ahead := range tt.ahead {
+			calls = append(calls, g.come(t.Context(), rank, g.vote(rank, g.step+ahead)))
+		}
+		g.step += slices.Max(tt.ahead[:]) - 1
+		g.fail(calls, fwd.ErrLockstep, tt.behind...)
+		g.together()
+	}
+}
+
+// A restarted rank costs one failed step, whichever it is and whenever it comes. So do two.
+func (s suite) restarted(t *testing.T) {
+	g := s.group(t, 3)
+	for _, restarted := range [][]int{{0}, {1}, {2}, {0, 2}, {1, 2}} {
+		for last := range g.ranks {
+			g.together()
+			g.together()
+			g.restart(restarted...)
+			calls := g.begin(t.Context(), g.except(last)...)
+			g.waiting(calls)
+			g.fail(append(calls, g.begin(t.Context(), last)...), fwd.ErrLockstep, restarted...)
+			g.together()
+		}
+	}
+}
+
+// A rank restarted after the very first step says again what it said before. Whether it alone fails, as one that calls
+// twice, or all do, is the coordinator's choice.
+func (s suite) restartedAfterFirstStep(t *testing.T) {
+	g := s.group(t, 2)
+	g.together()
+	g.restart(1)
+	peer := g.begin(t.Context(), 0)
+	again := g.begin(t.Context(), 1)
+	again[0].refused(fwd.ErrLockstep)
+	g.pause()
+	if peer[0].isDone() {
+		g.fail(append(peer, again...), fwd.ErrLockstep, 1)
+	} else {
+		again[0].failed(fwd.ErrLockstep)
+		g.agree(append(peer, g.begin(t.Context(), 1)...))
+	}
+	g.together()
+}
+
+// A rank that restarts right after its first, failed step costs another.
+func (s suite) restartedAgain(t *testing.T) {
+	g := s.group(t, 2)
+	for range 4 {
+		g.together()
+	}
+	for range 3 {
+		g.restart(1)
+		g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, 1)
+	}
+	g.together()
+}
+
+// All ranks restart at once: nothing but the votes says at which step a group is.
+func (s suite) allRestarted(t *testing.T) {
+	g := s.group(t, 3)
+	for range 3 {
+		for range 5 {
+			g.together()
+		}
+		g.restart(g.all()...)
+		g.step = 0
+	}
+	g.together()
+}
+
+// All ranks are further on than the group was.
+func (s suite) allAhead(t *testing.T) {
+	g := s.group(t, 3)
+	for _, ahead := range []uint64{1, 7, 1 << 40} {
+		g.together()
+		g.step += ahead
+		for rank := range g.steps {
+			g.steps[rank] = g.step
+		}
+		g.together()
+	}
+}

@@ -1,0 +1,159 @@
+package fwdtest
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+)
+
+// ending is a way in which a context ends: it returns one, a function that returns when that has ended, and the cause.
+type ending func(g *group) (ctx context.Context, end func(), cause error)
+
+func cancelled(g *group) (context.Context, func(), error) {
+	ctx, cancel := context.WithCancel(g.Context())
+	return ctx, cancel, context.Canceled
+}
+
+func cancelledWithCause(g *group) (context.Context, func(), error) {
+	cause := errors.New("the engine stops")
+	ctx, cancel := context.WithCancelCause(g.Context())
+	return ctx, func() { cancel(cause) }, cause
+}
+
+func deadlineExceeded(g *group) (context.Context, func(), error) {
+	ctx, cancel := context.WithTimeout(g.Context(), 10*g.settle)
+	return ctx, func() { <-ctx.Done(); cancel() }, context.DeadlineExceeded
+}
+
+// The context of a rank ends first: all that wait fail at once, with the ranks that had not come, and that rank alone has
+// the cause too. Then the group goes on, and those that come late are not told off.
+func missing(ending ending) func(s suite, t *testing.T) {
+	return func(s suite, t *testing.T) {
+		g := s.group(t, 4)
+		for _, here := range [][]int{{0}, {3}, {1, 2}, {2, 0}, {3, 1, 0}, {0, 1, 2}} {
+			g.together()
+			ctx, end, cause := ending(g)
+			calls := append(g.begin(ctx, here[0]), g.begin(context.Background(), here[1:]...)...)
+			g.pause()
+			end()
+			g.fail(calls, fwd.ErrRankMissing, g.except(here...)...)
+			for _, c := range calls {
+				if own := c.rank == here[0]; errors.Is(c.err, cause) != own {
+					t.Errorf("%v, where the context of rank %d ended: error %v is %q: %t, want %t", c, here[0], c.err, cause, !own, own)
+				}
+			}
+			g.together()
+		}
+	}
+}
+
+// A rank comes late to one broken step or to several, as the last, as the first or in between: its vote counts in the
+// group's step.
+func (s suite) late(t *testing.T) {
+	g := s.group(t, 3)
+	for broken := 1; broken <= 3; broken++ {
+		for at := range g.ranks {
+			late := (at + broken) % 3
+			others := g.except(late)
+			for range broken {
+				g.breakStep(others...)
+			}
+			g.agree(g.beginInOrder(t.Context(), slices.Insert(others, at, late)...))
+			g.together()
+		}
+	}
+}
+
+// Two ranks are late by different numbers of steps; and a late rank comes to a round that breaks too.
+func (s suite) lateByDifferentSteps(t *testing.T) {
+	g := s.group(t, 3)
+	g.together()
+	g.breakStep(0, 1)
+	g.breakStep(0)
+	g.breakStep(0, 2)
+	g.together()
+	g.breakStep(0, 1)
+	g.breakStep(2)
+	g.breakStep(0, 2)
+	g.together()
+	g.together()
+}
+
+// A late rank that was restarted as well is out of step as any restarted one, and one that waits alone learns the group's
+// step from its broken round.
+func (s suite) lateAndRestarted(t *testing.T) {
+	g := s.group(t, 2)
+	for range 5 {
+		g.together()
+	}
+	g.breakStep(0)
+	g.restart(1)
+	g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, 1)
+	g.together()
+	g.restart(1)
+	ctx, cancel := context.WithCancel(t.Context())
+	alone := g.begin(ctx, 1)
+	g.pause()
+	cancel()
+	alone[0].returned(atOnce)
+	if err, ok := errors.AsType[*fwd.RankError](alone[0].err); ok && err.Step == g.step {
+		g.step-- // what it waited in need not count as a step
+	}
+	g.fail(alone, fwd.ErrRankMissing, 0)
+	g.together()
+}
+
+// A rank whose context has ended before it comes, with nobody there, fails at once.
+func (s suite) endedBefore(t *testing.T) {
+	g := s.group(t, 3)
+	ended, cancel := context.WithCancelCause(t.Context())
+	cause := errors.New("the engine stops")
+	cancel(cause)
+	for rank := range g.ranks {
+		calls := g.begin(ended, rank)
+		g.fail(calls, fwd.ErrRankMissing, g.except(rank)...)
+		if err := calls[0].err; !errors.Is(err, cause) {
+			t.Errorf("rank %d: error %v is not %q", rank, err, cause)
+		}
+		g.together()
+	}
+}
+
+// A rank whose context has ended before it comes needn't wait where it is the last, so that the round may be complete. Or
+// it breaks; but it does the same for all.
+func (s suite) endedBeforeTheLastCame(t *testing.T) {
+	g := s.group(t, 3)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	for last := range g.ranks {
+		others := g.begin(t.Context(), g.except(last)...)
+		g.waiting(others)
+		c := g.begin(ended, last)[0]
+		if c.returned(atOnce); c.err == nil {
+			g.agree(append(others, c))
+		} else {
+			g.fail(others, fwd.ErrRankMissing, last)
+			err := c.failed(fwd.ErrRankMissing)
+			if len(err.Ranks) == 0 || slices.Contains(err.Ranks, last) || !errors.Is(err, context.Canceled) {
+				t.Errorf("%v: error %v, want one that names others and is %q", c, err, context.Canceled)
+			}
+		}
+		g.together()
+	}
+}
+
+// A context that ends after its exchange has returned disturbs nobody.
+func (s suite) endedAfter(t *testing.T) {
+	g := s.group(t, 3)
+	for last := range g.ranks {
+		ctx, cancel := context.WithCancel(t.Context())
+		g.agree(g.begin(ctx, g.all()...))
+		others := g.begin(t.Context(), g.except(last)...)
+		cancel()
+		g.waiting(others)
+		g.agree(append(others, g.begin(t.Context(), last)...))
+	}
+}

@@ -1,0 +1,83 @@
+package fwdtest
+
+import (
+	"context"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+)
+
+// A vote that can't be right is refused before anything is sent: the rank has not come, and its next vote is its first.
+func (s suite) invalidVote(t *testing.T) {
+	g := s.group(t, 2)
+	peer := g.begin(t.Context(), 1)
+	most := 1<<31 - 1
+	for _, v := range []fwd.Vote{
+		{Step: 1, NumTokens: 5, NumTokensPadded: 4},
+		{Step: 1, NumTokens: -1, NumTokensPadded: 4},
+		{Step: 1, NumTokens: -2, NumTokensPadded: -1},
+		{Step: 1, NumTokens: 1, NumTokensPadded: most + 1}, // negative where an int has 32 bits
+		{Step: 1, GraphMode: fwd.GraphFullDecodeOnly},
+		{Step: 1, GraphMode: fwd.GraphFullAndPiecewise},
+		{Step: 1, GraphMode: 77},
+	} {
+		g.send(t.Context(), 0, v).refused(fwd.ErrInvalid)
+		g.waiting(peer)
+	}
+	g.agree(append(peer, g.begin(t.Context(), 0)...))
+	g.together()
+}
+
+// again checks that a second call of rank 0 is refused, whatever it says.
+func (g *group) again(step uint64) {
+	g.Helper()
+	other := g.vote(0, step)
+	other.NumTokensPadded++
+	other.UBatch = true
+	for _, v := range []fwd.Vote{g.vote(0, step), other} {
+		g.send(g.Context(), 0, v).refused(fwd.ErrLockstep)
+	}
+}
+
+// A rank that calls again while it waits is refused, and the round is not disturbed.
+func (s suite) secondCall(t *testing.T) {
+	g := s.group(t, 3)
+	for range 3 {
+		calls := g.begin(t.Context(), 0)
+		g.pause()
+		g.again(g.step + 1)
+		g.again(g.step + 2)
+		calls = append(calls, g.begin(t.Context(), 1)...)
+		g.pause()
+		g.again(g.step + 1)
+		g.waiting(calls)
+		g.agree(append(calls, g.begin(t.Context(), 2)...))
+	}
+}
+
+// A rank that votes again for a step which it has behind it is refused too.
+func (s suite) secondCallAfterTheRound(t *testing.T) {
+	g := s.group(t, 3)
+	for range 3 {
+		g.together()
+		g.again(g.step)
+		calls := g.begin(t.Context(), 1, 2) // the next round has begun
+		g.pause()
+		g.again(g.step)
+		g.waiting(calls)
+		g.agree(append(calls, g.begin(t.Context(), 0)...))
+	}
+}
+
+// The same where that step was broken.
+func (s suite) secondCallAfterABrokenRound(t *testing.T) {
+	g := s.group(t, 3)
+	for range 3 {
+		g.together()
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		g.fail(g.begin(ctx, 0), fwd.ErrRankMissing, 1, 2)
+		g.again(g.step)
+		g.together()
+	}
+}
