@@ -1,0 +1,238 @@
+package natsdp_test
+
+import (
+	"context"
+	"errors"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/natsdp"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// restartServer starts a server anew where it was.
+func restartServer(t *testing.T, opts *server.Options, addr net.Addr) *server.Server {
+	t.Helper()
+	again := opts.Clone()
+	again.Port = addr.(*net.TCPAddr).Port
+	return startServer(t, again)
+}
+
+// A server that is restarted in the middle of a round, again and again, costs time and no step.
+func TestServerRestart(t *testing.T) {
+	opts := serverOptions()
+	s := startServer(t, opts)
+	group := joinAll(t, newName(), 3, at(s))
+	for step := uint64(1); step <= 6; step++ {
+		first := []<-chan result{begin(t.Context(), group[step%3], vote(int(step%3), step))}
+		if step%2 == 0 {
+			time.Sleep(20 * time.Millisecond) // its vote comes to the others
+		}
+		addr := s.Addr()
+		stopServer(s)
+		for rank, c := range group {
+			if rank != int(step%3) {
+				first = append(first, begin(t.Context(), c, vote(rank, step)))
+			}
+		}
+		time.Sleep(50 * time.Millisecond)
+		s = restartServer(t, opts, addr)
+		for _, done := range first {
+			agreed(t, -1, receive(t, done), 3, step)
+		}
+	}
+}
+
+// Without a server nothing waits longer than its ctx, and the group is whole again with the server.
+func TestServerGone(t *testing.T) {
+	opts := serverOptions()
+	s := startServer(t, opts)
+	group := joinAll(t, newName(), 2, at(s))
+	together(t, group, 1)
+	addr := s.Addr()
+	stopServer(s)
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	for rank, done := range []<-chan result{begin(ctx, group[0], vote(0, 2)), begin(ctx, group[1], vote(1, 2))} {
+		r := receive(t, done)
+		rankErr, ok := errors.AsType[*fwd.RankError](r.err)
+		if !ok || !errors.Is(r.err, fwd.ErrRankMissing) || !errors.Is(r.err, context.DeadlineExceeded) || rankErr.Step != 2 || rankErr.Ranks[0] != 1-rank {
+			t.Errorf("rank %d: %v", rank, r.err)
+		}
+	}
+	if took := time.Since(began); took > patience/2 {
+		t.Errorf("took %v", took)
+	}
+	restartServer(t, opts, addr)
+	together(t, group, 3)
+}
+
+// A connection that breaks in the middle of a round, by either side, costs no step.
+func TestReconnect(t *testing.T) {
+	s := startServer(t, serverOptions())
+	conns := make([]*nats.Conn, 3)
+	group := joinAll(t, newName(), 3, func(rank int) []natsdp.Option {
+		conn, err := natsdp.Connect(s.ClientURL())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(conn.Close)
+		conns[rank] = conn
+		return []natsdp.Option{natsdp.WithConn(conn)}
+	})
+	for step := uint64(1); step <= 12; step++ {
+		rank := int(step % 3)
+		first := begin(t.Context(), group[rank], vote(rank, step))
+		if step%2 == 0 {
+			if err := conns[rank].ForceReconnect(); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			id, err := conns[rank].GetClientID()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.DisconnectClientByID(id); err != nil {
+				t.Fatal(err)
+			}
+		}
+		calls := []<-chan result{first}
+		for other, c := range group {
+			if other != rank {
+				calls = append(calls, begin(t.Context(), c, vote(other, step)))
+			}
+		}
+		for _, done := range calls {
+			agreed(t, -1, receive(t, done), 3, step)
+		}
+	}
+}
+
+// A connection that is closed for good ends an exchange at once, and those after it.
+func TestConnectionClosed(t *testing.T) {
+	s := startServer(t, serverOptions())
+	conn, err := natsdp.Connect(s.ClientURL())
+	if err != nil {
+		t.Fatal(err)
+	}
+	group := joinAll(t, newName(), 2, func(rank int) []natsdp.Option {
+		if rank == 0 {
+			return []natsdp.Option{natsdp.WithConn(conn)}
+		}
+		return at(s)(rank)
+	})
+	done := begin(t.Context(), group[0], vote(0, 1))
+	time.Sleep(20 * time.Millisecond)
+	conn.Close()
+	if r := receive(t, done); !errors.Is(r.err, nats.ErrConnectionClosed) {
+		t.Errorf("%v, want %v", r.err, nats.ErrConnectionClosed)
+	}
+	if r := receive(t, begin(t.Context(), group[0], vote(0, 2))); !errors.Is(r.err, nats.ErrConnectionClosed) {
+		t.Errorf("the next: %v, want %v", r.err, nats.ErrConnectionClosed)
+	}
+}
+
+// Close breaks an exchange in progress: the others learn at once who is missing.
+func TestClose(t *testing.T) {
+	s := startServer(t, serverOptions())
+	group := joinAll(t, newName(), 3, at(s))
+	together(t, group, 1)
+	closed, other := begin(t.Context(), group[0], vote(0, 2)), begin(t.Context(), group[1], vote(1, 2))
+	time.Sleep(50 * time.Millisecond)
+	if err := group[0].Close(); err != nil {
+		t.Error(err)
+	}
+	if r := receive(t, closed); !errors.Is(r.err, natsdp.ErrClosed) || !errors.Is(r.err, fwd.ErrRankMissing) {
+		t.Errorf("the one that closed: %v, want %v", r.err, natsdp.ErrClosed)
+	}
+	if r := receive(t, other); !errors.Is(r.err, fwd.ErrRankMissing) || errors.Is(r.err, natsdp.ErrClosed) {
+		t.Errorf("the other: %v, want %v alone", r.err, fwd.ErrRankMissing)
+	}
+	if _, err := group[0].Exchange(t.Context(), vote(0, 3)); !errors.Is(err, natsdp.ErrClosed) {
+		t.Errorf("an exchange after Close: %v, want %v", err, natsdp.ErrClosed)
+	}
+	if err := group[0].Close(); err != nil {
+		t.Errorf("a second Close: %v", err)
+	}
+}
+
+// A cluster of three servers loses one in the middle of a run: the ranks that were connected to it go to the others, and no step
+// fails.
+func TestCluster(t *testing.T) {
+	servers := startCluster(t, 3)
+	urls := ""
+	for i, s := range servers {
+		if i > 0 {
+			urls += ","
+		}
+		urls += s.ClientURL()
+	}
+	group := joinAll(t, newName(), 6, func(rank int) []natsdp.Option {
+		// Each rank begins at a server of its own choice, and knows them all.
+		return []natsdp.Option{natsdp.WithURL(servers[rank%3].ClientURL()+","+urls, nats.DontRandomize())}
+	})
+	ctx, cancel := context.WithTimeout(t.Context(), 2*patience)
+	defer cancel()
+	const steps = 2000
+	finished := make(chan error)
+	for rank, c := range group {
+		go func() {
+			for step := uint64(1); step <= steps; step++ {
+				votes, err := c.Exchange(ctx, vote(rank, step))
+				if err != nil {
+					finished <- err
+					return
+				}
+				for other, v := range votes {
+					if !isVote(v, other, step) {
+						t.Errorf("rank %d in step %d: the vote of rank %d is %+v", rank, step, other, v)
+					}
+				}
+				if rank == 0 && step == steps/2 {
+					go stopServer(servers[1])
+				}
+			}
+			finished <- nil
+		}()
+	}
+	for range group {
+		if err := <-finished; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// startCluster starts servers that are one cluster.
+func startCluster(t *testing.T, n int) []*server.Server {
+	t.Helper()
+	var servers []*server.Server
+	seed := ""
+	for range n {
+		opts := serverOptions()
+		opts.Cluster = server.ClusterOpts{Name: "test", Host: "127.0.0.1", Port: server.RANDOM_PORT}
+		if seed != "" {
+			opts.Routes = server.RoutesFromStr(seed)
+		}
+		s := startServer(t, opts)
+		if seed == "" {
+			seed = "nats://" + s.ClusterAddr().String()
+		}
+		servers = append(servers, s)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		whole := true
+		for _, s := range servers {
+			whole = whole && s.NumRoutes() >= n-1
+		}
+		if whole {
+			return servers
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the cluster does not come together")
+		}
+	}
+}

@@ -1,0 +1,291 @@
+package natsdp
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// How long a rank waits before it asks again, or sends its vote again: at first, and after some times.
+const (
+	resendFirst = 50 * time.Millisecond
+	resendMost  = time.Second
+)
+
+const (
+	// claimWait is how long a rank that joins waits for an objection, where it has been told of somebody else with its rank. That
+	// one answers, or is dead.
+	claimWait = time.Second
+
+	// lingerMost is how long a rank that leaves stays for those who may lack its last vote.
+	lingerMost = time.Second
+)
+
+// phase is how far a rank is in joining its group.
+type phase uint8
+
+const (
+	asking   phase = iota // where the others are, and who else has this rank
+	claiming              // nobody objected: from now on the others listen to no other life of this rank
+	joined
+)
+
+// join makes the rank a part of the group. It hears from all others, which say at which round they are and whether they know
+// somebody else with its rank; waits for that one's objection; and claims the rank. The answers to that say which rounds the rank
+// can't vote in, because some of the others may count the vote of an earlier life of it there. refused returns what the network
+// has against this rank, or nil.
+func (m *member) join(ctx context.Context, refused func() error) error {
+	var objections <-chan time.Time // nil: nobody else is known
+	quiet := true
+	interval := resendFirst
+	again := time.NewTimer(interval)
+	defer again.Stop()
+	m.ask()
+	for {
+		missing, contested, err := m.unheard()
+		if err != nil {
+			return err
+		}
+		if contested && objections == nil {
+			objections, quiet = time.After(claimWait), false
+		}
+		if len(missing) == 0 && quiet {
+			if m.proceed() == joined {
+				return nil
+			}
+			continue
+		}
+		select {
+		case <-m.changed:
+		case <-objections:
+			quiet = true
+		case <-again.C:
+			if err := refused(); err != nil {
+				return err
+			}
+			m.ask()
+			interval = min(2*interval, resendMost)
+			again.Reset(interval)
+		case <-ctx.Done():
+			if err := refused(); err != nil {
+				return err
+			}
+			return m.joinError(context.Cause(ctx), missing)
+		}
+	}
+}
+
+// ask asks all ranks where they are.
+func (m *member) ask() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.askLocked(toAll)
+}
+
+func (m *member) askLocked(to int) {
+	k := kindHello
+	if m.phase == claiming {
+		k = kindClaim
+	}
+	m.sendMessage(to, m.message(k))
+}
+
+// unheard returns which ranks have not answered yet, and whether somebody else may have this rank.
+func (m *member) unheard() (missing []int, contested bool, err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for rank := range m.peers {
+		if rank != m.rank && !m.peers[rank].heard {
+			missing = append(missing, rank)
+		}
+	}
+	return missing, m.contested, m.dead
+}
+
+// proceed goes on to the next phase, now that all have answered in this one.
+func (m *member) proceed() phase {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.phase++
+	if m.phase == claiming {
+		for rank := range m.peers {
+			m.peers[rank].heard = false
+		}
+		m.askLocked(toAll)
+		return m.phase
+	}
+	// The Runner counts from one, and the group may be anywhere: the first vote is for the step that is open.
+	m.late, m.lateFrom = m.round > 0, 0
+	m.sendMessage(toAll, m.state())
+	return m.phase
+}
+
+func (m *member) joinError(cause error, missing []int) error {
+	if len(missing) == 0 {
+		return fmt.Errorf("natsdp: rank %d of %d waits for whoever else may have its rank: %w", m.rank, m.size, cause)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return &fwd.RankError{
+		Err:   fmt.Errorf("%w: rank %d of %d has not heard from all others: %w", fwd.ErrRankMissing, m.rank, m.size, cause),
+		Step:  m.step,
+		Ranks: missing,
+	}
+}
+
+// handleHello answers a rank that asks.
+func (m *member) handleHello(msg *message) {
+	p := &m.peers[msg.rank]
+	state := m.state()
+	state.claimed, state.asker = msg.kind == kindClaim, msg.epoch
+	switch {
+	case p.epoch > msg.epoch: // the one to ask for comes later, though it may be gone
+		state.rival, state.claimed = p.epoch, false
+	case p.epoch != 0 && p.epoch != msg.epoch && !p.gone:
+		state.rival = p.epoch
+	case p.asked != msg.epoch && !p.gone:
+		state.rival = p.asked
+	}
+	p.asked = msg.epoch
+	if msg.kind == kindClaim && msg.epoch > p.epoch {
+		m.newLife(msg)
+	}
+	if p.taken > state.round {
+		state.round, state.step = p.taken, max(state.step, p.step)
+	}
+	m.sendMessage(msg.rank, state)
+	if m.phase != joined && !p.heard {
+		m.askLocked(msg.rank) // it may not have been there when this rank asked all
+	}
+}
+
+// handleState takes an answer. What an earlier life of this rank has asked for is none.
+func (m *member) handleState(p *peer, msg *message) {
+	if m.phase == joined || msg.asker != m.epoch {
+		return
+	}
+	m.contested = m.contested || msg.rival != 0
+	switch {
+	case m.phase == claiming && !msg.claimed:
+		if msg.rival > m.epoch {
+			m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
+		}
+		return
+	case msg.rival > m.epoch: // the clock of its host was ahead
+		m.former = append(m.former, m.epoch)
+		m.epoch = msg.rival + 1
+	}
+	p.heard = true
+	if msg.round > m.round {
+		m.leftBehind(msg.round, msg.step, 0)
+	}
+	m.signal()
+}
+
+// handleOwnRank takes what somebody else of this rank says. Whoever is asking gives way to who holds the rank; of two that ask,
+// the later one gives way. Two hold the rank where one did not answer in time when the other asked: the others listen to the
+// later one.
+func (m *member) handleOwnRank(msg *message) {
+	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {
+		return // an echo
+	}
+	m.stats.Foreign++
+	later := msg.epoch > m.epoch
+	asks := msg.kind == kindHello || msg.kind == kindState && !msg.holds
+	switch {
+	case msg.kind == kindBye:
+	case m.phase == asking && !(asks && later):
+		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
+	case m.phase != asking && !asks && later:
+		m.die(fmt.Errorf("%w: another one became rank %d of %d while this one did not answer", ErrRankTaken, m.rank, m.size))
+	default:
+		m.sendMessage(m.rank, m.state())
+	}
+}
+
+// state returns what this rank says to who asks.
+func (m *member) state() message {
+	state := m.message(kindState)
+	state.holds = m.phase != asking
+	return state
+}
+
+// refuse ends joining: the ranks are configured differently. A group that is together does not listen to that.
+func (m *member) refuse(format string, args ...any) {
+	if m.phase != joined {
+		m.die(fmt.Errorf("%w: %s", fwd.ErrInvalid, fmt.Sprintf(format, args...)))
+	}
+}
+
+// die ends this rank's part for good.
+func (m *member) die(err error) {
+	if m.dead != nil {
+		return
+	}
+	m.dead = err
+	if m.waiting {
+		m.release(outcome{err: err})
+	}
+	m.signal()
+}
+
+// lose ends this rank's part because its connection has ended.
+func (m *member) lose(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.die(err)
+}
+
+// leave says goodbye, once nobody needs this rank's last vote any more.
+func (m *member) leave() {
+	m.mu.Lock()
+	m.leaving = true
+	m.mu.Unlock()
+	close(m.closing)
+	m.breakRound()
+	m.linger()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead == nil {
+		m.sendMessage(toAll, m.message(kindBye))
+		m.die(ErrClosed)
+	}
+}
+
+// linger waits until the other ranks have what they need from this one, though not for long: they may be dead.
+func (m *member) linger() {
+	over := time.After(lingerMost)
+	again := time.NewTicker(resendFirst)
+	defer again.Stop()
+	if m.needed() {
+		m.ask()
+	}
+	for m.needed() {
+		select {
+		case <-m.changed:
+		case <-again.C:
+			m.ask()
+		case <-over:
+			return
+		}
+	}
+}
+
+// needed reports whether a rank may still wait for this one's vote in the last round. Such a rank sends its vote again, and gets
+// the answer.
+func (m *member) needed() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead != nil || m.phase != joined || !m.complete {
+		return false
+	}
+	for rank := range m.peers {
+		if p := &m.peers[rank]; rank != m.rank && !p.gone && p.ended < m.round {
+			return true
+		}
+	}
+	return false
+}

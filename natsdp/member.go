@@ -1,0 +1,486 @@
+package natsdp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// member is one rank's part in the protocol, apart from the network: it is told what comes in and is given a function to send.
+//
+// The group goes through rounds. In each, every rank publishes its vote to all, and whoever has the votes of all knows how the
+// round ends, without asking anybody: with the votes, or in ErrLockstep where their steps differ. A rank that can't wait any
+// longer ends the round too, and tells the others. Rounds are numbered, and a vote belongs to one of them. So votes never mix,
+// whatever is lost, comes twice, or comes late; steps could not serve for that, since ranks that restart vote for low ones again.
+//
+// Messages get lost. A rank that waits sends its vote again from time to time, and whoever has left that round behind answers
+// with how it ended: with its own vote where the votes of all were there, else with the round that is over. A rank that finds out
+// that it has been left behind votes again, in the round that is open now.
+type member struct {
+	group uint64 // see hashGroup
+	rank  int
+	size  int
+	send  func(to int, message []byte) // to a rank, or to toAll; it copies the message
+
+	busy    atomic.Bool // in exchange
+	outcome chan outcome
+	resend  *time.Timer
+	closing chan struct{} // closed when the rank leaves
+
+	mu    sync.Mutex
+	epoch uint64 // of this life of the rank
+	stats Stats
+	peers []peer // by rank
+
+	// The last round that has ended, as far as this rank knows.
+	round    uint64
+	step     uint64 // the group's
+	complete bool   // the votes of all were there
+	answer   []byte // to who is still in that round; nil: only that it is over
+
+	open, next gathering // rounds round+1 and round+2: a rank may be through with a round when its next vote comes, and others not
+
+	// This rank's vote in the open round.
+	waiting bool
+	vote    fwd.Vote
+	sent    []byte // as a message
+
+	voted    bool   // ever
+	last     uint64 // its step in the open round, else the group's in the last round that it was in
+	late     bool   // rounds ended without it since it was there,
+	lateFrom uint64 // and its votes from this step on go to the step that is open now
+
+	phase     phase
+	contested bool          // somebody else has, or had, this rank
+	former    []uint64      // epochs that this life of the rank had before
+	leaving   bool          // it votes no more
+	dead      error         // why it can't take part any more
+	changed   chan struct{} // something may have happened that join or leave waits for
+}
+
+// toAll is where messages for every rank go.
+const toAll = -1
+
+// peer is what is known of another rank.
+type peer struct {
+	epoch uint64 // of the life of it that counts; 0: none
+	taken uint64 // rounds up to this one may have votes of an earlier life,
+	step  uint64 // and have ended at this step
+	asked uint64 // epoch of the life that has asked last
+	heard bool   // it has answered, see join
+	gone  bool   // it has left
+	ended uint64 // the last round that it knows to have ended
+}
+
+// gathering is the votes of a round.
+type gathering struct {
+	votes []fwd.Vote
+	here  []bool
+	count int
+}
+
+func newGathering(size int) gathering {
+	return gathering{votes: make([]fwd.Vote, size), here: make([]bool, size)}
+}
+
+func (g *gathering) add(rank int, v fwd.Vote) {
+	g.votes[rank], g.here[rank] = v, true
+	g.count++
+}
+
+func (g *gathering) remove(rank int) {
+	if g.here[rank] {
+		g.here[rank] = false
+		g.count--
+	}
+}
+
+// reset empties a gathering. What took its votes keeps them.
+func (g *gathering) reset() {
+	clear(g.here)
+	g.votes, g.count = make([]fwd.Vote, len(g.here)), 0
+}
+
+// outcome is how a round ended for the rank that waits.
+type outcome struct {
+	votes []fwd.Vote
+	err   error
+}
+
+func newMember(group string, rank, size int, send func(to int, message []byte)) *member {
+	return &member{
+		group: hashGroup(group), rank: rank, size: size, send: send,
+		epoch:   newEpoch(),
+		peers:   make([]peer, size),
+		open:    newGathering(size),
+		next:    newGathering(size),
+		outcome: make(chan outcome, 1),
+		resend:  time.NewTimer(time.Hour),
+		closing: make(chan struct{}),
+		changed: make(chan struct{}, 1),
+
+		contested: size == 1, // there is nobody who would say
+	}
+}
+
+// newEpoch returns a number for a life of a rank: the time, so that a later one is larger, down to what two processes that start
+// at once could have in common, and chance below.
+func newEpoch() uint64 {
+	const chance = 1<<16 - 1
+	return uint64(time.Now().UnixNano())&^chance | rand.Uint64()&chance
+}
+
+// message returns a message of that kind from this rank as it stands.
+func (m *member) message(k kind) message {
+	return message{kind: k, group: m.group, size: m.size, rank: m.rank, epoch: m.epoch, round: m.round, step: m.step}
+}
+
+func (m *member) sendMessage(to int, msg message) { m.send(to, msg.appendTo(nil)) }
+
+// exchange implements [fwd.Coordinator].
+func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	if ctx == nil { // noticed later, it would leave a vote behind
+		panic("natsdp: Exchange with a nil context")
+	}
+	if err := v.Validate(m.rank); err != nil {
+		return nil, err
+	}
+	if v.Step > maxCounter {
+		return nil, invalidf("rank %d votes in step %d, want at most %d", m.rank, v.Step, uint64(maxCounter))
+	}
+	if !m.busy.CompareAndSwap(false, true) {
+		return nil, twice(m.rank, v.Step)
+	}
+	defer m.busy.Store(false)
+	if err := m.begin(v); err != nil {
+		return nil, err
+	}
+	return m.wait(ctx)
+}
+
+// wait waits for the end of the round, and breaks it when ctx ends first.
+func (m *member) wait(ctx context.Context) ([]fwd.Vote, error) {
+	interval := resendFirst
+	m.resend.Reset(interval)
+	defer m.resend.Stop()
+	done, closing := ctx.Done(), m.closing
+	for {
+		select {
+		case o := <-m.outcome:
+			return o.votes, withCause(o.err, m.cause(ctx))
+		case <-m.resend.C:
+			m.again()
+			interval = min(2*interval, resendMost)
+			m.resend.Reset(interval)
+			continue
+		case <-done:
+		case <-closing:
+		}
+		m.breakRound() // and the outcome is there
+		done, closing = nil, nil
+	}
+}
+
+// cause returns what keeps this rank from waiting on, or nil.
+func (m *member) cause(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	select {
+	case <-m.closing:
+		return ErrClosed
+	default:
+		return nil
+	}
+}
+
+// withCause adds what ended this rank's own wait, if anything did, to the error of a broken round.
+func withCause(err, cause error) error {
+	if rankErr, ok := err.(*fwd.RankError); ok && cause != nil && errors.Is(rankErr.Err, fwd.ErrRankMissing) {
+		rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, cause)
+	}
+	return err
+}
+
+// begin gives this rank's vote. How the round ends comes out of m.outcome.
+func (m *member) begin(v fwd.Vote) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead != nil {
+		return m.dead
+	}
+	if m.leaving {
+		return ErrClosed
+	}
+	if m.voted && v.Step == m.last {
+		return twice(m.rank, v.Step)
+	}
+	m.voted, m.waiting = true, true
+	m.enter(v)
+	return nil
+}
+
+func twice(rank int, step uint64) error {
+	return &fwd.RankError{
+		Err:   fmt.Errorf("%w: rank %d votes twice in step %d", fwd.ErrLockstep, rank, step),
+		Step:  step,
+		Ranks: []int{rank},
+	}
+}
+
+// enter puts this rank's vote into the open round. A late rank votes for the step that is open now, unless its Runner has
+// been restarted: that one must learn where the group is.
+func (m *member) enter(v fwd.Vote) {
+	if m.late && v.Step >= m.lateFrom && v.Step <= m.step {
+		v.Step = m.step + 1
+	}
+	m.vote, m.last, m.late = v, v.Step, false
+	msg := m.message(kindVote)
+	msg.round, msg.vote, msg.complete = m.round+1, v, m.complete
+	m.sent = msg.appendTo(m.sent[:0])
+	m.send(toAll, m.sent)
+	m.open.add(m.rank, v)
+	m.endIfFull()
+}
+
+// again sends this rank's vote again, as long as it waits.
+func (m *member) again() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.waiting {
+		m.stats.Resent++
+		m.send(toAll, m.sent)
+	}
+}
+
+// endIfFull ends the open round once the votes of all are there. All ranks come to the same end.
+func (m *member) endIfFull() {
+	if m.open.count < m.size {
+		return
+	}
+	votes, step := m.open.votes, m.last
+	var err error
+	for i := range votes {
+		if votes[i].Step != step {
+			_, err = fwd.Agree(votes, 0) // says who is where
+			break
+		}
+	}
+	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+		votes, step = nil, rankErr.Step
+	}
+	m.answer, m.sent = m.sent, m.answer
+	m.endRound(m.round+1, step)
+	m.complete, m.last = true, step
+	m.release(outcome{votes, err})
+}
+
+// endRound makes round the last that has ended.
+func (m *member) endRound(round, step uint64) {
+	if round == m.round+1 {
+		m.open, m.next = m.next, m.open
+	} else {
+		m.open.reset()
+	}
+	m.next.reset()
+	m.round, m.step = round, step
+}
+
+// release lets the rank that waits go.
+func (m *member) release(o outcome) {
+	m.waiting = false
+	m.outcome <- o // never blocks: a rank waits once a round, and takes the outcome before it votes again
+}
+
+// breakRound ends the open round because this rank can't wait any longer, unless the round has ended in the meantime: then that
+// is what counts.
+func (m *member) breakRound() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.waiting {
+		return
+	}
+	msg := m.message(kindBroken)
+	msg.round, msg.by, msg.lowest = m.round+1, m.rank, m.last
+	for rank, here := range m.open.here {
+		if !here {
+			msg.missing = append(msg.missing, rank)
+			continue
+		}
+		step := m.open.votes[rank].Step
+		msg.step, msg.lowest = max(msg.step, step), min(msg.lowest, step) // not below what a restarted rank may have missed
+	}
+	m.stats.Broken++
+	m.sendMessage(toAll, msg)
+	m.fail(&msg)
+}
+
+// fail ends the open round, which this rank waits in, without the votes of all.
+func (m *member) fail(msg *message) {
+	answer := *msg
+	answer.rank, answer.epoch = m.rank, m.epoch
+	m.answer = answer.appendTo(m.answer[:0])
+	m.endRound(msg.round, msg.step)
+	m.complete, m.last = false, msg.step
+	m.release(outcome{err: &fwd.RankError{
+		Err:   fmt.Errorf("%w: rank %d stopped waiting", fwd.ErrRankMissing, msg.by),
+		Step:  msg.step,
+		Ranks: msg.missing,
+	}})
+}
+
+// leftBehind notes that the group has ended rounds without this rank. If it waits, it votes again.
+func (m *member) leftBehind(round, step, lowest uint64) {
+	if !m.late {
+		m.late, m.lateFrom = true, lowest
+	}
+	m.endRound(round, max(step, m.step))
+	m.complete, m.answer = false, m.answer[:0]
+	if m.waiting {
+		m.enter(m.vote)
+	}
+}
+
+// handle takes a message that came in on the subject of rank from. direct: for this rank alone, else for all.
+func (m *member) handle(from int, direct bool, data []byte) {
+	msg, err := decode(data)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.dead != nil {
+		return
+	}
+	if err != nil {
+		m.handleBad(from, err)
+		return
+	}
+	switch {
+	case msg.group != m.group || msg.rank != from:
+		m.stats.Foreign++
+	case msg.size != m.size:
+		m.stats.Foreign++
+		if msg.kind == kindHello || msg.kind == kindClaim {
+			m.sendMessage(msg.rank, m.message(kindState)) // from which it learns the size
+		}
+		m.refuse("rank %d says that the group has %d ranks, rank %d says %d", msg.rank, msg.size, m.rank, m.size)
+	case msg.rank == m.rank:
+		m.handleOwnRank(&msg)
+	case msg.kind == kindHello || msg.kind == kindClaim:
+		m.handleHello(&msg)
+	case msg.kind == kindState && !msg.holds: // it may yet have to give way to another with its rank
+		m.handleState(&m.peers[msg.rank], &msg)
+	case msg.epoch < m.peers[msg.rank].epoch:
+		m.stats.Stale++
+	default:
+		m.handlePeer(&msg, direct)
+	}
+}
+
+func (m *member) handleBad(from int, err error) {
+	if v, ok := errors.AsType[versionError](err); ok {
+		m.stats.Foreign++
+		m.refuse("rank %d sends %v", from, v)
+		return
+	}
+	m.stats.Malformed++
+}
+
+// handlePeer takes what another rank says.
+func (m *member) handlePeer(msg *message, direct bool) {
+	p := &m.peers[msg.rank]
+	if msg.epoch > p.epoch {
+		m.newLife(msg)
+	}
+	switch msg.kind {
+	case kindVote:
+		p.ended = max(p.ended, msg.round-1)
+		m.handleVote(msg, direct)
+	case kindBroken:
+		p.ended = max(p.ended, msg.round)
+		m.handleBroken(msg)
+	case kindState:
+		p.ended = max(p.ended, msg.round)
+		m.handleState(p, msg)
+	case kindBye:
+		p.gone = true
+	}
+	m.signal()
+}
+
+// newLife notes that a rank has been started again. The votes of its last life count no more: some ranks may have them, and
+// others not.
+func (m *member) newLife(msg *message) {
+	life := peer{epoch: msg.epoch, asked: m.peers[msg.rank].asked}
+	for i, g := range []*gathering{&m.open, &m.next} {
+		if g.here[msg.rank] {
+			life.taken, life.step = m.round+1+uint64(i), g.votes[msg.rank].Step
+			g.remove(msg.rank)
+		}
+	}
+	m.peers[msg.rank] = life
+}
+
+func (m *member) handleVote(msg *message, direct bool) {
+	switch {
+	case msg.round <= m.round:
+		m.stats.Duplicates++
+		if !direct { // else it is an answer itself
+			m.answerLate(msg)
+		}
+	case msg.round == m.round+1:
+		m.add(&m.open, msg)
+	case msg.round == m.round+2 && msg.complete && m.waiting:
+		// The votes of the open round were all there for somebody else, so they come: what got lost is asked for again.
+		m.add(&m.next, msg)
+	default:
+		m.leftBehind(msg.round-1, msg.step, m.step+1)
+		m.add(&m.open, msg)
+	}
+}
+
+func (m *member) add(g *gathering, msg *message) {
+	if g.here[msg.rank] {
+		m.stats.Duplicates++
+		return
+	}
+	g.add(msg.rank, msg.vote)
+	m.endIfFull()
+}
+
+// answerLate tells a rank that still waits in a round how that has ended.
+func (m *member) answerLate(msg *message) {
+	switch {
+	case msg.round == m.round && len(m.answer) > 0:
+		m.send(msg.rank, m.answer)
+	case m.complete: // with its vote, so it has left the earlier rounds: the message is an old one
+	default:
+		over := m.message(kindBroken)
+		over.by, over.lowest, over.missing = m.rank, msg.step+1, []int{msg.rank}
+		m.sendMessage(msg.rank, over)
+	}
+}
+
+func (m *member) handleBroken(msg *message) {
+	switch {
+	case msg.round <= m.round: // it is known
+	case m.waiting && msg.round == m.round+1 && !slices.Contains(msg.missing, m.rank):
+		m.stats.Broken++
+		m.fail(msg)
+	default:
+		m.leftBehind(msg.round, msg.step, msg.lowest)
+	}
+}
+
+// signal tells join or leave, where they wait, to look again.
+func (m *member) signal() {
+	select {
+	case m.changed <- struct{}{}:
+	default:
+	}
+}

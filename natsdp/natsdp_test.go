@@ -1,0 +1,104 @@
+package natsdp_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/fwdtest"
+	"github.com/forwardctx/fwd/natsdp"
+	"github.com/nats-io/nats-server/v2/server"
+	"github.com/nats-io/nats.go"
+)
+
+// patience is how long anything may take that must happen.
+const patience = 20 * time.Second
+
+// serverOptions are those of a server on a free port of the loopback interface.
+func serverOptions() *server.Options {
+	return &server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, NoSigs: true, NoLog: true,
+		MaxClosedClients: 1, // the server remembers those that have gone, which would look like a leak of ours
+	}
+}
+
+// startServer starts a server, which ends with the test.
+func startServer(t *testing.T, opts *server.Options) *server.Server {
+	t.Helper()
+	s, err := server.NewServer(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { stopServer(s) })
+	s.Start()
+	if !s.ReadyForConnections(patience) {
+		t.Fatal("the server does not start")
+	}
+	return s
+}
+
+func stopServer(s *server.Server) {
+	s.Shutdown()
+	s.WaitForShutdown()
+}
+
+var groups atomic.Int64
+
+// newName returns the name of a group that no other test uses.
+func newName() string { return fmt.Sprintf("group%d", groups.Add(1)) }
+
+// joinAll makes a group, each rank with the options that how returns for it. It ends with the test.
+func joinAll(t *testing.T, name string, size int, how func(rank int) []natsdp.Option) []*natsdp.Coordinator {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	group := make([]*natsdp.Coordinator, size)
+	var wg sync.WaitGroup
+	for rank := range group {
+		wg.Go(func() {
+			var err error
+			if group[rank], err = natsdp.Join(ctx, natsdp.Config{Group: name, Rank: rank, Size: size}, how(rank)...); err != nil {
+				t.Errorf("rank %d: %v", rank, err)
+			}
+		})
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
+	t.Cleanup(func() { closeAll(group) })
+	return group
+}
+
+// closeAll closes coordinators at once, as the ends of processes would.
+func closeAll(group []*natsdp.Coordinator) {
+	var wg sync.WaitGroup
+	for _, c := range group {
+		wg.Go(func() { c.Close() })
+	}
+	wg.Wait()
+}
+
+// at returns the option to reach a server.
+func at(s *server.Server, opts ...nats.Option) func(int) []natsdp.Option {
+	return func(int) []natsdp.Option { return []natsdp.Option{natsdp.WithURL(s.ClientURL(), opts...)} }
+}
+
+func coordinators(group []*natsdp.Coordinator) []fwd.Coordinator {
+	out := make([]fwd.Coordinator, len(group))
+	for i, c := range group {
+		out[i] = c
+	}
+	return out
+}
+
+func TestConformance(t *testing.T) {
+	s := startServer(t, serverOptions())
+	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
+		return coordinators(joinAll(t, newName(), size, at(s)))
+	})
+}

@@ -1,0 +1,470 @@
+package natsdp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// bus is a network in simulated time that loses messages, delivers them twice, late and in another order. Members hang on it
+// by rank; several may have the same rank.
+type bus struct {
+	size int
+
+	mu       sync.Mutex
+	random   *rand.Rand
+	loss     float64
+	twice    float64
+	delay    time.Duration // at most
+	cut      map[int]bool  // ranks that nothing gets to or from
+	stations []*station
+}
+
+// station is a member's place on the bus.
+type station struct {
+	*member
+	bus    *bus
+	dead   bool
+	frozen bool // nothing gets through, until it thaws
+	held   []func()
+}
+
+func newBus(size int, seed uint64) *bus {
+	return &bus{size: size, random: rand.New(rand.NewPCG(seed, 1)), cut: map[int]bool{}}
+}
+
+// attach adds a member that has not joined yet.
+func (b *bus) attach(rank int) *station {
+	s := &station{bus: b}
+	s.member = newMember("sim", rank, b.size, func(to int, data []byte) { b.send(s, to, slices.Clone(data)) })
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.stations = append(b.stations, s)
+	return s
+}
+
+// join adds a member and joins the group.
+func (b *bus) join(ctx context.Context, rank int) (*station, error) {
+	s := b.attach(rank)
+	return s, s.join(ctx, func() error { return nil })
+}
+
+// joinAll makes a whole group.
+func (b *bus) joinAll(t *testing.T) []*station {
+	t.Helper()
+	group := make([]*station, b.size)
+	var wg sync.WaitGroup
+	for rank := range group {
+		wg.Go(func() {
+			var err error
+			if group[rank], err = b.join(t.Context(), rank); err != nil {
+				t.Errorf("rank %d: %v", rank, err)
+			}
+		})
+	}
+	wg.Wait()
+	return group
+}
+
+func (b *bus) send(from *station, to int, data []byte) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if from.dead || b.cut[from.rank] {
+		return
+	}
+	for _, s := range b.stations {
+		if to != toAll && s.rank != to || s.dead || b.cut[s.rank] || b.random.Float64() < b.loss {
+			continue
+		}
+		b.deliver(from.rank, s, to != toAll, data)
+		if b.random.Float64() < b.twice {
+			b.deliver(from.rank, s, to != toAll, data)
+		}
+	}
+}
+
+func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
+	arrive := func() { s.handle(from, direct, data) }
+	if s.frozen {
+		s.held = append(s.held, arrive)
+		return
+	}
+	delay := time.Duration(1)
+	if b.delay > 0 {
+		delay += time.Duration(b.random.Int64N(int64(b.delay)))
+	}
+	time.AfterFunc(delay, arrive)
+}
+
+// kill ends a member without a word.
+func (s *station) kill() {
+	s.bus.mu.Lock()
+	defer s.bus.mu.Unlock()
+	s.dead = true
+}
+
+// thaw lets in what was held back.
+func (s *station) thaw() {
+	s.bus.mu.Lock()
+	held := s.held
+	s.frozen, s.held = false, nil
+	s.bus.mu.Unlock()
+	for _, arrive := range held {
+		arrive()
+	}
+}
+
+// Exchange, Rank and Size make a station a fwd.Coordinator.
+func (s *station) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	return s.exchange(ctx, v)
+}
+func (s *station) Rank() int { return s.rank }
+func (s *station) Size() int { return s.size }
+
+// stepper takes steps as a Runner does.
+type stepper struct {
+	fwd.Coordinator
+	step uint64
+}
+
+func (s *stepper) next(ctx context.Context, tokens int) ([]fwd.Vote, error) {
+	votes, err := s.Exchange(ctx, fwd.Vote{Step: s.step + 1, NumTokens: tokens, NumTokensPadded: tokens})
+	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+		s.step = rankErr.Step
+	} else if err == nil {
+		s.step = votes[0].Step
+	}
+	return votes, err
+}
+
+// A network that loses, doubles, delays and reorders costs nothing but time: no step fails, and nothing mixes.
+func TestLossyNetwork(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(8) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				const size, steps = 4, 500
+				ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+				defer cancel()
+				b := newBus(size, seed)
+				b.loss, b.twice, b.delay = 0.1, 0.1, 5*time.Millisecond
+				var wg sync.WaitGroup
+				for rank, s := range b.joinAll(t) {
+					wg.Go(func() {
+						for step := uint64(1); step <= steps; step++ {
+							votes, err := s.Exchange(ctx, fwd.Vote{Step: step, NumTokens: rank, NumTokensPadded: size + int(step)})
+							if err != nil {
+								t.Errorf("rank %d, step %d: %v", rank, step, err)
+								return
+							}
+							for other, v := range votes {
+								if v.Step != step || v.NumTokens != other || v.NumTokensPadded != size+int(step) {
+									t.Errorf("rank %d, step %d: the vote of rank %d is %+v", rank, step, other, v)
+								}
+							}
+						}
+						s.leave()
+					})
+				}
+				wg.Wait()
+			})
+		})
+	}
+}
+
+// ledger is what ranks were told, by step.
+type ledger struct {
+	mu    sync.Mutex
+	steps map[uint64][]int // the tokens of all ranks
+	given map[int]int      // rank by the tokens that it has voted for, which are never the same twice
+}
+
+// check notes the votes of a step. Each must be its rank's, and all ranks must be told the same.
+func (l *ledger) check(rank int, votes []fwd.Vote) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	tokens := make([]int, len(votes))
+	for other, v := range votes {
+		if v.Step != votes[0].Step {
+			return fmt.Errorf("rank %d: votes of steps %d and %d", rank, votes[0].Step, v.Step)
+		}
+		if giver, ok := l.given[v.NumTokens]; !ok || giver != other {
+			return fmt.Errorf("rank %d: the vote of rank %d is %+v, which is rank %d's", rank, other, v, giver)
+		}
+		tokens[other] = v.NumTokens
+	}
+	step := votes[0].Step
+	if known, ok := l.steps[step]; ok && !slices.Equal(known, tokens) {
+		return fmt.Errorf("rank %d was told %v in step %d, others %v", rank, tokens, step, known)
+	}
+	l.steps[step] = tokens
+	return nil
+}
+
+// Ranks stop waiting, die and come back, freeze and thaw, on a network that loses messages: whoever gets votes for a step gets
+// the same as all others, and when it is over the group is whole again.
+func TestChaos(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(20) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { chaos(t, seed) })
+		})
+	}
+}
+
+func chaos(t *testing.T, seed uint64) {
+	const size = 4
+	b := newBus(size, seed)
+	b.loss, b.twice, b.delay = 0.05, 0.05, 5*time.Millisecond
+	l := &ledger{steps: map[uint64][]int{}, given: map[int]int{}}
+	calm, over := context.WithTimeout(t.Context(), 10*time.Minute)
+	defer over()
+	var wg sync.WaitGroup
+	ranks := make([]*stepper, size)
+	var agreed, failed, restarted [size]int
+	for rank, s := range b.joinAll(t) {
+		ranks[rank] = &stepper{Coordinator: s}
+		wg.Go(func() {
+			random := rand.New(rand.NewPCG(seed, uint64(rank)))
+			for calm.Err() == nil {
+				tokens := l.vote(rank)
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(1+random.IntN(2000))*time.Millisecond)
+				votes, err := ranks[rank].next(ctx, tokens)
+				cancel()
+				switch {
+				case err == nil:
+					agreed[rank]++
+					if err := l.check(rank, votes); err != nil {
+						t.Error(err)
+						over()
+					}
+				case errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
+					failed[rank]++
+				default:
+					t.Errorf("rank %d: %v", rank, err)
+				}
+				switch random.IntN(60) {
+				case 0:
+					time.Sleep(time.Duration(random.IntN(3000)) * time.Millisecond)
+				case 1:
+					restarted[rank]++
+					s := ranks[rank].Coordinator.(*station)
+					s.kill()
+					if s, err = b.join(t.Context(), rank); err != nil {
+						t.Errorf("rank %d started again: %v", rank, err)
+						return
+					}
+					ranks[rank] = &stepper{Coordinator: s}
+				}
+			}
+		})
+	}
+	wg.Wait()
+	t.Logf("agreed %v, failed %v, restarted %v", agreed, failed, restarted)
+	if slices.Min(agreed[:]) == 0 || slices.Min(failed[:]) == 0 || slices.Max(restarted[:]) == 0 {
+		t.Error("the test does not do what it should")
+	}
+	// What got lost before may still cost a step or two: a rank that never heard that a step was broken takes it alone.
+	b.loss, b.twice = 0, 0
+	together := uint64(0)
+	for _, s := range ranks {
+		together = max(together, s.step+5)
+	}
+	for _, s := range ranks {
+		wg.Go(func() {
+			for s.step < together+5 {
+				tokens := l.vote(s.Rank())
+				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+				votes, err := s.next(ctx, tokens)
+				cancel()
+				if err != nil && s.step >= together {
+					t.Errorf("rank %d when all is calm: %v", s.Rank(), err)
+					return
+				}
+				if err == nil {
+					if err := l.check(s.Rank(), votes); err != nil {
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// vote returns tokens that no rank has voted for yet.
+func (l *ledger) vote(rank int) int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	tokens := len(l.given) + 1
+	l.given[tokens] = rank
+	return tokens
+}
+
+// A process that does not answer for so long that another joins in its place is told when it turns up, and changes nothing.
+func TestFrozen(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		group := b.joinAll(t)
+		steppers := make([]*stepper, 3)
+		for rank, s := range group {
+			steppers[rank] = &stepper{Coordinator: s}
+		}
+		all := func(want error) {
+			t.Helper()
+			var wg sync.WaitGroup
+			for _, s := range steppers {
+				wg.Go(func() {
+					if _, err := s.next(t.Context(), s.Rank()); !errors.Is(err, want) {
+						t.Errorf("rank %d: %v, want %v", s.Rank(), err, want)
+					}
+				})
+			}
+			wg.Wait()
+		}
+		all(nil)
+		old := group[1]
+		b.mu.Lock()
+		old.frozen = true
+		b.mu.Unlock()
+		s, err := b.join(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		steppers[1] = &stepper{Coordinator: s}
+		all(nil)
+		// It turns up, and votes before it has heard anything.
+		done := make(chan error)
+		go func() {
+			_, err := old.Exchange(t.Context(), fwd.Vote{Step: 2, NumTokens: 9, NumTokensPadded: 9})
+			done <- err
+		}()
+		synctest.Wait()
+		old.thaw()
+		if err := <-done; !errors.Is(err, ErrRankTaken) {
+			t.Errorf("the frozen one got %v, want %v", err, ErrRankTaken)
+		}
+		if _, err := old.Exchange(t.Context(), fwd.Vote{Step: 3}); !errors.Is(err, ErrRankTaken) {
+			t.Errorf("the next time it got %v, want %v", err, ErrRankTaken)
+		}
+		for range 3 {
+			all(nil)
+		}
+		for rank, s := range steppers {
+			if s.step != 5 {
+				t.Errorf("rank %d is at step %d, want 5", rank, s.step)
+			}
+			if stale := s.Coordinator.(*station).stats.Stale; rank != 1 && stale == 0 {
+				t.Errorf("rank %d has counted no vote of the frozen one", rank)
+			}
+		}
+	})
+}
+
+// A rank that leaves stays until all others have its last vote. Without that, one who has lost it would wait in vain.
+func TestLastVote(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		var wg sync.WaitGroup
+		for _, s := range b.joinAll(t) {
+			if s.rank == 2 {
+				b.cut[2] = true // until the others are through
+			}
+			wg.Go(func() {
+				if s.rank == 2 {
+					time.Sleep(10 * time.Millisecond)
+				}
+				if _, err := s.Exchange(t.Context(), fwd.Vote{Step: 1}); err != nil {
+					t.Errorf("rank %d: %v", s.rank, err)
+				}
+				s.leave()
+			})
+		}
+		time.Sleep(time.Millisecond)
+		b.mu.Lock()
+		b.cut[2], b.cut[1] = false, true // rank 2 hears from rank 0 alone, and rank 1 from nobody, until rank 0 leaves
+		b.mu.Unlock()
+		time.Sleep(200 * time.Millisecond)
+		b.mu.Lock()
+		b.cut[1] = false
+		b.mu.Unlock()
+		wg.Wait()
+	})
+}
+
+// A rank that leaves does not stay for the dead.
+func TestLeaveTheDead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(2, 1)
+		group := b.joinAll(t)
+		done := make(chan error)
+		go func() {
+			_, err := group[1].Exchange(t.Context(), fwd.Vote{Step: 1})
+			done <- err
+		}()
+		if _, err := group[0].Exchange(t.Context(), fwd.Vote{Step: 1}); err != nil {
+			t.Fatal(err)
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		group[1].kill()
+		began := time.Now()
+		group[0].leave()
+		if took := time.Since(began); took > lingerMost {
+			t.Errorf("leaving took %v", took)
+		}
+	})
+}
+
+// The clock of a rank's new host may be behind that of its old one.
+func TestClockBehind(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		b := newBus(2, 1)
+		ahead := b.attach(1)
+		ahead.epoch += uint64(time.Hour)
+		joined := make(chan error)
+		go func() { joined <- ahead.join(ctx, func() error { return nil }) }()
+		first, err := b.join(ctx, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-joined; err != nil {
+			t.Fatal(err)
+		}
+		ahead.kill()
+		again, err := b.join(ctx, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again.epoch <= ahead.epoch {
+			t.Errorf("the later life has epoch %d, the earlier one %d", again.epoch, ahead.epoch)
+		}
+		go func() {
+			_, err := first.Exchange(ctx, fwd.Vote{Step: 1})
+			joined <- err
+		}()
+		if _, err := again.Exchange(ctx, fwd.Vote{Step: 1}); err != nil {
+			t.Error(err)
+		}
+		if err := <-joined; err != nil {
+			t.Error(err)
+		}
+	})
+}
