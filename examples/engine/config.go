@@ -34,6 +34,9 @@ type Config struct {
 	// PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
 	DecodeUBatchThreshold, PrefillUBatchThreshold int
 
+	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this process.
+	Process *Process
+
 	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
 	Coordinators []fwd.Coordinator
 
@@ -42,6 +45,10 @@ type Config struct {
 
 	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil: nothing.
 	Middleware func(rank int) []fwd.Middleware
+
+	// Finished is given each result as it is finished, on the goroutine of its rank: the run goes on when it returns, and ends
+	// with its error. nil: nothing is called.
+	Finished func(Result) error
 
 	TracerProvider trace.TracerProvider // nil: the global one
 	MeterProvider  metric.MeterProvider // nil: the global one
@@ -108,8 +115,21 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	group("coordinators", c.Coordinators)
 	group("draft coordinators", c.DraftCoordinators)
+	if p := c.Process; p != nil {
+		errs = append(errs, p.check(&c))
+		own := *p
+		c.Process, c.Coordinators, c.DraftCoordinators = &own, []fwd.Coordinator{p.Target}, []fwd.Coordinator{p.Draft}
+	}
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
 	c.StopGrace = cmp.Or(c.StopGrace, 2*time.Second)
 	return c, errors.Join(errs...)
+}
+
+// here returns which ranks are in this process: the first, and how many.
+func (c *Config) here() (first, count int) {
+	if c.Process != nil {
+		return c.Process.Rank, 1
+	}
+	return 0, c.DataParallelSize
 }

@@ -1,17 +1,17 @@
 // Package engine serves requests with a mixture-of-experts model over data-parallel ranks: continuous batching with chunked
-// prefill, a paged KV cache, expert parallelism and greedy sampling. Ranks are goroutines of one process, and each of them
-// does in every step what a rank of a large engine does:
+// prefill, a paged KV cache, expert parallelism and greedy sampling. Ranks are goroutines of one process, or processes
+// ([Process]), and each of them does in every step what a rank of a large engine does:
 //
 //	schedule           which requests get how many tokens (scheduler.go)
 //	Runner.Plan        agree with the other ranks on graph mode and padding
 //	metadata           lay the batch out in rows, for attention and KV cache (batch.go)
 //	Runner.Run         the model, by a graph where there is one (instance.go), in which every mixture-of-experts layer
-//	                   exchanges rows with all ranks (exchange.go)
+//	                   exchanges rows with all ranks of the process (exchange.go)
 //	sample             the next token of each request that has caught up with itself
 //	propose            with speculative decoding, guesses at the tokens after it (speculate.go)
 //
-// No rank can take a step alone. One that has nothing to do takes it as a dummy pass, and all stop after the same one. Before
-// the first step the ranks warm up: they capture all graphs that a step can ask for.
+// No rank can take a step alone. One that has nothing to do takes it as a dummy pass, and all stop after the same one
+// (gate.go, process.go). Before the first step the ranks warm up: they capture all graphs that a step can ask for.
 package engine
 
 import (
@@ -66,6 +66,10 @@ func (e *Engine) Progress() (finished, generated int) {
 // Run serves requests until all are finished or ctx ends, and returns the result of each in the order of requests,
 // finished or not, and the figures so far. When ctx ends, the step in flight is finished, since the ranks need each other
 // for that, and the error is ctx's cause. Any other error is of the first rank that failed. An engine runs once at a time.
+//
+// An engine that is one of several processes serves requests of its own, which may be none, and takes part in the steps
+// until all ranks have finished theirs. When ctx ends, that goes on until the ranks ask each other the next time, at most
+// StopGrace later, and all of them stop; the others' error is [ErrInterrupted].
 func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, error) {
 	if !e.running.CompareAndSwap(false, true) {
 		return nil, Stats{}, errors.New("engine: it is running already")
@@ -125,7 +129,7 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	for _, s := range sequences {
 		s.arrived = began.Add(e.arrival(s.request))
 	}
-	gate := newGate(ctx, sequences)
+	gate := e.newGate(ctx, sequences)
 	if stepCtx.Err() == nil {
 		all(func(r *rank) error { return r.serve(stepCtx, gate) })
 	}
@@ -133,6 +137,9 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	fail(nil)
 	watching.Wait()
 
+	if isRankError(err) && e.config.Process != nil && ctx.Err() != nil {
+		err = context.Cause(ctx) // whoever is missing was interrupted, as this rank was
+	}
 	stats := collect(ranks, len(requests), time.Since(began))
 	stats.WarmUp = warmUp
 	for _, s := range sequences {
@@ -179,23 +186,32 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 	return numBlocks, nil
 }
 
-// newRanks builds the ranks and deals the requests out to them, in turn.
+// newGate returns what the ranks of this process stop by.
+func (e *Engine) newGate(ctx context.Context, sequences []*sequence) gate {
+	if p := e.config.Process; p != nil {
+		return &processGate{ctx: ctx, group: p.Finish, timeout: e.config.ExchangeTimeout}
+	}
+	return newLocalGate(ctx, sequences, &e.finished)
+}
+
+// newRanks builds the ranks of this process and deals the requests out to them, in turn.
 func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error) {
-	cfg, size := &e.config, e.config.DataParallelSize
+	cfg := &e.config
+	first, count := cfg.here()
 	targets, err := e.newInstances(e.target, numBlocks, cfg.Coordinators)
 	if err != nil {
 		return nil, err
 	}
-	drafts := make([]*instance, size)
+	drafts := make([]*instance, count)
 	if e.draft != nil {
 		if drafts, err = e.newInstances(e.draft, numBlocks, cfg.DraftCoordinators); err != nil {
 			return nil, err
 		}
 	}
-	ranks := make([]*rank, size)
-	for d := range size {
+	ranks := make([]*rank, count)
+	for d := range count {
 		r := &rank{
-			rank:   d,
+			rank:   first + d,
 			engine: e,
 			target: targets[d],
 			draft:  drafts[d],
@@ -207,7 +223,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 			},
 			figures: newFigures(),
 		}
-		for i := d; i < len(sequences); i += size {
+		for i := d; i < len(sequences); i += count {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
 		}
 		ranks[d] = r
@@ -215,21 +231,23 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 	return ranks, nil
 }
 
-// newInstances puts a model on all ranks. Its ranks agree among themselves and share its experts; another model's have
-// nothing to do with it.
+// newInstances puts a model on the ranks of this process. They share its experts. All ranks agree among themselves; those of
+// another model have nothing to do with it.
 func (e *Engine) newInstances(b *blueprint, numBlocks int, coordinators []fwd.Coordinator) ([]*instance, error) {
-	size := e.config.DataParallelSize
+	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
 	if coordinators == nil {
 		var err error
 		if coordinators, err = fwd.NewLocalGroup(size); err != nil {
 			return nil, err
 		}
 	}
-	group := newExpertGroup(size * e.config.SequenceParallel)
-	instances := make([]*instance, size)
-	for d := range size {
+	first, count := e.config.here()
+	group := newExpertGroup(count * sp)
+	group.first, group.total = first*sp, size*sp
+	instances := make([]*instance, count)
+	for i := range count {
 		var err error
-		if instances[d], err = newInstance(b, &e.config, d, numBlocks, coordinators[d], group); err != nil {
+		if instances[i], err = newInstance(b, &e.config, first+i, numBlocks, coordinators[i], group); err != nil {
 			return nil, err
 		}
 	}

@@ -19,11 +19,14 @@ import (
 // together. It means that they disagree about the step.
 var ErrRefused = errors.New("refused exchange")
 
-// expertGroup connects the workers over which the experts are spread. They are goroutines of this process, so an exchange is
-// a meeting: everyone leaves a message, and the last to come lets all go on.
+// expertGroup connects the workers over which the experts are spread: those of all ranks, or, where the other ranks are
+// processes, those of this rank. They are goroutines of this process, so an exchange is a meeting: everyone leaves a message,
+// and the last to come lets all go on.
 //
 // A group breaks for good with its first error: workers that have lost each other can't go on together.
 type expertGroup struct {
+	first, total int // where the group begins among the workers of all ranks, which have local sizes, and how many these are
+
 	mu     sync.Mutex
 	size   int
 	rounds map[int]*round // by microbatch, since those exchange at the same time
@@ -55,14 +58,15 @@ func (m *message) String() string {
 	return fmt.Sprintf("combine at %v", m.at)
 }
 
+// newExpertGroup returns a group of all workers there are.
 func newExpertGroup(size int) *expertGroup {
-	return &expertGroup{size: size, rounds: map[int]*round{}, passes: make([]uint64, size), broken: make(chan struct{})}
+	return &expertGroup{total: size, size: size, rounds: map[int]*round{}, passes: make([]uint64, size), broken: make(chan struct{})}
 }
 
 // expertWorker is one worker's end of a group. It implements [model.Exchanger].
 type expertWorker struct {
 	group  *expertGroup
-	worker int
+	worker int // in the group
 
 	mu     sync.Mutex
 	waited time.Duration
@@ -102,7 +106,7 @@ type rankWorkers []*expertWorker
 func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 	var workers rankWorkers
 	for s := range sp {
-		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s})
+		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s - g.first})
 	}
 	return workers
 }
@@ -239,20 +243,22 @@ func (g *expertGroup) verify(messages []*message) error {
 		switch {
 		case m.String() != first.String():
 			refuse("worker 0 is at %v, worker %d at %v", first, w, m)
-		case len(m.sizes) != g.size:
-			refuse("worker %d has sizes %v for %d workers", w, m.sizes, g.size)
+		case len(m.sizes) != g.total:
+			refuse("worker %d has sizes %v for %d workers", w, m.sizes, g.total)
 		case !slices.Equal(m.sizes, first.sizes):
 			refuse("%v: worker 0 has sizes %v, worker %d has %v", m, first.sizes, w, m.sizes)
 		case m.parts == nil:
-			if rows, _ := m.routed.Rows.Dims(); rows != m.sizes[w] || len(m.routed.Experts) != rows {
-				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows, len(m.routed.Experts), m.sizes[w])
+			size := m.sizes[g.first+w]
+			if rows, _ := m.routed.Rows.Dims(); rows != size || len(m.routed.Experts) != rows {
+				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows, len(m.routed.Experts), size)
 			}
 		case len(m.parts) != g.size:
 			refuse("%v: worker %d brought parts for %d of %d workers", m, w, len(m.parts), g.size)
 		default:
 			for to, part := range m.parts {
-				if rows, _ := part.Dims(); rows != m.sizes[to]*model.TopK {
-					refuse("%v: worker %d brought %d rows for worker %d, want %d", m, w, rows, to, m.sizes[to]*model.TopK)
+				size := m.sizes[g.first+to]
+				if rows, _ := part.Dims(); rows != size*model.TopK {
+					refuse("%v: worker %d brought %d rows for worker %d, want %d", m, w, rows, to, size*model.TopK)
 				}
 			}
 		}

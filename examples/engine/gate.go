@@ -7,13 +7,19 @@ import (
 	"time"
 )
 
-// gate decides before each step whether it takes place, the same for all ranks: the first rank to come decides, with what it
-// knows then, and the others follow. That needs no waiting, so the ranks wait for each other only where Plan measures it. It
-// may decide for a step that turns out to have nothing in it; then all ranks run dummy passes.
-type gate struct {
+// gate decides before each step whether it takes place, the same for all ranks.
+type gate interface {
+	// next reports whether r takes another step, and returns when it starts, or early when ctx or the run ends.
+	next(ctx context.Context, r *rank) (bool, error)
+}
+
+// localGate is the gate of ranks that share memory. The first rank to come decides, with what it knows then, and the others
+// follow. That needs no waiting, so the ranks wait for each other only where Plan measures it. It may decide for a step that
+// turns out to have nothing in it; then all ranks run dummy passes.
+type localGate struct {
 	ctx      context.Context // of Run: once it has ended, no further step starts
 	arrivals []time.Time     // ascending
-	finished atomic.Int64
+	finished *atomic.Int64   // requests, of all ranks
 
 	mu   sync.Mutex
 	step int
@@ -21,20 +27,20 @@ type gate struct {
 	at   time.Time // when the step starts
 }
 
-func newGate(ctx context.Context, sequences []*sequence) *gate {
-	g := &gate{ctx: ctx}
+func newLocalGate(ctx context.Context, sequences []*sequence, finished *atomic.Int64) *localGate {
+	g := &localGate{ctx: ctx, finished: finished}
 	for _, s := range sequences {
 		g.arrivals = append(g.arrivals, s.arrived)
 	}
 	return g
 }
 
-// next reports whether step takes place, and returns when it starts, or early when stepCtx or the run ends. Steps count from
-// one. A rank is never two steps ahead of another, since Plan holds it back, so one decision at a time is kept.
-func (g *gate) next(stepCtx context.Context, step int) bool {
+// next implements gate. A rank is never two steps ahead of another, since Plan holds it back, so one decision at a time is
+// kept.
+func (g *localGate) next(ctx context.Context, r *rank) (bool, error) {
 	g.mu.Lock()
-	if step > g.step {
-		g.step = step
+	if r.turn > g.step {
+		g.step = r.turn
 		g.decide(time.Now())
 	}
 	runs, wait := g.runs, time.Until(g.at)
@@ -45,13 +51,13 @@ func (g *gate) next(stepCtx context.Context, step int) bool {
 		select {
 		case <-timer.C:
 		case <-g.ctx.Done():
-		case <-stepCtx.Done():
+		case <-ctx.Done():
 		}
 	}
-	return runs
+	return runs, nil
 }
 
-func (g *gate) decide(now time.Time) {
+func (g *localGate) decide(now time.Time) {
 	finished := int(g.finished.Load())
 	g.at = now
 	g.runs = finished < len(g.arrivals) && g.ctx.Err() == nil

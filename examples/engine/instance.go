@@ -33,7 +33,9 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, numBlocks, cfg.BlockSize)
 		workers := &model.Workers{MaxChunk: cfg.MaxChunk}
 		for _, w := range in.experts {
-			workers.Experts = append(workers.Experts, model.NewExperts(&weights.Layers[l], w.worker, group.size, w))
+			experts := model.NewExperts(&weights.Layers[l], w.worker, group.size, w)
+			experts.Worker += group.first
+			workers.Experts = append(workers.Experts, experts)
 		}
 		layers[model.MoEName(l)] = workers
 	}

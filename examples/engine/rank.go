@@ -16,6 +16,11 @@ type rank struct {
 	target    *instance
 	draft     *instance // nil: no speculative decoding
 	figures   figures
+
+	turn   int       // of serve, from one
+	agreed uint64    // the number of the last step, the same on all ranks; 0: none was agreed on
+	lost   bool      // an exchange has failed, and where the other ranks are now is not known
+	since  time.Time // when exchanges began to fail; zero: the last step went well
 }
 
 // warmUp gets a rank ready to serve.
@@ -29,24 +34,32 @@ func (r *rank) warmUp(ctx context.Context) error {
 }
 
 // serve takes steps for as long as the ranks take steps.
-func (r *rank) serve(ctx context.Context, gate *gate) error {
-	for step := 1; gate.next(ctx, step); step++ {
-		if err := r.step(ctx, gate); err != nil {
+func (r *rank) serve(ctx context.Context, gate gate) error {
+	for r.turn = 1; ; r.turn++ {
+		runs, err := gate.next(ctx, r)
+		if err != nil || !runs {
+			return err
+		}
+		if err := r.step(ctx); err != nil {
 			return err
 		}
 	}
-	return nil
 }
 
-// step is one step of the engine on one rank.
-func (r *rank) step(ctx context.Context, gate *gate) error {
+// step is one step of the engine on one rank. Where the ranks don't come together for it nothing has happened: what was
+// scheduled will be again.
+func (r *rank) step(ctx context.Context) error {
 	step := r.scheduler.schedule(time.Now())
 	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
 		return nil // nobody waits for a dummy pass
 	}
 	pass, batch, err := r.target.plan(ctx, step, r.engine.config.BlockSize)
 	if err != nil {
-		return err
+		return r.missed(ctx, err)
+	}
+	r.since = time.Time{}
+	if pass.Agreement != nil {
+		r.agreed = pass.Agreement.Step
 	}
 	var leftOut int
 	pass.Links, leftOut = r.links(ctx, step)
@@ -58,7 +71,9 @@ func (r *rank) step(ctx context.Context, gate *gate) error {
 			return err
 		}
 		r.advance(step)
-		r.sample(batch.sample, hidden, gate)
+		if err := r.sample(batch.sample, hidden); err != nil {
+			return err
+		}
 		return r.propose(ctx, step)
 	})
 	if err != nil {
@@ -79,7 +94,7 @@ func (r *rank) advance(step []scheduled) {
 }
 
 // sample takes the most likely next tokens for each sequence that has caught up with itself.
-func (r *rank) sample(sample []sampled, hidden *mat.Dense, gate *gate) {
+func (r *rank) sample(sample []sampled, hidden *mat.Dense) error {
 	logits := r.target.logits(sample, hidden)
 	now, next := time.Now(), 0
 	for _, s := range sample {
@@ -91,12 +106,23 @@ func (r *rank) sample(sample []sampled, hidden *mat.Dense, gate *gate) {
 			seq.firstToken = now
 		}
 		if len(seq.result.Tokens) == seq.request.MaxTokens {
-			seq.result.Finished = true
-			seq.endSpan()
-			r.scheduler.finish(seq)
-			r.figures.finished++
-			r.engine.finished.Add(1)
-			gate.finished.Add(1)
+			if err := r.finish(seq); err != nil {
+				return err
+			}
 		}
 	}
+	return nil
+}
+
+// finish takes leave of a sequence that has all its tokens.
+func (r *rank) finish(seq *sequence) error {
+	seq.result.Finished = true
+	seq.endSpan()
+	r.scheduler.finish(seq)
+	r.figures.finished++
+	r.engine.finished.Add(1)
+	if finished := r.engine.config.Finished; finished != nil {
+		return finished(*seq.result)
+	}
+	return nil
 }

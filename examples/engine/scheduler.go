@@ -106,6 +106,20 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 	return batch
 }
 
+// unfinished is the number of sequences that are waiting or running.
+func (s *scheduler) unfinished() int { return len(s.waiting) + len(s.running) }
+
+// idle returns for how long there is nothing to do, at most as long as that.
+func (s *scheduler) idle(now time.Time, most time.Duration) time.Duration {
+	if len(s.running) > 0 {
+		return 0
+	}
+	if len(s.waiting) > 0 {
+		most = min(most, s.waiting[0].arrived.Sub(now))
+	}
+	return max(most, 0)
+}
+
 // finish takes a sequence out of the batch.
 func (s *scheduler) finish(seq *sequence) {
 	s.blocks.release(seq.blockTable)

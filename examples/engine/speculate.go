@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 
+	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
 	"gonum.org/v1/gonum/mat"
 )
@@ -13,7 +14,8 @@ import (
 // place in the batch.
 //
 // The passes of the draft are nested: ctx is in the target's pass, and they hide it. All ranks take the same number of them,
-// idle ranks and those with nothing to guess as dummy passes.
+// idle ranks and those with nothing to guess as dummy passes. Where a rank is missing in one of them, the guesses end there:
+// the target's pass needs none, and the draft model catches up in the next step.
 func (r *rank) propose(ctx context.Context, step []scheduled) error {
 	for k := range r.engine.config.NumSpeculativeTokens {
 		var guess []scheduled
@@ -34,21 +36,21 @@ func (r *rank) propose(ctx context.Context, step []scheduled) error {
 		if len(guess) == 0 && r.engine.config.DataParallelSize == 1 {
 			return nil
 		}
-		if err := r.proposeOne(ctx, guess); err != nil {
+		pass, batch, err := r.draft.plan(ctx, guess, r.engine.config.BlockSize)
+		if err != nil {
+			return r.missed(ctx, err)
+		}
+		if err := r.guess(ctx, pass, batch, guess); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// proposeOne takes one pass of the draft model, and the next guess of each sequence that it has caught up with.
-func (r *rank) proposeOne(ctx context.Context, guess []scheduled) error {
-	pass, batch, err := r.draft.plan(ctx, guess, r.engine.config.BlockSize)
-	if err != nil {
-		return err
-	}
+// guess takes one pass of the draft model, and the next guess of each sequence that it has caught up with.
+func (r *rank) guess(ctx context.Context, pass fwd.Pass, batch *batch, guess []scheduled) error {
 	var hidden *mat.Dense
-	err = r.draft.runner.Run(ctx, pass, func(ctx context.Context) (err error) {
+	err := r.draft.runner.Run(ctx, pass, func(ctx context.Context) (err error) {
 		hidden, err = r.draft.executor.Forward(ctx, batch.tokens)
 		return err
 	})

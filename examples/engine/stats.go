@@ -10,6 +10,7 @@ import (
 type Stats struct {
 	Requests, Finished            int
 	Steps                         int // each with a pass on every rank
+	FailedSteps                   int // of any group, in which a rank was missing or out of step; tried again
 	PromptTokens, GeneratedTokens int
 	Duration, WarmUp              time.Duration      // of serving, and before it
 	Passes                        map[fwd.Reason]int // by the reason for their graph mode, dummy passes included
@@ -26,7 +27,8 @@ type Stats struct {
 
 // RankStats are the figures of one rank. Forward includes Experts, and the draft model with its votes.
 type RankStats struct {
-	Votes   time.Duration // waiting in Plan for the other ranks' votes
+	Rank    int
+	Votes   time.Duration // waiting for the other ranks' votes, in Plan and at the gate
 	Experts time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
 	Forward time.Duration // in passes
 }
@@ -37,6 +39,7 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 		f := &r.figures
 		s.Finished += f.finished
 		s.Steps = max(s.Steps, f.steps)
+		s.FailedSteps = max(s.FailedSteps, f.failed)
 		s.PromptTokens += f.promptTokens
 		s.GeneratedTokens += f.generated
 		for reason, n := range f.reasons {
@@ -52,7 +55,7 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 		s.DraftPasses += f.draftPasses
 		s.ProposedTokens += f.proposed
 		s.AcceptedTokens += f.accepted
-		own := RankStats{Forward: f.forward}
+		own := RankStats{Rank: r.rank, Votes: f.atGate, Forward: f.forward}
 		for _, in := range []*instance{r.target, r.draft} {
 			if in == nil {
 				continue
@@ -71,6 +74,7 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 // figures are what a rank counts while it serves. They are read when it has stopped.
 type figures struct {
 	steps, dummies, split     int
+	failed                    int // exchanges
 	promptTokens, generated   int
 	finished                  int
 	draftPasses               int
@@ -78,7 +82,7 @@ type figures struct {
 	reasons                   map[fwd.Reason]int
 	modes                     map[fwd.GraphMode]int
 	graphPadding, dataPadding int
-	forward                   time.Duration
+	forward, atGate           time.Duration
 }
 
 func newFigures() figures {

@@ -28,14 +28,14 @@ type Workers struct {
 
 // Experts is one worker's share of a layer's experts.
 type Experts struct {
-	Worker   int             // among the workers of all ranks
+	Worker   int             // among the workers of all ranks: its place among the local sizes
 	First    int             // the index of Local[0] among all experts of the layer
 	Local    []ExpertWeights // consecutive
 	Exchange Exchanger
 }
 
 // NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go. With more workers than
-// experts some have none and only send and receive rows.
+// experts some have none and only send and receive rows. Where these are not the workers of all ranks, set Worker.
 func NewExperts(w *LayerWeights, worker, workers int, x Exchanger) *Experts {
 	first, end := worker*len(w.Experts)/workers, (worker+1)*len(w.Experts)/workers
 	return &Experts{Worker: worker, First: first, Local: w.Experts[first:end], Exchange: x}

@@ -2,10 +2,19 @@
 //
 //	go -C examples run ./serve -check
 //	go -C examples run ./serve -check -sp 2 -ubatches 2 -spec 2 -loras 3 -graph FULL_DECODE_ONLY
+//	go -C examples run ./serve -processes -check
+//
+// By default the ranks are goroutines. With -processes each is a process of its own, connected by a NATS server that comes
+// with them; with -nats this is one of them, and each serves its share of the requests:
+//
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results r0 -rejoin 5m
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results r1 -rejoin 5m
+//
+// A rank that dies can be started again by the same command: the others wait for it, and it serves what its results file lacks.
 //
 // The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
 // that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
-// with the table so far; a second one ends it at once.
+// with the table so far (of all ranks, after at most 16 more steps where they are processes); a second one ends it at once.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
 // was interrupted, and with 2 for bad flags.
@@ -56,6 +65,9 @@ type options struct {
 	check      bool
 	json       bool
 	otlp       string
+
+	rankOptions
+	given map[string]string // flags that are not left to their defaults
 }
 
 func parseFlags(args []string, stderr io.Writer) (o options, err error) {
@@ -77,9 +89,12 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
 	flags.StringVar(&o.otlp, "otlp", "", "send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
+	o.rankOptions.define(flags)
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
 	}
+	o.given = map[string]string{}
+	flags.Visit(func(f *flag.Flag) { o.given[f.Name] = f.Value.String() })
 	if err := o.validate(flags.Args()); err != nil {
 		fmt.Fprintln(stderr, err)
 		flags.Usage()
@@ -132,6 +147,7 @@ func (o *options) validate(rest []string) error {
 			bad("-otlp is %q, want host:port", o.otlp)
 		}
 	}
+	o.rankOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
 }
 
@@ -152,17 +168,13 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 	return 0
 }
 
-func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error) {
-	rows, err := readTrace(o.trace)
+func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
+	if o.processes {
+		return serveProcesses(ctx, &o, stdout, stderr)
+	}
+	requests, err := o.readRequests()
 	if err != nil {
 		return err
-	}
-	if o.requests > 0 {
-		rows = rows[:min(o.requests, len(rows))]
-	}
-	requests := trace.Requests(rows, o.maxContext)
-	for i := range requests {
-		requests[i].Adapter = i % (o.loras + 1)
 	}
 	sizes := model.DefaultConfig()
 	sizes.Adapters = o.loras
@@ -182,56 +194,96 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) (err error)
 		Speed:                  o.speed,
 	}
 	if o.otlp != "" {
-		t, err := startTelemetry(ctx, o.otlp)
+		t, err := startTelemetry(ctx, o.otlp, o.instance())
 		if err != nil {
 			return err
 		}
 		defer t.stop(stderr)
 		config.TracerProvider, config.MeterProvider, config.StepTrace = t.traces, t.metrics, true
 	}
-	e, err := engine.New(model.New(weights), config)
-	if err != nil {
-		return err
-	}
 
-	bar := startBar(stderr, "serving", len(requests), func() (int, string) {
-		finished, tokens := e.Progress()
-		return finished, fmt.Sprintf("%d tokens", tokens)
-	})
-	results, stats, err := e.Run(ctx, requests)
-	bar.stop()
-	interrupted := err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
-	if err != nil && !interrupted {
-		if stats.Steps > 0 {
-			err = fmt.Errorf("%w (after %d steps, %d of %d requests finished)", err, stats.Steps, stats.Finished, stats.Requests)
-		}
-		return err
+	var out outcome
+	if o.nats != "" {
+		out, err = serveRank(ctx, &o, config, weights, share(requests, o.rank, o.dp), stderr)
+	} else {
+		out.requests = requests
+		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)
 	}
-	report := newReport(stats, interrupted)
+	interrupted := errors.Is(err, engine.ErrInterrupted) || err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
+	if err != nil && !interrupted {
+		return out.explain(err)
+	}
+	report := newReport(&out, interrupted)
 	if !o.check {
 		return report.print(stdout, o.json)
 	}
 
-	if !o.json {
+	if !o.json { // the table is there while the rest is computed
 		if err := report.print(stdout, false); err != nil {
 			return err
 		}
 	}
-	checked := check(ctx, weights, requests, results, stderr)
+	checked := check(ctx, weights, out.requests, out.results, stderr)
 	report.Check = &checked
 	if o.json {
 		err = report.print(stdout, true)
 	} else {
-		_, err = fmt.Fprintf(stdout, "check: %d of %d requests agree with the reference\n", checked.Agreed, checked.Requests)
+		err = checked.print(stdout)
 	}
-	if err == nil && checked.Agreed < checked.Requests {
-		err = errCheck
+	if err == nil {
+		err = checked.err()
 	}
 	return err
 }
 
+// outcome is what came of a run.
+type outcome struct {
+	requests []engine.Request // of this process
+	results  []engine.Result
+	stats    engine.Stats
+	resumed  int // requests that an earlier run had finished
+}
+
+// explain adds to an error how far the run got.
+func (o *outcome) explain(err error) error {
+	if o.stats.Steps == 0 {
+		return err
+	}
+	return fmt.Errorf("%w (after %d steps, %d of %d requests finished)", err, o.stats.Steps, o.stats.Finished+o.resumed, len(o.requests))
+}
+
+// runEngine serves requests, with a progress bar.
+func runEngine(ctx context.Context, config engine.Config, weights *model.Weights, requests []engine.Request, stderr io.Writer) ([]engine.Result, engine.Stats, error) {
+	e, err := engine.New(model.New(weights), config)
+	if err != nil {
+		return nil, engine.Stats{}, err
+	}
+	bar := startBar(stderr, "serving", len(requests), func() (int, string) {
+		finished, tokens := e.Progress()
+		return finished, fmt.Sprintf("%d tokens", tokens)
+	})
+	defer bar.stop()
+	return e.Run(ctx, requests)
+}
+
 // errCheck ends the program with 1. What there is to say has been said by then.
 var errCheck = errors.New("not all requests agree with the reference")
+
+// readRequests returns the requests of the run, with their adapters.
+func (o *options) readRequests() ([]engine.Request, error) {
+	rows, err := readTrace(o.trace)
+	if err != nil {
+		return nil, err
+	}
+	if o.requests > 0 {
+		rows = rows[:min(o.requests, len(rows))]
+	}
+	requests := trace.Requests(rows, o.maxContext)
+	for i := range requests {
+		requests[i].Adapter = i % (o.loras + 1)
+	}
+	return requests, nil
+}
 
 func readTrace(path string) ([]trace.Row, error) {
 	if path == "" {

@@ -169,11 +169,13 @@ func TestDifferences(t *testing.T) {
 	}
 }
 
-// collector is an OTLP receiver that counts spans and metrics by name.
+// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there are and who sends them.
 type collector struct {
 	collectortrace.UnimplementedTraceServiceServer
-	mu    sync.Mutex
-	names map[string]int
+	mu        sync.Mutex
+	names     map[string]int
+	traces    map[string]bool
+	instances map[string]bool
 }
 
 type metricsService struct {
@@ -185,9 +187,15 @@ func (c *collector) Export(_ context.Context, in *collectortrace.ExportTraceServ
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range in.ResourceSpans {
+		for _, a := range r.Resource.Attributes {
+			if a.Key == "service.instance.id" {
+				c.instances[a.Value.GetStringValue()] = true
+			}
+		}
 		for _, s := range r.ScopeSpans {
 			for _, span := range s.Spans {
 				c.names[span.Name]++
+				c.traces[string(span.TraceId)] = true
 			}
 		}
 	}
@@ -207,18 +215,25 @@ func (c metricsService) Export(_ context.Context, in *collectormetrics.ExportMet
 	return &collectormetrics.ExportMetricsServiceResponse{}, nil
 }
 
-func TestTelemetry(t *testing.T) {
+// startCollector returns a collector, and where it listens.
+func startCollector(t *testing.T) (*collector, string) {
+	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &collector{names: map[string]int{}}
+	c := &collector{names: map[string]int{}, traces: map[string]bool{}, instances: map[string]bool{}}
 	server := grpc.NewServer()
 	collectortrace.RegisterTraceServiceServer(server, c)
 	collectormetrics.RegisterMetricsServiceServer(server, metricsService{collector: c})
 	go server.Serve(listener)
-	defer server.Stop()
-	exit, out, errs := runServe(t, "-requests", "5", "-max-context", "30", "-json", "-otlp", listener.Addr().String())
+	t.Cleanup(server.Stop)
+	return c, listener.Addr().String()
+}
+
+func TestTelemetry(t *testing.T) {
+	c, endpoint := startCollector(t)
+	exit, out, errs := runServe(t, "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint)
 	if exit != 0 || errs != "" {
 		t.Fatalf("exit %d, stderr %q", exit, errs)
 	}

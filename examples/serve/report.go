@@ -10,17 +10,17 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-
-	"github.com/forwardctx/fwd/examples/engine"
 )
 
 // report is what serve prints. Times are in seconds.
 type report struct {
 	Requests        int            `json:"requests"`
 	Finished        int            `json:"finished"`
+	Resumed         int            `json:"resumed,omitempty"` // of the finished ones, those of an earlier run
 	Interrupted     bool           `json:"interrupted"`
 	Seconds         float64        `json:"seconds"`
 	Steps           int            `json:"steps"`
+	FailedSteps     int            `json:"failed_steps,omitempty"`
 	Tokens          int            `json:"tokens"` // prompt and generated
 	PromptTokens    int            `json:"prompt_tokens"`
 	GeneratedTokens int            `json:"generated_tokens"`
@@ -65,13 +65,28 @@ type checkReport struct {
 	Agreed   int `json:"agreed"`
 }
 
-func newReport(s engine.Stats, interrupted bool) *report {
+func (c *checkReport) print(w io.Writer) error {
+	_, err := fmt.Fprintf(w, "check: %d of %d requests agree with the reference\n", c.Agreed, c.Requests)
+	return err
+}
+
+func (c *checkReport) err() error {
+	if c.Agreed < c.Requests {
+		return errCheck
+	}
+	return nil
+}
+
+func newReport(o *outcome, interrupted bool) *report {
+	s := &o.stats
 	r := &report{
-		Requests:        s.Requests,
-		Finished:        s.Finished,
+		Requests:        len(o.requests),
+		Finished:        s.Finished + o.resumed,
+		Resumed:         o.resumed,
 		Interrupted:     interrupted,
 		Seconds:         s.Duration.Seconds(),
 		Steps:           s.Steps,
+		FailedSteps:     s.FailedSteps,
 		Tokens:          s.PromptTokens + s.GeneratedTokens,
 		PromptTokens:    s.PromptTokens,
 		GeneratedTokens: s.GeneratedTokens,
@@ -95,10 +110,65 @@ func newReport(s engine.Stats, interrupted bool) *report {
 	if s.DraftPasses > 0 {
 		r.Speculation = &specReport{Proposed: s.ProposedTokens, Accepted: s.AcceptedTokens}
 	}
-	for d, w := range s.Ranks {
-		r.Waiting = append(r.Waiting, rankReport{Rank: d, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds()})
+	for _, w := range s.Ranks {
+		r.Waiting = append(r.Waiting, rankReport{Rank: w.Rank, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds()})
 	}
 	return r
+}
+
+// mergeReports returns the report of all ranks from those of each, which are processes.
+func mergeReports(ranks []*report) *report {
+	all := &report{Passes: map[string]int{}, Modes: map[string]int{}}
+	for _, r := range ranks {
+		all.add(r)
+	}
+	if all.Seconds > 0 {
+		all.TokensPerSecond = float64(all.Tokens) / all.Seconds
+	}
+	return all
+}
+
+// add adds a rank's report. All ranks take the same steps at the same time; what else there is, each has for itself.
+func (r *report) add(rank *report) {
+	r.Interrupted = r.Interrupted || rank.Interrupted
+	r.Seconds = max(r.Seconds, rank.Seconds)
+	r.Steps = max(r.Steps, rank.Steps)
+	r.FailedSteps = max(r.FailedSteps, rank.FailedSteps)
+	r.Graphs.WarmUp = max(r.Graphs.WarmUp, rank.Graphs.WarmUp)
+	r.Requests += rank.Requests
+	r.Finished += rank.Finished
+	r.Resumed += rank.Resumed
+	r.Tokens += rank.Tokens
+	r.PromptTokens += rank.PromptTokens
+	r.GeneratedTokens += rank.GeneratedTokens
+	r.DummyPasses += rank.DummyPasses
+	r.SplitPasses += rank.SplitPasses
+	r.DraftPasses += rank.DraftPasses
+	r.Graphs.Captures += rank.Graphs.Captures
+	r.Graphs.Replays += rank.Graphs.Replays
+	r.Padding.Graph += rank.Padding.Graph
+	r.Padding.DP += rank.Padding.DP
+	r.Waiting = append(r.Waiting, rank.Waiting...)
+	for reason, n := range rank.Passes {
+		r.Passes[reason] += n
+	}
+	for mode, n := range rank.Modes {
+		r.Modes[mode] += n
+	}
+	if s := rank.Speculation; s != nil {
+		if r.Speculation == nil {
+			r.Speculation = &specReport{}
+		}
+		r.Speculation.Proposed += s.Proposed
+		r.Speculation.Accepted += s.Accepted
+	}
+	if c := rank.Check; c != nil {
+		if r.Check == nil {
+			r.Check = &checkReport{}
+		}
+		r.Check.Requests += c.Requests
+		r.Check.Agreed += c.Agreed
+	}
 }
 
 func (r *report) print(w io.Writer, asJSON bool) error {
@@ -113,7 +183,13 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 		interrupted = ", interrupted"
 	}
 	fmt.Fprintf(t, "requests\t%d\t%d finished%s\n", r.Requests, r.Finished, interrupted)
+	if r.Resumed > 0 {
+		fmt.Fprintf(t, "\t%d\tof them finished by an earlier run\n", r.Resumed)
+	}
 	fmt.Fprintf(t, "steps\t%d\tin %v\n", r.Steps, seconds(r.Seconds))
+	if r.FailedSteps > 0 {
+		fmt.Fprintf(t, "\t%d\tmore failed: a rank was missing, or out of step\n", r.FailedSteps)
+	}
 	fmt.Fprintf(t, "tokens\t%d\t%d prompt, %d generated\n", r.Tokens, r.PromptTokens, r.GeneratedTokens)
 	fmt.Fprintf(t, "tokens/s\t%.0f\t\n", r.TokensPerSecond)
 	total := 0

@@ -30,7 +30,8 @@ type telemetry struct {
 	last   error
 }
 
-func startTelemetry(ctx context.Context, endpoint string) (*telemetry, error) {
+// startTelemetry sends what this instance of the service emits to an endpoint. An empty instance is the only one.
+func startTelemetry(ctx context.Context, endpoint, instance string) (*telemetry, error) {
 	// Exporters connect when they have something to send. Their context must outlive an interrupted run.
 	ctx = context.WithoutCancel(ctx)
 	spans, err := otlptracegrpc.New(ctx, otlptracegrpc.WithEndpoint(endpoint), otlptracegrpc.WithInsecure())
@@ -41,7 +42,11 @@ func startTelemetry(ctx context.Context, endpoint string) (*telemetry, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("-otlp %s: %w", endpoint, err), spans.Shutdown(ctx))
 	}
-	res, err := resource.Merge(resource.Default(), resource.NewSchemaless(attribute.String("service.name", "serve")))
+	about := []attribute.KeyValue{attribute.String("service.name", "serve")}
+	if instance != "" {
+		about = append(about, attribute.String("service.instance.id", instance))
+	}
+	res, err := resource.Merge(resource.Default(), resource.NewSchemaless(about...))
 	if err != nil {
 		return nil, errors.Join(err, spans.Shutdown(ctx), metrics.Shutdown(ctx))
 	}

@@ -1,0 +1,566 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/examples/model"
+)
+
+// fleet is ranks that share nothing but the coordinators of their groups, as processes do. Each has its share of the requests.
+type fleet struct {
+	*testing.T
+	model    *model.Model
+	cfg      Config
+	requests [][]Request // by rank
+
+	target, draft, finish []fwd.Coordinator
+}
+
+// outcome is what came of one rank.
+type outcome struct {
+	engine  *Engine
+	results []Result
+	stats   Stats
+	err     error
+}
+
+func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
+	adapters := 0
+	for _, r := range requests {
+		adapters = max(adapters, r.Adapter)
+	}
+	size := max(cfg.DataParallelSize, 1)
+	f := &fleet{T: t, model: newModel(t, adapters), cfg: cfg, requests: make([][]Request, size)}
+	for i, r := range requests {
+		f.requests[i%size] = append(f.requests[i%size], r)
+	}
+	for _, group := range []*[]fwd.Coordinator{&f.target, &f.draft, &f.finish} {
+		var err error
+		if *group, err = fwd.NewLocalGroup(size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return f
+}
+
+// config returns the configuration of a rank.
+func (f *fleet) config(rank int, rejoin time.Duration) Config {
+	cfg := f.cfg
+	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Finish: f.finish[rank], Rejoin: rejoin}
+	if cfg.NumSpeculativeTokens > 0 {
+		cfg.Process.Draft = f.draft[rank]
+	}
+	return cfg
+}
+
+// run runs one rank.
+func (f *fleet) run(ctx context.Context, cfg Config, requests []Request) outcome {
+	e, err := New(f.model, cfg)
+	if err != nil {
+		return outcome{err: err}
+	}
+	results, stats, err := e.Run(ctx, requests)
+	return outcome{e, results, stats, err}
+}
+
+// all runs all ranks, and compares what they have finished with the reference.
+func (f *fleet) all(rejoin time.Duration) []outcome {
+	return f.each(func(rank int) outcome { return f.run(f.Context(), f.config(rank, rejoin), f.requests[rank]) })
+}
+
+// each does the same with ranks that live as they are told.
+func (f *fleet) each(live func(rank int) outcome) []outcome {
+	f.Helper()
+	outcomes := make([]outcome, len(f.requests))
+	var wg sync.WaitGroup
+	for rank := range outcomes {
+		wg.Go(func() { outcomes[rank] = live(rank) })
+	}
+	wg.Wait()
+	for rank, o := range outcomes {
+		if o.engine != nil {
+			compareAll(f.T, o.engine, f.requests[rank], o.results)
+		}
+	}
+	return outcomes
+}
+
+// allFinished fails the test unless every rank has served all its requests.
+func (f *fleet) allFinished(outcomes []outcome) {
+	f.Helper()
+	for rank, o := range outcomes {
+		if o.err != nil || o.stats.Finished != len(f.requests[rank]) {
+			f.Errorf("rank %d: %v, %d of %d requests finished in %d steps", rank, o.err, o.stats.Finished, len(f.requests[rank]), o.stats.Steps)
+		}
+	}
+}
+
+// TestProcesses: in every configuration, as far as any two settings go together, the answers are those of the reference, and
+// all ranks stop after the same step.
+func TestProcesses(t *testing.T) {
+	dp, sp, chunk := []int{1, 2, 3, 4}, []int{1, 2}, []int{1, 7, 64}
+	modes := []fwd.GraphMode{fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull, fwd.GraphFullDecodeOnly, fwd.GraphFullAndPiecewise}
+	ubatches, spec, loras := []int{1, 2, 3}, []int{0, 2}, []int{0, 3}
+	for _, row := range pairwise(len(dp), len(sp), len(chunk), len(modes), len(ubatches), len(spec), len(loras)) {
+		cfg := Config{
+			DataParallelSize:     dp[row[0]],
+			SequenceParallel:     sp[row[1]],
+			MaxChunk:             chunk[row[2]],
+			GraphMode:            modes[row[3]],
+			NumUBatches:          ubatches[row[4]],
+			NumSpeculativeTokens: spec[row[5]],
+			ExchangeTimeout:      10 * time.Second,
+
+			DecodeUBatchThreshold:  2,
+			PrefillUBatchThreshold: 2,
+		}
+		adapters := loras[row[6]]
+		name := fmt.Sprintf("dp=%d/sp=%d/chunk=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", cfg.DataParallelSize, cfg.SequenceParallel,
+			cfg.MaxChunk, cfg.GraphMode, cfg.NumUBatches, cfg.NumSpeculativeTokens, adapters)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			requests := newRequests(9*cfg.DataParallelSize+1, 20, 10) // one rank has more than the others
+			requests[0].Prompt = make([]int, 150)                     // larger than any graph
+			f := newFleet(t, cfg, withAdapters(requests, adapters))
+			outcomes := f.all(0)
+			f.allFinished(outcomes)
+			sum := Stats{}
+			for rank, o := range outcomes {
+				if o.stats.Steps != outcomes[0].stats.Steps || o.stats.FailedSteps != 0 {
+					t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps, o.stats.FailedSteps)
+				}
+				if len(o.stats.Ranks) != 1 || o.stats.Ranks[0].Rank != rank {
+					t.Errorf("rank %d has the figures of %+v", rank, o.stats.Ranks)
+				}
+				sum.SplitPasses += o.stats.SplitPasses
+				sum.AcceptedTokens += o.stats.AcceptedTokens
+				sum.Replays += o.stats.Replays - o.stats.Captures
+				sum.DraftPasses += o.stats.DraftPasses
+			}
+			for what, got := range map[string]struct{ want, is bool }{
+				"split passes":    {cfg.NumUBatches > 1, sum.SplitPasses > 0},
+				"accepted tokens": {cfg.NumSpeculativeTokens > 0, sum.AcceptedTokens > 0},
+				"replays":         {cfg.GraphMode != fwd.GraphNone, sum.Replays > 0},
+				"draft passes":    {cfg.NumSpeculativeTokens > 0, sum.DraftPasses > 0},
+			} {
+				if got.want != got.is {
+					t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, sum)
+				}
+			}
+			if steps := outcomes[0].stats.Steps; cfg.DataParallelSize > 1 && steps%syncEvery != 0 {
+				t.Errorf("the ranks stopped after %d steps, no multiple of %d", steps, syncEvery)
+			}
+		})
+	}
+}
+
+// TestProcessesIdle: ranks that have nothing to serve keep step with one that has, and none of them takes a step for nothing.
+func TestProcessesIdle(t *testing.T) {
+	f := newFleet(t, Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise}, newRequests(1, 30, 1))
+	f.requests[0][0].MaxTokens = 40
+	outcomes := f.all(0)
+	f.allFinished(outcomes)
+	if o := outcomes[2]; o.stats.Steps != 48 || o.stats.DummyPasses != 48 {
+		t.Errorf("an idle rank took %d steps, %d of them dummy, want 48", o.stats.Steps, o.stats.DummyPasses)
+	}
+	f = newFleet(t, Config{DataParallelSize: 3}, nil)
+	for rank, o := range f.all(0) {
+		if o.err != nil || o.stats.Steps != 0 {
+			t.Errorf("rank %d: %v after %d steps, with nothing to do", rank, o.err, o.stats.Steps)
+		}
+	}
+}
+
+// TestProcessesSleep: requests are not served before they arrive, and no rank takes steps meanwhile.
+func TestProcessesSleep(t *testing.T) {
+	t.Parallel()
+	requests := newRequests(6, 20, 3)
+	for i := range requests {
+		requests[i].Arrival = time.Duration(i) * time.Second
+	}
+	for _, dp := range []int{1, 3} {
+		f := newFleet(t, Config{DataParallelSize: dp, Speed: 10}, requests)
+		outcomes := f.all(0)
+		f.allFinished(outcomes)
+		for rank, o := range outcomes {
+			if o.stats.Duration < 450*time.Millisecond || o.stats.Duration > 20*time.Second || o.stats.Steps > 6*syncEvery {
+				t.Errorf("dp %d, rank %d: 5 s at 10 times the speed took %v, in %d steps", dp, rank, o.stats.Duration, o.stats.Steps)
+			}
+		}
+	}
+}
+
+// atPass makes a rank do something in its nth pass, not counting those of the warm-up, which a rank without graphs has none
+// of.
+func atPass(cfg *Config, nth int64, do func() error) {
+	var passes atomic.Int64
+	cfg.Middleware = func(int) []fwd.Middleware {
+		return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+			return func(ctx context.Context) error {
+				if passes.Add(1) == nth {
+					if err := do(); err != nil {
+						return err
+					}
+				}
+				return next(ctx)
+			}
+		}}
+	}
+}
+
+// TestProcessesInterrupt: all ranks stop after the same step when one of them is interrupted, in its steps or in its sleep,
+// and those with work left say whose doing it was.
+func TestProcessesInterrupt(t *testing.T) {
+	stop := errors.New("stop")
+	for _, c := range []struct {
+		name     string
+		requests []Request
+		arrival  time.Duration
+		steps    int
+	}{
+		{"in a step", newRequests(90, 50, 30), 0, 2 * syncEvery},
+		{"asleep", newRequests(3, 5, 5), 10000 * time.Hour, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for i := range c.requests {
+				c.requests[i].Arrival = c.arrival
+			}
+			f := newFleet(t, Config{DataParallelSize: 3, Speed: 1, StopGrace: time.Minute}, c.requests)
+			f.requests[2] = nil
+			outcomes := f.each(func(rank int) outcome {
+				ctx, cancel := context.WithCancelCause(t.Context())
+				defer cancel(nil)
+				cfg := f.config(rank, time.Hour)
+				if rank == 1 {
+					atPass(&cfg, syncEvery+4, func() error { cancel(stop); return nil })
+				}
+				if rank == 1 && c.arrival > 0 {
+					time.AfterFunc(100*time.Millisecond, func() { cancel(stop) })
+				}
+				return f.run(ctx, cfg, f.requests[rank])
+			})
+			for rank, o := range outcomes {
+				if o.stats.Steps != c.steps {
+					t.Errorf("rank %d stopped after %d steps, want %d", rank, o.stats.Steps, c.steps)
+				}
+			}
+			if err := outcomes[0].err; !errors.Is(err, ErrInterrupted) || !strings.Contains(err.Error(), "with rank 1") {
+				t.Errorf("rank 0: %v, want ErrInterrupted with rank 1", err)
+			}
+			if outcomes[1].err != stop || outcomes[2].err != nil {
+				t.Errorf("ranks 1 and 2: %v, %v; want %v, and nil of a rank with nothing to do", outcomes[1].err, outcomes[2].err, stop)
+			}
+		})
+	}
+}
+
+// TestProcessesInterruptAll: a rank that misses another when it is interrupted itself was interrupted, and has not failed.
+func TestProcessesInterruptAll(t *testing.T) {
+	stop := errors.New("stop")
+	f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 200 * time.Millisecond, StopGrace: time.Minute}, newRequests(40, 50, 20))
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, 0)
+		if rank == 1 {
+			atPass(&cfg, 5, func() error { cancel(stop); return errCrash })
+		}
+		return f.run(ctx, cfg, f.requests[rank])
+	})
+	if o := outcomes[0]; o.err != stop || o.stats.Steps != 5 {
+		t.Errorf("%v after %d steps, want %v after 5", o.err, o.stats.Steps, stop)
+	}
+}
+
+var errCrash = errors.New("crash")
+
+func crash() error { return errCrash }
+
+// TestProcessesRankMissing: a rank that goes away ends the run of the others within the exchange timeout. They name it, and
+// what they had finished stays right.
+func TestProcessesRankMissing(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, Config{DataParallelSize: 3, ExchangeTimeout: 2 * time.Second}, newRequests(60, 50, 60))
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, 0)
+		if rank == 1 {
+			atPass(&cfg, 28, crash)
+		}
+		return f.run(t.Context(), cfg, f.requests[rank])
+	})
+	if err := outcomes[1].err; !errors.Is(err, errCrash) {
+		t.Errorf("rank 1: %v, want %v", err, errCrash)
+	}
+	for _, rank := range []int{0, 2} {
+		o := outcomes[rank]
+		rankErr, ok := errors.AsType[*fwd.RankError](o.err)
+		if !ok || !errors.Is(o.err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{1}) || o.stats.FailedSteps != 1 {
+			t.Errorf("rank %d: %v after %d failed steps, want rank 1 missing in the first", rank, o.err, o.stats.FailedSteps)
+		}
+		if o.stats.Steps != 28 || o.stats.Finished == 0 || o.stats.Finished == o.stats.Requests {
+			t.Errorf("rank %d: %d steps, %d of %d requests finished", rank, o.stats.Steps, o.stats.Finished, o.stats.Requests)
+		}
+	}
+}
+
+// TestProcessesGiveUp: a rank that does not come back is waited for until Rejoin is over.
+func TestProcessesGiveUp(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 100 * time.Millisecond}, newRequests(40, 50, 20))
+	var left time.Time
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, 500*time.Millisecond)
+		if rank == 1 {
+			atPass(&cfg, 20, func() error { left = time.Now(); return errCrash })
+		}
+		return f.run(t.Context(), cfg, f.requests[rank])
+	})
+	waited := time.Since(left)
+	if o := outcomes[0]; !errors.Is(o.err, fwd.ErrRankMissing) || o.stats.FailedSteps < 3 || waited < 500*time.Millisecond || waited > 10*time.Second {
+		t.Errorf("%v after %d failed steps in %v", o.err, o.stats.FailedSteps, waited)
+	}
+}
+
+// TestProcessesOftenMissed: Rejoin is of each time that a rank is missing, not of all of them together.
+func TestProcessesOftenMissed(t *testing.T) {
+	t.Parallel()
+	const rejoin = time.Second
+	f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 150 * time.Millisecond}, []Request{{Prompt: []int{1}, MaxTokens: 100}})
+	var left atomic.Int64
+	began := time.Now()
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, rejoin)
+		if rank == 1 {
+			cfg.Process.Target = absent{cfg.Process.Target, func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 }}
+		}
+		return f.run(t.Context(), cfg, f.requests[rank])
+	})
+	f.allFinished(outcomes)
+	if n := left.Load(); n < 8 || time.Since(began) < rejoin {
+		t.Errorf("rank 1 was missing %d times in %v", n, time.Since(began))
+	}
+}
+
+// TestProcessesRejoin: a rank goes away in the middle of a step and comes back with nothing but the requests that it had not
+// finished. All requests are served, each once.
+func TestProcessesRejoin(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		cfg  Config
+		nth  int64 // pass that fails, with those of the draft
+	}{
+		{"in the first step", Config{DataParallelSize: 2}, 1},
+		{"in a step", Config{DataParallelSize: 3}, 21},
+		{"in the step before the gate", Config{DataParallelSize: 2, NumUBatches: 2}, syncEvery},
+		{"in a step with guesses", Config{DataParallelSize: 2, NumSpeculativeTokens: 2}, 3*13 + 1},
+		{"in a guess", Config{DataParallelSize: 3, NumSpeculativeTokens: 2}, 3*13 + 3},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			c.cfg.ExchangeTimeout = time.Second
+			f := newFleet(t, c.cfg, newRequests(20*c.cfg.DataParallelSize, 50, 20))
+			var mu sync.Mutex
+			served := map[int]int{}
+			f.cfg.Finished = func(r Result) error {
+				mu.Lock()
+				defer mu.Unlock()
+				served[r.ID]++
+				return nil
+			}
+			outcomes := f.each(func(rank int) outcome {
+				cfg := f.config(rank, time.Hour)
+				if rank != 1 {
+					return f.run(t.Context(), cfg, f.requests[rank])
+				}
+				life := cfg
+				atPass(&life, c.nth, crash)
+				first := f.run(t.Context(), life, f.requests[rank])
+				if !errors.Is(first.err, errCrash) {
+					t.Errorf("the first life ended with %v, want %v", first.err, errCrash)
+				}
+				return f.resume(cfg, first, f.requests[rank])
+			})
+			f.allFinished(outcomes)
+			for rank, requests := range f.requests {
+				for _, r := range requests {
+					if served[r.ID] != 1 {
+						t.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
+					}
+				}
+				// Its peers missed it in one group, met it in the gate, and again where its steps began anew.
+				if n := outcomes[rank].stats.FailedSteps; n == 0 || n > 12 {
+					t.Errorf("rank %d: %d failed steps", rank, n)
+				}
+			}
+		})
+	}
+}
+
+// resume runs a rank again, with what it had not finished, and returns the outcome of both lives.
+func (f *fleet) resume(cfg Config, first outcome, requests []Request) outcome {
+	var rest []Request
+	for i, r := range first.results {
+		if !r.Finished {
+			rest = append(rest, requests[i])
+		}
+	}
+	second := f.run(f.Context(), cfg, rest)
+	for _, r := range second.results {
+		i := slices.IndexFunc(requests, func(q Request) bool { return q.ID == r.ID })
+		first.results[i] = r
+	}
+	second.stats.Finished += first.stats.Finished
+	second.results = first.results
+	return second
+}
+
+// forgetful is a coordinator whose answer gets lost now and then, after the others have had theirs: this rank thinks that the
+// exchange failed, and they don't.
+type forgetful struct {
+	fwd.Coordinator
+	calls atomic.Int64
+	lose  func(nth int64) bool
+}
+
+func (c *forgetful) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	votes, err := c.Coordinator.Exchange(ctx, v)
+	if err == nil && c.lose(c.calls.Add(1)) {
+		return nil, &fwd.RankError{Err: fwd.ErrRankMissing, Step: votes[0].Step, Ranks: []int{0}}
+	}
+	return votes, err
+}
+
+// TestProcessesLostAnswers: ranks that have drifted apart, in any group, find each other again, and the answers are right.
+func TestProcessesLostAnswers(t *testing.T) {
+	every := func(n int64) func(int64) bool { return func(nth int64) bool { return nth%n == 5 } }
+	for name, lose := range map[string]func(p *Process){
+		"target": func(p *Process) { p.Target = &forgetful{Coordinator: p.Target, lose: every(17)} },
+		"draft":  func(p *Process) { p.Draft = &forgetful{Coordinator: p.Draft, lose: every(31)} },
+		"finish": func(p *Process) {
+			p.Finish = &forgetful{Coordinator: p.Finish, lose: func(nth int64) bool { return nth < 3 }}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg := Config{DataParallelSize: 3, NumSpeculativeTokens: 2, GraphMode: fwd.GraphFullAndPiecewise, ExchangeTimeout: 300 * time.Millisecond}
+			f := newFleet(t, cfg, newRequests(60, 60, 20))
+			outcomes := f.each(func(rank int) outcome {
+				cfg := f.config(rank, time.Hour)
+				if rank == 1 {
+					lose(cfg.Process)
+				}
+				return f.run(t.Context(), cfg, f.requests[rank])
+			})
+			f.allFinished(outcomes)
+			if n := outcomes[1].stats.FailedSteps; n == 0 {
+				t.Error("no step failed")
+			}
+		})
+	}
+}
+
+// TestProcessesGuessesLost: a draft pass that no rank comes together for costs guesses, and nothing else: no step of the model
+// is taken again.
+func TestProcessesGuessesLost(t *testing.T) {
+	t.Parallel()
+	const spec = 3
+	cfg := Config{DataParallelSize: 2, NumSpeculativeTokens: spec, MaxNumBatchedTokens: 40, ExchangeTimeout: 100 * time.Millisecond}
+	f := newFleet(t, cfg, newRequests(24, 90, 20))
+	whole := f.all(0)
+	f.allFinished(whole)
+	f = newFleet(t, cfg, newRequests(24, 90, 20))
+	var lost atomic.Int64
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, time.Hour)
+		if rank == 1 {
+			cfg.Process.Draft = absent{cfg.Process.Draft, func(step uint64) bool { return step%13 == 5 && lost.Add(1) > 0 }}
+		}
+		return f.run(t.Context(), cfg, f.requests[rank])
+	})
+	f.allFinished(outcomes)
+	for rank, o := range outcomes {
+		if o.stats.AcceptedTokens == 0 || o.stats.AcceptedTokens >= whole[rank].stats.AcceptedTokens || o.stats.FailedSteps < int(lost.Load()) || lost.Load() < 2 {
+			t.Errorf("rank %d: %d accepted tokens with %d failed steps, %d without", rank, o.stats.AcceptedTokens, o.stats.FailedSteps, whole[rank].stats.AcceptedTokens)
+		}
+		if o.stats.DraftPasses >= spec*o.stats.Steps || o.stats.DraftPasses <= o.stats.Steps {
+			t.Errorf("rank %d: %d draft passes in %d steps", rank, o.stats.DraftPasses, o.stats.Steps)
+		}
+	}
+}
+
+// absent is a coordinator whose rank stays away from some steps until the others have given up.
+type absent struct {
+	fwd.Coordinator
+	stayAway func(step uint64) bool
+}
+
+func (c absent) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	if !c.stayAway(v.Step) {
+		return c.Coordinator.Exchange(ctx, v)
+	}
+	<-ctx.Done()
+	return nil, &fwd.RankError{Err: fmt.Errorf("%w: %w", fwd.ErrRankMissing, context.Cause(ctx)), Step: v.Step, Ranks: []int{c.Rank()}}
+}
+
+// TestFinished: each result is handed out once, when it is complete, and an error from there ends the run.
+func TestFinished(t *testing.T) {
+	full := errors.New("disk full")
+	for _, dp := range []int{1, 3} {
+		requests := newRequests(20, 30, 10)
+		var mu sync.Mutex
+		var got []Result
+		cfg := Config{DataParallelSize: dp, Finished: func(r Result) error {
+			mu.Lock()
+			defer mu.Unlock()
+			got = append(got, r)
+			if len(got) == 12 {
+				return full
+			}
+			return nil
+		}}
+		e := newEngine(t, cfg)
+		results, stats, err := e.Run(t.Context(), requests)
+		if !errors.Is(err, full) || stats.Finished != len(got) || len(got) < 12 || len(got) == len(requests) {
+			t.Errorf("dp %d: %v, %d finished, %d handed out", dp, err, stats.Finished, len(got))
+		}
+		compareAll(t, e, requests, results)
+		for _, r := range got {
+			if !r.Finished || !results[r.ID].Finished || !slices.Equal(r.Tokens, results[r.ID].Tokens) {
+				t.Errorf("dp %d: request %d was handed out as %+v, the run returned %+v", dp, r.ID, r, results[r.ID])
+			}
+		}
+	}
+}
+
+func TestBadProcess(t *testing.T) {
+	group, err := fwd.NewLocalGroup(2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		cfg  Config
+		want string
+	}{
+		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1], Finish: group[1]}}, "engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[0]}}, "engine: Process: Finish is missing"},
+		{Config{DataParallelSize: 2, Process: &Process{Finish: group[0]}}, "engine: Process: Target is missing"},
+		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: Draft is missing"},
+		{Config{DataParallelSize: 3, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Finish: group[1]}}, "engine: Process: Finish is of rank 1 of 2, want rank 0 of 2"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Finish: group[0], Rejoin: -1}}, "engine: Process: Rejoin is -1ns"},
+		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: 2 coordinators and 0 draft coordinators beside it"},
+	} {
+		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want an error with %q", c.cfg.Process, err, c.want)
+		}
+	}
+}

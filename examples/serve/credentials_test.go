@@ -1,0 +1,113 @@
+package main
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nats-io/nats-server/v2/server"
+)
+
+// authority signs certificates for this host, for servers and clients.
+type authority struct {
+	*testing.T
+	dir  string
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+func newAuthority(t *testing.T) *authority {
+	a := &authority{T: t, dir: t.TempDir()}
+	a.issue("ca")
+	return a
+}
+
+// issue writes a certificate and its key to files. The first one is the authority's own.
+func (a *authority) issue(name string) (certFile, keyFile string) {
+	a.Helper()
+	check := func(err error) {
+		if err != nil {
+			a.Helper()
+			a.Fatal(err)
+		}
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(err)
+	c := &x509.Certificate{
+		SerialNumber:          big.NewInt(time.Now().UnixNano()),
+		Subject:               pkix.Name{CommonName: name},
+		NotAfter:              time.Now().Add(time.Hour),
+		IPAddresses:           []net.IP{net.IPv4(127, 0, 0, 1)},
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		IsCA:                  a.cert == nil,
+	}
+	if a.cert == nil {
+		a.cert, a.key = c, key
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, a.cert, &key.PublicKey, a.key)
+	check(err)
+	secret, err := x509.MarshalECPrivateKey(key)
+	check(err)
+	write := func(file, kind string, bytes []byte) string {
+		path := filepath.Join(a.dir, name+file)
+		check(os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: bytes}), 0o600))
+		return path
+	}
+	return write(".pem", "CERTIFICATE", der), write(".key", "EC PRIVATE KEY", secret)
+}
+
+// TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is. Without that it is refused at
+// once.
+func TestCredentials(t *testing.T) {
+	a := newAuthority(t)
+	ca := filepath.Join(a.dir, "ca.pem")
+	pair, err := tls.LoadX509KeyPair(a.issue("server"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	clients := x509.NewCertPool()
+	clients.AppendCertsFromPEM([]byte(readText(t, ca)))
+	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, TLSTimeout: 5,
+		TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}, ClientCAs: clients, ClientAuth: tls.RequireAndVerifyClientCert}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	defer s.Shutdown()
+	if !s.ReadyForConnections(patience) {
+		t.Fatal("the server is not ready")
+	}
+	cert, key := a.issue("rank")
+	flags := []string{"-nats", s.ClientURL(), "-dp", "1", "-rank", "0", "-requests", "3", "-check"}
+	exit, out, errs := runServe(t, append(flags, "-nats-ca", ca, "-nats-cert", cert, "-nats-key", key)...)
+	if exit != 0 || errs != "" || !strings.HasSuffix(out, "check: 3 of 3 requests agree with the reference\n") {
+		t.Errorf("exit %d, stderr %q, stdout %s", exit, errs, out)
+	}
+	for _, c := range []struct {
+		flags []string
+		want  string
+	}{
+		{[]string{"-nats-cert", cert, "-nats-key", key}, "certificate signed by unknown authority"},
+		{[]string{"-nats-ca", ca}, "certificate required|connection closed by remote after TLS handshake"},
+		{[]string{"-nats-ca", ca + "x"}, "ca.pemx: no such file"},
+		{[]string{"-nats-ca", ca, "-nats-cert", cert + "x", "-nats-key", key}, "rank.pemx: no such file"},
+		{[]string{"-nats-creds", "no-such-file"}, "no-such-file"},
+	} {
+		if exit, out, errs := runServe(t, append(flags, c.flags...)...); exit != 1 || out != "" || !regexp.MustCompile(c.want).MatchString(errs) {
+			t.Errorf("%v: exit %d, stdout %q, stderr %q, want %q", c.flags, exit, out, errs, c.want)
+		}
+	}
+}

@@ -1,0 +1,344 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/google/go-cmp/cmp"
+)
+
+// asProgram is an environment variable that makes the test binary the program, so that the processes which it starts are of the
+// code that is tested.
+const asProgram = "SERVE_AS_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+	}
+	os.Exit(m.Run())
+}
+
+// program is a running serve.
+type program struct {
+	*testing.T
+	cmd            *exec.Cmd
+	stdout, stderr bytes.Buffer
+}
+
+// patience is how long a test waits for anything.
+const patience = 2 * time.Minute
+
+func start(t *testing.T, args ...string) *program {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	t.Cleanup(cancel)
+	p := &program{T: t, cmd: exec.CommandContext(ctx, os.Args[0], args...)}
+	p.cmd.Env = append(os.Environ(), asProgram+"=1")
+	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, &p.stderr
+	p.cmd.WaitDelay = 10 * time.Second
+	onItsOwn(p.cmd)
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+// wait returns the exit status; -1 of a program that was killed.
+func (p *program) wait() int {
+	p.Helper()
+	if err := p.cmd.Wait(); err != nil {
+		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+			p.Fatal(err)
+		}
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+func (p *program) signal(s os.Signal) {
+	p.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.Fatal(err)
+	}
+}
+
+// report returns what the program has printed, once it has ended well.
+func (p *program) report() *report {
+	p.Helper()
+	exit := p.wait()
+	var r report
+	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.stderr.Len() > 0 {
+		p.Fatalf("exit %d, stderr %q, %v in stdout %s", exit, &p.stderr, err, &p.stdout)
+	}
+	return &r
+}
+
+// eventually waits until something is so.
+func eventually(t *testing.T, what string, so func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !so(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("not within %v: %s", patience, what)
+		}
+	}
+}
+
+// hasResults reports whether there are at least n results in a file.
+func hasResults(path string, n int) func() bool {
+	return func() bool {
+		text, _ := os.ReadFile(path) // it may not be there yet
+		return bytes.Count(text, []byte("\n")) >= n
+	}
+}
+
+// TestProcesses: ranks that are processes give the right answers, and one report of all.
+func TestProcesses(t *testing.T) {
+	for _, flags := range []string{
+		"",
+		"-spec 2",
+		"-ubatches 2 -dp 2",
+		"-sp 2 -chunk 7 -dp 3",
+		"-loras 3",
+		"-graph NONE",
+		"-dp 1 -spec 1",
+		"-dp 5 -sp 2 -ubatches 2 -spec 2 -loras 2 -graph FULL_DECODE_ONLY -speed 1000",
+	} {
+		t.Run(flags, func(t *testing.T) {
+			t.Parallel()
+			r := start(t, strings.Fields("-processes -json -check -requests 43 -max-context 150 "+flags)...).report()
+			if r.Requests != 43 || r.Finished != 43 || r.Interrupted || r.FailedSteps != 0 || r.Check == nil || *r.Check != (checkReport{43, 43}) {
+				t.Errorf("%+v, check %+v", r, r.Check)
+			}
+			passes, modes := 0, 0
+			for _, n := range r.Passes {
+				passes += n
+			}
+			for _, n := range r.Modes {
+				modes += n
+			}
+			if ranks := len(r.Waiting); passes != ranks*r.Steps || modes != passes || r.Tokens != r.PromptTokens+r.GeneratedTokens || r.TokensPerSecond <= 0 {
+				t.Errorf("%+v: %d passes in %d steps of %d ranks", r, passes, r.Steps, ranks)
+			}
+			for rank, w := range r.Waiting {
+				if w.Rank != rank || w.Forward <= 0 {
+					t.Errorf("at %d: %+v", rank, w)
+				}
+			}
+			one := start(t, strings.Fields("-json -requests 43 -max-context 150 "+flags)...).report()
+			if r.PromptTokens != one.PromptTokens || r.GeneratedTokens != one.GeneratedTokens || len(r.Waiting) != len(one.Waiting) ||
+				(r.Speculation == nil) != (one.Speculation == nil) || (r.SplitPasses > 0) != (one.SplitPasses > 0) || r.Graphs.Captures != one.Graphs.Captures {
+				t.Errorf("as processes %+v, as goroutines %+v", r, one)
+			}
+		})
+	}
+}
+
+// TestProcessesTable: without -json the report is the usual table, with the comparison below it.
+func TestProcessesTable(t *testing.T) {
+	p := start(t, "-processes", "-dp", "2", "-check", "-requests", "9", "-spec", "1")
+	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
+		t.Errorf("exit %d, stderr %q", exit, &p.stderr)
+	}
+	for _, want := range []string{"requests     9      9 finished\n", "guesses ", "\n  rank 1 ", "\ncheck: 9 of 9 requests agree with the reference\n"} {
+		if !strings.Contains(p.stdout.String(), want) {
+			t.Errorf("no %q in\n%s", want, &p.stdout)
+		}
+	}
+}
+
+// TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The same command serves the
+// rest, and everything agrees.
+func TestProcessesInterrupted(t *testing.T) {
+	results := filepath.Join(t.TempDir(), "results")
+	args := []string{"-processes", "-dp", "3", "-json", "-results", results, "-speed", "2"}
+	p := start(t, args...)
+	eventually(t, "results of every rank", func() bool {
+		return hasResults(results+".0", 3)() && hasResults(results+".1", 3)() && hasResults(results+".2", 3)()
+	})
+	p.signal(os.Interrupt)
+	r := p.report()
+	if !r.Interrupted || r.Requests != 400 || r.Finished < 9 || r.Finished == 400 || len(r.Waiting) != 3 {
+		t.Errorf("%+v", r)
+	}
+	written := 0
+	for rank := range 3 {
+		written += strings.Count(readText(t, fmt.Sprintf("%s.%d", results, rank)), "\n")
+	}
+	if written != r.Finished {
+		t.Errorf("%d results written, %d requests finished", written, r.Finished)
+	}
+	again := start(t, append(args, "-check", "-speed", "0")...).report()
+	if again.Interrupted || again.Finished != 400 || again.Resumed != r.Finished || *again.Check != (checkReport{400, 400}) {
+		t.Errorf("%+v, check %+v, want %d resumed", again, again.Check, r.Finished)
+	}
+	if again.GeneratedTokens == 0 || again.GeneratedTokens+r.GeneratedTokens < start(t, "-json").report().GeneratedTokens {
+		t.Errorf("%d tokens and then %d: not all were generated", r.GeneratedTokens, again.GeneratedTokens)
+	}
+	p = start(t, append(args, "-check", "-speed", "0", "-max-context", "10")...)
+	if exit := p.wait(); exit != 1 || !strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
+		t.Errorf("files of another run: exit %d, stderr %q", exit, &p.stderr)
+	}
+}
+
+// TestProcessesJoin: a process that is told to stop before all are there says so, and one that waits in vain whom it misses.
+func TestProcessesJoin(t *testing.T) {
+	nats, err := startServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nats.Shutdown()
+	url := nats.ClientURL()
+	exit, out, errs := runServe(t, "-nats", url, "-dp", "3", "-rank", "1", "-join-timeout", "200ms")
+	if exit != 1 || out != "" || !strings.Contains(errs, "group serve-") || !strings.Contains(errs, "missing: ranks [0 2]") || !strings.Contains(errs, "-join-timeout 200ms") {
+		t.Errorf("exit %d, stdout %q, stderr %q", exit, out, errs)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	var stdout, stderr bytes.Buffer
+	exit = run(ctx, []string{"-nats", url, "-dp", "3", "-rank", "1"}, &stdout, &stderr)
+	if exit != 0 || stderr.Len() > 0 || !strings.Contains(stdout.String(), "0 finished, interrupted\n") || !strings.HasPrefix(stdout.String(), "requests  133") {
+		t.Errorf("exit %d, stderr %q, stdout %s", exit, &stderr, &stdout)
+	}
+	began := time.Now()
+	exit, _, errs = runServe(t, "-nats", "nats://127.0.0.1:1", "-dp", "3", "-rank", "1", "-join-timeout", "300ms")
+	if exit != 1 || !strings.Contains(errs, "-nats nats://127.0.0.1:1: nats: no servers available") || time.Since(began) < 300*time.Millisecond {
+		t.Errorf("no server: exit %d, stderr %q", exit, errs)
+	}
+	exit, _, errs = runServe(t, "-nats", url, "-dp", "1", "-rank", "0", "-nats-creds", "no-such-file")
+	if exit != 1 || !strings.Contains(errs, "no-such-file") {
+		t.Errorf("no credentials: exit %d, stderr %q", exit, errs)
+	}
+}
+
+// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it was. The others wait for
+// it, and nothing is served twice.
+func TestProcessesRejoin(t *testing.T) {
+	nats, err := startServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nats.Shutdown()
+	results := filepath.Join(t.TempDir(), "results")
+	args := func(rank int) []string {
+		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -spec 1 -json -check -exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20", nats.ClientURL(), rank, results, rank))
+	}
+	ranks := make([]*program, 3)
+	for rank := range ranks {
+		ranks[rank] = start(t, args(rank)...)
+	}
+	eventually(t, "some results of rank 1", hasResults(results+".1", 20))
+	ranks[1].signal(syscall.SIGKILL)
+	if exit := ranks[1].wait(); exit != -1 {
+		t.Errorf("rank 1 was not killed: exit %d", exit)
+	}
+	written := strings.Count(readText(t, results+".1"), "\n")
+	time.Sleep(1500 * time.Millisecond) // the others have failed for it
+	ranks[1] = start(t, args(1)...)
+	for rank, p := range ranks {
+		r := p.report()
+		own := len(share(make([]engine.Request, 400), rank, 3))
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{own, own}) || len(r.Waiting) != 1 || r.Waiting[0].Rank != rank {
+			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
+		}
+		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
+			t.Errorf("rank %d: %d resumed, %d failed steps; rank 1 had written %d", rank, r.Resumed, r.FailedSteps, written)
+		}
+	}
+}
+
+// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are traces in common.
+func TestProcessesTelemetry(t *testing.T) {
+	c, endpoint := startCollector(t)
+	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint).report()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.names["request"] != 5 || c.names["warm-up"] != 3 || c.names["fwd.forward"] <= 3*r.Steps || c.names["fwd.coordinate"] != 3*r.Steps || c.names["fwd.forward.duration"] == 0 {
+		t.Errorf("%v after %d steps of 3 ranks", c.names, r.Steps)
+	}
+	// The warm-ups of the ranks are traces of their own, as the requests are.
+	if want := r.Steps + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
+		t.Errorf("%d traces of %d instances, want %d of 3", len(c.traces), len(c.instances), want)
+	}
+}
+
+func TestBadRankFlags(t *testing.T) {
+	for _, c := range []struct{ args, want string }{
+		{"-nats nats://x", "serve: -nats is nats://x without a -rank, want 0 to 3 for -dp 4"},
+		{"-nats nats://x -rank 2 -dp 2", "serve: -rank is 2, want 0 to 1 for -dp 2"},
+		{"-nats nats://x -rank -1", "serve: -rank is -1, want 0 to 3 for -dp 4"},
+		{"-rank 1", "serve: -rank is 1: it needs -nats"},
+		{"-processes -rank 1", "serve: -rank is 1: it needs -nats"},
+		{"-processes -nats nats://x -rank 0", "serve: -nats is nats://x beside -processes"},
+		{"-group g", "serve: -group is g: it needs -nats or -processes"},
+		{"-processes -group a.b", `serve: -group is "a.b", want up to 64 letters, digits, - and _`},
+		{"-results f", "serve: -results is f: it needs -nats or -processes"},
+		{"-exchange-timeout 1s", "serve: -exchange-timeout is 1s: it needs -nats or -processes"},
+		{"-processes -exchange-timeout 0", "serve: -exchange-timeout is 0s, want more than 0"},
+		{"-rejoin 1s", "serve: -rejoin is 1s: it needs -nats or -processes"},
+		{"-processes -rejoin -1s", "serve: -rejoin is -1s, want at least 0"},
+		{"-join-timeout 1s", "serve: -join-timeout is 1s: it needs -nats or -processes"},
+		{"-processes -join-timeout -1s", "serve: -join-timeout is -1s, want more than 0"},
+		{"-processes -nats-creds f", "serve: -nats-creds is f: it needs -nats"},
+		{"-nats-ca f", "serve: -nats-ca is f: it needs -nats"},
+		{"-nats nats://x -rank 0 -nats-cert c", `serve: -nats-cert is "c" and -nats-key "": they need each other`},
+		{"-nats nats://x -rank 0 -nats-key k", `serve: -nats-cert is "" and -nats-key "k": they need each other`},
+	} {
+		exit, out, errs := runServe(t, strings.Fields(c.args)...)
+		if exit != 2 || out != "" || !strings.Contains(errs, c.want) {
+			t.Errorf("%s: exit %d, stdout %q, stderr %q; want 2 and %q", c.args, exit, out, errs, c.want)
+		}
+	}
+}
+
+// TestMergeReports: what all ranks do together counts once, what each does for itself adds up.
+func TestMergeReports(t *testing.T) {
+	a := report{
+		Requests: 1, Finished: 2, Resumed: 3, Seconds: 4, Steps: 5, FailedSteps: 6, Tokens: 17, PromptTokens: 8, GeneratedTokens: 9, TokensPerSecond: 4.25,
+		Passes: map[string]int{"exact": 10}, Modes: map[string]int{"FULL": 11, "NONE": 12}, DummyPasses: 13, SplitPasses: 14, DraftPasses: 15,
+		Graphs: graphReport{WarmUp: 16, Captures: 17, Replays: 18}, Padding: paddingReport{Graph: 19, DP: 20},
+		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}},
+	}
+	b := a
+	b.Seconds, b.Steps, b.FailedSteps, b.Interrupted = 3, 50, 60, true
+	b.Passes, b.Modes = map[string]int{"exact": 1, "dp_rank": 2}, map[string]int{"NONE": 3}
+	b.Speculation, b.Check = &specReport{Proposed: 30, Accepted: 31}, &checkReport{Requests: 32, Agreed: 33}
+	b.Waiting = []rankReport{{Rank: 1, Votes: 24}}
+	c := b
+	c.Requests, c.Interrupted, c.Waiting = 100, false, nil
+	want := &report{
+		Requests: 102, Finished: 6, Resumed: 9, Interrupted: true, Seconds: 4, Steps: 50, FailedSteps: 60, Tokens: 51, PromptTokens: 24, GeneratedTokens: 27, TokensPerSecond: 12.75,
+		Passes: map[string]int{"exact": 12, "dp_rank": 4}, Modes: map[string]int{"FULL": 11, "NONE": 18}, DummyPasses: 39, SplitPasses: 42, DraftPasses: 45,
+		Graphs: graphReport{WarmUp: 16, Captures: 51, Replays: 54}, Padding: paddingReport{Graph: 57, DP: 60},
+		Speculation: &specReport{Proposed: 60, Accepted: 62}, Check: &checkReport{Requests: 64, Agreed: 66},
+		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}, {Rank: 1, Votes: 24}},
+	}
+	if diff := cmp.Diff(want, mergeReports([]*report{&a, &b, &c})); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+}
+
+// TestLines: lines stay whole, whatever pieces they are written in.
+func TestLines(t *testing.T) {
+	var out bytes.Buffer
+	l := newLines(&out, "p: ")
+	for _, piece := range []string{"a", "b\nc\n", "\n", "d"} {
+		if n, err := l.Write([]byte(piece)); n != len(piece) || err != nil {
+			t.Fatal(n, err)
+		}
+	}
+	l.flush()
+	l.flush()
+	if got, want := out.String(), "p: ab\np: c\np: \np: d\n"; got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}

@@ -1,0 +1,244 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/forwardctx/fwd/examples/model"
+	"github.com/forwardctx/fwd/natsdp"
+	"github.com/nats-io/nats.go"
+)
+
+// rankOptions are the flags of ranks that are processes.
+type rankOptions struct {
+	processes       bool
+	nats            string
+	rank            int
+	group           string
+	results         string
+	exchangeTimeout time.Duration
+	rejoin          time.Duration
+	joinTimeout     time.Duration
+	natsCreds       string
+	natsCA          string
+	natsCert        string
+	natsKey         string
+}
+
+func (o *rankOptions) define(flags *flag.FlagSet) {
+	flags.BoolVar(&o.processes, "processes", false, "run each rank as a process of its own, connected by a NATS server in this one")
+	flags.StringVar(&o.nats, "nats", "", "be one rank of several processes that are connected by the NATS server at this `URL`")
+	flags.IntVar(&o.rank, "rank", 0, "with -nats: be rank `R` of -dp, and serve every request i with i mod -dp = R")
+	flags.StringVar(&o.group, "group", "serve", "with -nats or -processes: `name` of the run, the same for all its ranks and for no other run on the server")
+	flags.StringVar(&o.results, "results", "", "with -nats or -processes: add each finished request to this `file`, and serve only what it lacks; with -processes, rank R has file.R")
+	flags.DurationVar(&o.exchangeTimeout, "exchange-timeout", 30*time.Second, "with -nats or -processes: how long a rank waits in a step for the others")
+	flags.DurationVar(&o.rejoin, "rejoin", 0, "with -nats or -processes: for how long after a failed step the ranks try again (0: a failed step ends the run)")
+	flags.DurationVar(&o.joinTimeout, "join-timeout", time.Minute, "with -nats or -processes: how long a rank waits at the start for the others")
+	flags.StringVar(&o.natsCreds, "nats-creds", "", "with -nats: `file` with the user's credentials")
+	flags.StringVar(&o.natsCA, "nats-ca", "", "with -nats: PEM `file` with the authorities that may vouch for the server")
+	flags.StringVar(&o.natsCert, "nats-cert", "", "with -nats and -nats-key: PEM `file` with the certificate of this process")
+	flags.StringVar(&o.natsKey, "nats-key", "", "with -nats and -nats-cert: PEM `file` with the key of the certificate")
+}
+
+// groupName is what NATS has as a part of a subject.
+var groupName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
+
+// validate checks the flags, each by itself and against those that it needs or excludes. Values are given for the flags that
+// are not left to their defaults.
+func (o *rankOptions) validate(dp int, values map[string]string, bad func(format string, args ...any)) {
+	given := func(name string) bool { _, ok := values[name]; return ok }
+	for _, name := range []string{"group", "results", "exchange-timeout", "rejoin", "join-timeout"} {
+		if given(name) && o.nats == "" && !o.processes {
+			bad("-%s is %s: it needs -nats or -processes", name, values[name])
+		}
+	}
+	for _, name := range []string{"rank", "nats-creds", "nats-ca", "nats-cert", "nats-key"} {
+		if given(name) && o.nats == "" {
+			bad("-%s is %s: it needs -nats", name, values[name])
+		}
+	}
+	if o.nats != "" && o.processes {
+		bad("-nats is %s beside -processes, which starts a server of its own", o.nats)
+	}
+	if o.nats != "" && !given("rank") {
+		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", o.nats, dp-1, dp)
+	} else if o.nats != "" && (o.rank < 0 || o.rank >= dp) {
+		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
+	}
+	if (o.natsCert == "") != (o.natsKey == "") {
+		bad("-nats-cert is %q and -nats-key %q: they need each other", o.natsCert, o.natsKey)
+	}
+	if !groupName.MatchString(o.group) {
+		bad("-group is %q, want up to 64 letters, digits, - and _", o.group)
+	}
+	if o.exchangeTimeout <= 0 {
+		bad("-exchange-timeout is %v, want more than 0", o.exchangeTimeout)
+	}
+	if o.rejoin < 0 {
+		bad("-rejoin is %v, want at least 0", o.rejoin)
+	}
+	if o.joinTimeout <= 0 {
+		bad("-join-timeout is %v, want more than 0", o.joinTimeout)
+	}
+}
+
+// stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop together, some steps later.
+const stopGrace = 5 * time.Second
+
+// share returns the requests of a rank.
+func share(requests []engine.Request, rank, ranks int) []engine.Request {
+	var own []engine.Request
+	for i := rank; i < len(requests); i += ranks {
+		own = append(own, requests[i])
+	}
+	return own
+}
+
+// serveRank serves this rank's requests, together with the other ranks. What the results file has already is not served again.
+func serveRank(ctx context.Context, o *options, config engine.Config, weights *model.Weights, requests []engine.Request, stderr io.Writer) (out outcome, err error) {
+	out = outcome{requests: requests, results: make([]engine.Result, len(requests))}
+	groups, err := joinGroups(ctx, o)
+	if err != nil {
+		return out, err
+	}
+	defer groups.close()
+	config.Process = &groups.process
+	config.ExchangeTimeout, config.StopGrace = o.exchangeTimeout, stopGrace
+	// No other process has this rank now, so the file is this one's alone.
+	file := &resultsFile{earlier: map[int]engine.Result{}}
+	if o.results != "" {
+		if file, err = openResults(o.results, requests); err != nil {
+			return out, err
+		}
+		defer func() { err = errors.Join(err, file.close()) }()
+		config.Finished = file.add
+	}
+	results := file.earlier
+	out.resumed = len(results)
+	rest := slices.DeleteFunc(slices.Clone(requests), func(r engine.Request) bool { return results[r.ID].Finished })
+	served, stats, err := runEngine(ctx, config, weights, rest, stderr)
+	out.stats = stats
+	for _, r := range served {
+		results[r.ID] = r
+	}
+	for i, r := range requests {
+		out.results[i] = results[r.ID]
+	}
+	return out, err
+}
+
+// groups are what connects this rank with the others: a group for each model, and one to stop together.
+type groups struct {
+	conn    *nats.Conn
+	process engine.Process
+	joined  []*natsdp.Coordinator
+}
+
+// joinGroups returns when all ranks are there. Its error names those which are missing.
+func joinGroups(ctx context.Context, o *options) (*groups, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, o.joinTimeout, fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
+	defer cancel()
+	conn, err := connect(ctx, o)
+	if err != nil {
+		return nil, fmt.Errorf("-nats %s: %w", o.nats, err)
+	}
+	g := &groups{conn: conn, process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
+	if err := g.join(ctx, cancel, o); err != nil {
+		g.close()
+		return nil, fmt.Errorf("-nats %s: %w", o.nats, err)
+	}
+	return g, nil
+}
+
+// join joins all groups at once, since each waits for the others. The first error ends that.
+func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
+	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target, "finish": &g.process.Finish}
+	if o.spec > 0 {
+		coordinators["draft"] = &g.process.Draft
+	}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	var failed error
+	for name, to := range coordinators {
+		wg.Go(func() {
+			c, err := natsdp.Join(ctx, natsdp.Config{Group: o.group + "-" + name, Rank: o.rank, Size: o.dp}, natsdp.WithConn(g.conn))
+			mu.Lock()
+			defer mu.Unlock()
+			if err == nil {
+				g.joined = append(g.joined, c)
+				*to = c
+				return
+			}
+			if failed == nil {
+				failed = fmt.Errorf("group %s-%s: %w", o.group, name, err)
+			}
+			cancel()
+		})
+	}
+	wg.Wait()
+	return failed
+}
+
+// close takes this rank out of its groups. Each stays, for a moment, until the others have its last vote.
+func (g *groups) close() {
+	var wg sync.WaitGroup
+	for _, c := range g.joined {
+		wg.Go(func() { _ = c.Close() }) // always nil
+	}
+	wg.Wait()
+	g.conn.Close()
+}
+
+// connect connects to the server, which may start later than this process.
+func connect(ctx context.Context, o *options) (*nats.Conn, error) {
+	for {
+		conn, err := natsdp.Connect(o.nats, o.credentials()...)
+		if err == nil || !isAbsent(err) {
+			return conn, err
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		}
+	}
+}
+
+// isAbsent reports whether an error of connecting means that there is no server, rather than one that refuses.
+func isAbsent(err error) bool {
+	op, dialing := errors.AsType[*net.OpError](err)
+	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || dialing && op.Op == "dial"
+}
+
+// credentials returns who this process is to the server, and who the server has to be.
+func (o *options) credentials() (opts []nats.Option) {
+	opts = append(opts, nats.Name(fmt.Sprintf("serve: rank %d of %d", o.rank, o.dp)))
+	if o.natsCreds != "" {
+		opts = append(opts, nats.UserCredentials(o.natsCreds))
+	}
+	if o.natsCA != "" {
+		opts = append(opts, nats.RootCAs(o.natsCA))
+	}
+	if o.natsCert != "" {
+		opts = append(opts, nats.ClientCert(o.natsCert, o.natsKey))
+	}
+	return opts
+}
+
+// instance tells the telemetry of a rank from that of the others; "" where there is one process.
+func (o *options) instance() string {
+	if o.nats == "" {
+		return ""
+	}
+	return fmt.Sprintf("%s-%d", o.group, o.rank)
+}

@@ -1,0 +1,149 @@
+package main
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/google/go-cmp/cmp"
+)
+
+func resultRequests() ([]engine.Request, []engine.Result) {
+	requests := []engine.Request{
+		{ID: 1, Prompt: []int{1, 2}, MaxTokens: 2},
+		{ID: 5, Prompt: []int{3}, MaxTokens: 1, Adapter: 2},
+		{ID: 9, Prompt: []int{4}, MaxTokens: 3},
+	}
+	results := []engine.Result{
+		{ID: 1, Finished: true, Tokens: []int{7, 8}, Logits: []float64{0.1, -1e-300, 1.0 / 3}},
+		{ID: 5, Finished: true, Tokens: []int{9}, Logits: []float64{2}},
+		{ID: 9, Finished: true, Tokens: []int{1, 1, 1}, Logits: []float64{0}},
+	}
+	return requests, results
+}
+
+// writeResults writes results to a new file, as a run does, and returns its path and text.
+func writeResults(t *testing.T, requests []engine.Request, results ...engine.Result) (path, text string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "results")
+	file, err := openResults(path, requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range results {
+		if err := file.add(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := file.close(); err != nil {
+		t.Fatal(err)
+	}
+	return path, readText(t, path)
+}
+
+func readText(t *testing.T, path string) string {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+// TestResults: what was written is there again, bit for bit, and more can be added.
+func TestResults(t *testing.T) {
+	requests, results := resultRequests()
+	path, text := writeResults(t, requests, results[0], results[1])
+	if n := strings.Count(text, "\n"); n != 2 || !strings.HasSuffix(text, "\n") {
+		t.Errorf("%d lines of 2 results: %q", n, text)
+	}
+	file, err := openResults(path, requests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(map[int]engine.Result{1: results[0], 5: results[1]}, file.earlier); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	if err := file.add(results[2]); err != nil {
+		t.Error(err)
+	}
+	file.close()
+	if err := file.add(results[2]); err == nil || !strings.Contains(err.Error(), "results: request 9: ") {
+		t.Errorf("a write that fails: %v", err)
+	}
+	if file, err = openResults(path, requests); err != nil || len(file.earlier) != 3 {
+		t.Fatalf("%v, %v", err, file)
+	}
+	file.close()
+}
+
+// TestResultsTorn: wherever a process was killed in its last line, the lines before are there, and the next one has a line to
+// itself.
+func TestResultsTorn(t *testing.T) {
+	requests, results := resultRequests()
+	path, text := writeResults(t, requests, results[0], results[1])
+	first := strings.Index(text, "\n") + 1
+	for end := range text {
+		if err := os.WriteFile(path, []byte(text[:end]), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		file, err := openResults(path, requests)
+		if err != nil {
+			t.Fatalf("cut at %d: %v", end, err)
+		}
+		whole := text[:first]
+		if end < first {
+			whole = ""
+		}
+		if len(file.earlier) != strings.Count(whole, "\n") || readText(t, path) != whole {
+			t.Fatalf("cut at %d: %d results, %q is left, want %q", end, len(file.earlier), readText(t, path), whole)
+		}
+		if err := file.add(results[2]); err != nil {
+			t.Fatal(err)
+		}
+		file.close()
+		if file, err = openResults(path, requests); err != nil || file.earlier[9].ID != 9 {
+			t.Fatalf("cut at %d and gone on: %v", end, err)
+		}
+		file.close()
+	}
+}
+
+// TestResultsForeign: a file of another run is refused and stays as it is, its torn line too.
+func TestResultsForeign(t *testing.T) {
+	requests, results := resultRequests()
+	_, text := writeResults(t, requests, results[0], results[1])
+	lines := strings.SplitAfter(text, "\n")
+	other := requests[1]
+	other.Adapter = 1
+	for _, c := range []struct {
+		name, text string
+		requests   []engine.Request
+		want       string
+	}{
+		{"a request of another rank", text, requests[:1], "line 2: request 5 is none of the 1 that this rank serves in this run"},
+		{"another request", text, []engine.Request{requests[0], other}, "line 2: request 5 is another than in this run, its fingerprint is \"" + fingerprint(&requests[1])},
+		{"twice", lines[0] + lines[1] + lines[0], requests, "line 3: request 1 is there twice"},
+		{"too few tokens", strings.Replace(text, "[7,8]", "[7]", 1), requests, "line 1: request 1 has 1 tokens, want 2"},
+		{"no JSON", lines[0] + "\n", requests, "line 2: no result: "},
+		{"other JSON", "{\"steps\":5}\n", requests, "line 1: no result: json: unknown field \"steps\""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			path, torn := filepath.Join(t.TempDir(), "results"), c.text+"{"
+			if err := os.WriteFile(path, []byte(torn), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := openResults(path, c.requests); err == nil || !strings.Contains(err.Error(), "results "+path+": "+c.want) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+			if got := readText(t, path); got != torn {
+				t.Errorf("the file is %q now, it was %q", got, torn)
+			}
+		})
+	}
+	if _, err := openResults(t.TempDir(), requests); err == nil || !strings.HasPrefix(err.Error(), "results: open ") {
+		t.Errorf("a directory: %v", err)
+	}
+}
