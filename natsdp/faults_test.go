@@ -23,6 +23,7 @@ func restartServer(t *testing.T, opts *server.Options, addr net.Addr) *server.Se
 
 // A server that is restarted in the middle of a round, again and again, costs time and no step.
 func TestServerRestart(t *testing.T) {
+	t.Parallel()
 	opts := serverOptions()
 	s := startServer(t, opts)
 	group := joinAll(t, newName(), 3, at(s))
@@ -48,6 +49,7 @@ func TestServerRestart(t *testing.T) {
 
 // Without a server nothing waits longer than its ctx, and the group is whole again with the server.
 func TestServerGone(t *testing.T) {
+	t.Parallel()
 	opts := serverOptions()
 	s := startServer(t, opts)
 	group := joinAll(t, newName(), 2, at(s))
@@ -73,10 +75,11 @@ func TestServerGone(t *testing.T) {
 
 // A connection that breaks in the middle of a round, by either side, costs no step.
 func TestReconnect(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	conns := make([]*nats.Conn, 3)
 	group := joinAll(t, newName(), 3, func(rank int) []natsdp.Option {
-		conn, err := natsdp.Connect(s.ClientURL())
+		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -114,8 +117,9 @@ func TestReconnect(t *testing.T) {
 
 // A connection that is closed for good ends an exchange at once, and those after it.
 func TestConnectionClosed(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
-	conn, err := natsdp.Connect(s.ClientURL())
+	conn, err := natsdp.Connect(t.Context(), s.ClientURL())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -138,6 +142,7 @@ func TestConnectionClosed(t *testing.T) {
 
 // Close breaks an exchange in progress: the others learn at once who is missing.
 func TestClose(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	group := joinAll(t, newName(), 3, at(s))
 	together(t, group, 1)
@@ -163,6 +168,7 @@ func TestClose(t *testing.T) {
 // A cluster of three servers loses one in the middle of a run: the ranks that were connected to it go to the others, and no step
 // fails.
 func TestCluster(t *testing.T) {
+	t.Parallel()
 	servers := startCluster(t, 3)
 	urls := ""
 	for i, s := range servers {

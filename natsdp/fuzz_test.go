@@ -19,7 +19,7 @@ func samples() []message {
 	base := message{group: hashGroup("sim"), size: 3, rank: 1, epoch: 5, round: 7, step: 9}
 	kinds := []message{
 		{kind: kindHello}, {kind: kindClaim}, {kind: kindBye},
-		{kind: kindState}, {kind: kindState, holds: true, asker: 4, rival: 3}, {kind: kindState, claimed: true}, {kind: kindState, holds: true, claimed: true},
+		{kind: kindState}, {kind: kindState, holds: true, asker: 4, holder: 3}, {kind: kindState, contested: true}, {kind: kindState, claimed: true}, {kind: kindState, holds: true, claimed: true},
 		{kind: kindVote, vote: fwd.Vote{Step: 10, NumTokens: 1, NumTokensPadded: math.MaxInt32}},
 		{kind: kindVote, vote: fwd.Vote{Step: maxCounter, UBatch: true, GraphMode: fwd.GraphFull, SpanContext: span}, complete: true},
 		{kind: kindVote, vote: fwd.Vote{SpanContext: span.WithTraceState(trace.TraceState{})}},
@@ -28,7 +28,7 @@ func samples() []message {
 	for i, m := range kinds {
 		full := base
 		full.kind, full.vote, full.complete, full.by, full.lowest, full.missing = m.kind, m.vote, m.complete, m.by, m.lowest, m.missing
-		full.holds, full.claimed, full.asker, full.rival = m.holds, m.claimed, m.asker, m.rival
+		full.holds, full.claimed, full.contested, full.asker, full.holder = m.holds, m.claimed, m.contested, m.asker, m.holder
 		kinds[i] = full
 	}
 	return kinds

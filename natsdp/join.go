@@ -53,7 +53,7 @@ func (m *member) join(ctx context.Context, refused func() error) error {
 			objections, quiet = time.After(claimWait), false
 		}
 		if len(missing) == 0 && quiet {
-			if m.proceed() == joined {
+			if m.proceed() {
 				return nil
 			}
 			continue
@@ -105,22 +105,25 @@ func (m *member) unheard() (missing []int, contested bool, err error) {
 	return missing, m.contested, m.dead
 }
 
-// proceed goes on to the next phase, now that all have answered in this one.
-func (m *member) proceed() phase {
+// proceed goes on to the next phase, now that all have answered in this one, and reports whether the rank has joined.
+func (m *member) proceed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.dead != nil { // meanwhile
+		return false
+	}
 	m.phase++
 	if m.phase == claiming {
 		for rank := range m.peers {
 			m.peers[rank].heard = false
 		}
 		m.askLocked(toAll)
-		return m.phase
+		return false
 	}
 	// The Runner counts from one, and the group may be anywhere: the first vote is for the step that is open.
 	m.late, m.lateFrom = m.round > 0, 0
 	m.sendMessage(toAll, m.state())
-	return m.phase
+	return true
 }
 
 func (m *member) joinError(cause error, missing []int) error {
@@ -141,14 +144,9 @@ func (m *member) handleHello(msg *message) {
 	p := &m.peers[msg.rank]
 	state := m.state()
 	state.claimed, state.asker = msg.kind == kindClaim, msg.epoch
-	switch {
-	case p.epoch > msg.epoch: // the one to ask for comes later, though it may be gone
-		state.rival, state.claimed = p.epoch, false
-	case p.epoch != 0 && p.epoch != msg.epoch && !p.gone:
-		state.rival = p.epoch
-	case p.asked != msg.epoch && !p.gone:
-		state.rival = p.asked
-	}
+	held := p.epoch != 0 && p.epoch != msg.epoch && !p.gone
+	wanted := p.asked != 0 && p.asked != msg.epoch
+	state.contested, state.holder = held || wanted, p.epoch
 	p.asked = msg.epoch
 	if msg.kind == kindClaim && msg.epoch > p.epoch {
 		m.newLife(msg)
@@ -167,16 +165,16 @@ func (m *member) handleState(p *peer, msg *message) {
 	if m.phase == joined || msg.asker != m.epoch {
 		return
 	}
-	m.contested = m.contested || msg.rival != 0
+	m.contested = m.contested || msg.contested
 	switch {
-	case m.phase == claiming && !msg.claimed:
-		if msg.rival > m.epoch {
-			m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
-		}
+	case m.phase == claiming && !msg.claimed: // late: it was for the phase before
 		return
-	case msg.rival > m.epoch: // the clock of its host was ahead
+	case m.phase == claiming && msg.holder > m.epoch: // somebody else has claimed it meanwhile
+		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
+		return
+	case msg.holder > m.epoch: // the clock of its host was ahead
 		m.former = append(m.former, m.epoch)
-		m.epoch = msg.rival + 1
+		m.epoch = msg.holder + 1
 	}
 	p.heard = true
 	if msg.round > m.round {

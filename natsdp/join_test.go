@@ -79,11 +79,12 @@ func agreed(t *testing.T, rank int, got result, size int, step uint64) {
 
 // A process that is started again after it was killed joins at the group's step: its Runner begins at one, and no step fails.
 func TestJoinAgain(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	name := newName()
 	conns := make([]*nats.Conn, 3)
 	group := joinAll(t, name, 3, func(rank int) []natsdp.Option {
-		conn, err := natsdp.Connect(s.ClientURL())
+		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -103,7 +104,7 @@ func TestJoinAgain(t *testing.T) {
 				waiting = append(waiting, begin(t.Context(), c, vote(other, step)))
 			}
 		}
-		conn, err := natsdp.Connect(s.ClientURL())
+		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -130,6 +131,7 @@ func TestJoinAgain(t *testing.T) {
 // A process that was killed after it had voted: its vote may have come to some ranks and not to others, so the one in its place
 // does not vote in that round again. The others vote again at once.
 func TestJoinAgainAfterVoting(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	name := newName()
 	group := joinAll(t, name, 3, at(s))
@@ -161,6 +163,7 @@ func TestJoinAgainAfterVoting(t *testing.T) {
 
 // A rank that has been closed is free at once.
 func TestJoinAfterClose(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	name := newName()
 	group := joinAll(t, name, 2, at(s))
@@ -181,6 +184,7 @@ func TestJoinAfterClose(t *testing.T) {
 
 // All ranks must come. Who joins is told who has not.
 func TestJoinMissing(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	cause := errors.New("enough")
 	ctx, cancel := context.WithTimeoutCause(t.Context(), 300*time.Millisecond, cause)
@@ -204,6 +208,7 @@ func TestJoinMissing(t *testing.T) {
 
 // Ranks that don't agree on the size don't become a group, and each says what both say.
 func TestJoinSizes(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	name := newName()
 	errs := make(chan error)
@@ -234,6 +239,7 @@ func TestJoinSizes(t *testing.T) {
 
 // A rank is taken once: by the one that has joined, or the first of those that begin at the same time.
 func TestJoinTaken(t *testing.T) {
+	t.Parallel()
 	s := startServer(t, serverOptions())
 	for range 5 {
 		name := newName()
@@ -277,6 +283,7 @@ func TestJoinTaken(t *testing.T) {
 
 // What can't be is refused before anything is sent, and all of it at once.
 func TestJoinConfig(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		cfg  natsdp.Config
 		opts []natsdp.Option
@@ -304,6 +311,7 @@ func TestJoinConfig(t *testing.T) {
 
 // A server that is not there yet is waited for, as long as ctx says.
 func TestJoinWithoutServer(t *testing.T) {
+	t.Parallel()
 	opts := serverOptions()
 	s := startServer(t, opts)
 	url, port := s.ClientURL(), s.Addr()

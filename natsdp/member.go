@@ -408,7 +408,7 @@ func (m *member) handlePeer(msg *message, direct bool) {
 		p.ended = max(p.ended, msg.round)
 		m.handleState(p, msg)
 	case kindBye:
-		p.gone = true
+		p.gone, p.asked = true, 0
 	}
 	m.signal()
 }

@@ -29,7 +29,7 @@ type kind uint8
 const (
 	kindHello  kind = 1 + iota // asks for everyone's state. Body: none
 	kindClaim                  // asks for it too, and to listen to no other life of this rank from now on. Body: none
-	kindState                  // the answer. round and step: the last that have ended, and that who asked has no part in. Body: flags, asker, rival (8 each)
+	kindState                  // the answer. round and step: the last that have ended, and that who asked has no part in. Body: flags, asker, holder (8 each)
 	kindVote                   // round: the open one; step: of the last that has ended. Body: step (8), tokens, padded (4 each), mode, flags, span
 	kindBroken                 // round and step: those that are over. Body: by (4), lowest (8), missing: a bit for each rank
 	kindBye                    // round and step: the last that have ended. Body: none
@@ -41,8 +41,9 @@ const (
 	flagComplete             // the round before this one ended with the votes of all
 	flagSpan                 // a span context follows: trace id (16), span id (8), trace flags, length of the trace state (2), trace state
 
-	flagHolds   = 1 // the rank is this process's: nobody has objected to its claim
-	flagClaimed = 2 // the answer to a claim
+	flagHolds     = 1 // the rank is this process's: nobody has objected to its claim
+	flagClaimed   = 2 // the answer to a claim
+	flagContested = 4 // somebody else has, or wants, the rank that has asked
 )
 
 const (
@@ -68,10 +69,11 @@ type message struct {
 	lowest  uint64 // the lowest step that was in the round
 	missing []int  // ascending
 
-	holds   bool
-	claimed bool
-	asker   uint64 // epoch of who has asked; 0: nobody
-	rival   uint64 // epoch of somebody else who has, or claims, the rank that has asked; 0: nobody
+	holds     bool
+	claimed   bool
+	contested bool
+	asker     uint64 // epoch of who has asked; 0: nobody
+	holder    uint64 // epoch of who has that one's rank, as far as is known; 0: nobody
 }
 
 // hashGroup returns what stands for the name of a group.
@@ -103,9 +105,9 @@ func (m *message) appendTo(b []byte) []byte {
 			b[bits+rank/8] |= 1 << (rank % 8)
 		}
 	case kindState:
-		b = append(b, flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed))
+		b = append(b, flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|flag(m.contested, flagContested))
 		b = binary.BigEndian.AppendUint64(b, m.asker)
-		b = binary.BigEndian.AppendUint64(b, m.rival)
+		b = binary.BigEndian.AppendUint64(b, m.holder)
 	}
 	return b
 }
@@ -166,9 +168,9 @@ func decode(b []byte) (message, error) {
 	case kindHello, kindClaim, kindBye:
 	case kindState:
 		flags := r.uint8()
-		r.require(flags&^(flagHolds|flagClaimed) == 0)
-		m.holds, m.claimed = flags&flagHolds != 0, flags&flagClaimed != 0
-		m.asker, m.rival = r.counter(), r.counter()
+		r.require(flags&^(flagHolds|flagClaimed|flagContested) == 0)
+		m.holds, m.claimed, m.contested = flags&flagHolds != 0, flags&flagClaimed != 0, flags&flagContested != 0
+		m.asker, m.holder = r.counter(), r.counter()
 	case kindVote:
 		m.decodeVote(&r)
 	case kindBroken:

@@ -72,7 +72,7 @@ type Config struct {
 type Option interface{ apply(*options) }
 
 type options struct {
-	connect func() (*nats.Conn, error) // nil: conn is given
+	connect func(ctx context.Context) (*nats.Conn, error) // nil: conn is given
 	conn    *nats.Conn
 	prefix  string
 }
@@ -82,11 +82,11 @@ type optionFunc func(*options)
 func (f optionFunc) apply(o *options) { f(o) }
 
 // WithURL makes Join connect to a server, or to one of several separated by commas, as [Connect] does, and Close close that
-// connection. Join tries again as long as no server answers.
+// connection.
 func WithURL(url string, opts ...nats.Option) Option {
 	opts = append([]nats.Option{nats.NoEcho()}, opts...) // the connection has one rank alone
 	return optionFunc(func(o *options) {
-		o.conn, o.connect = nil, func() (*nats.Conn, error) { return Connect(url, opts...) }
+		o.conn, o.connect = nil, func(ctx context.Context) (*nats.Conn, error) { return Connect(ctx, url, opts...) }
 	})
 }
 
@@ -103,11 +103,15 @@ func WithSubjectPrefix(prefix string) Option {
 	return optionFunc(func(o *options) { o.prefix = prefix })
 }
 
-// Connect is [nats.Connect] with options that suit a group: it never stops to reconnect, does so at once, and does not keep votes
-// for later meanwhile, since they are sent again anyway. TLS and credentials are options of nats: [nats.RootCAs],
-// [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and others. What opts say goes before.
-func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
-	return nats.Connect(url, append([]nats.Option{
+// Connect connects to a NATS server as suits a group: it waits for a server until ctx ends, and a connection that is lost is made
+// again without end, at once, and without keeping votes for later meanwhile, since they are sent again anyway. TLS and
+// credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and
+// others. What opts say goes before.
+//
+// The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them, and wraps ctx's cause where none
+// has answered.
+func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, error) {
+	opts = append([]nats.Option{
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(50 * time.Millisecond),
 		nats.ReconnectJitter(50*time.Millisecond, 200*time.Millisecond),
@@ -115,7 +119,48 @@ func Connect(url string, opts ...nats.Option) (*nats.Conn, error) {
 		nats.FlusherTimeout(5 * time.Second),
 		nats.PingInterval(5 * time.Second),                                // a link that is silently gone shows after three of them
 		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}), // the default one prints
-	}, opts...)...)
+	}, opts...)
+	for {
+		conn, err := connectOnce(ctx, url, opts)
+		if err == nil || !isAbsent(err) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
+		case <-time.After(2 * resendFirst):
+		}
+	}
+}
+
+// connectOnce connects, but not for longer than ctx lets it.
+func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Conn, error) {
+	type result struct {
+		conn *nats.Conn
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		conn, err := nats.Connect(url, opts...)
+		done <- result{conn, err}
+	}()
+	select {
+	case r := <-done:
+		return r.conn, r.err
+	case <-ctx.Done():
+		go func() { // ends with the timeout of the connection
+			if r := <-done; r.err == nil {
+				r.conn.Close()
+			}
+		}()
+		return nil, fmt.Errorf("nats: connecting: %w", context.Cause(ctx))
+	}
+}
+
+// isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
+func isAbsent(err error) bool {
+	op, ok := errors.AsType[*net.OpError](err)
+	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && op.Op == "dial"
 }
 
 // Coordinator is one rank of a group. It implements [fwd.Coordinator]. Exchange is for one Runner; the other methods may be
@@ -153,9 +198,12 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 	if err := cfg.check(&o); err != nil {
 		return nil, err
 	}
-	conn, err := o.connection(ctx)
-	if err != nil {
-		return nil, err
+	conn := o.conn
+	if o.connect != nil {
+		var err error
+		if conn, err = o.connect(ctx); err != nil {
+			return nil, err
+		}
 	}
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
@@ -207,57 +255,6 @@ func (c Config) check(o *options) error {
 // isToken reports whether s can be part of a subject.
 func isToken(s string) bool {
 	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") == ""
-}
-
-// connection returns the connection, and tries again as long as there is no server.
-func (o *options) connection(ctx context.Context) (*nats.Conn, error) {
-	if o.connect == nil {
-		return o.conn, nil
-	}
-	for {
-		conn, err := o.dial(ctx)
-		if err == nil || !isAbsent(err) {
-			return conn, err
-		}
-		select {
-		case <-ctx.Done():
-			return nil, fmt.Errorf("natsdp: %w: %w", err, context.Cause(ctx))
-		case <-time.After(2 * resendFirst):
-		}
-	}
-}
-
-// dial connects, but not for longer than ctx lets it.
-func (o *options) dial(ctx context.Context) (*nats.Conn, error) {
-	type result struct {
-		conn *nats.Conn
-		err  error
-	}
-	dialed := make(chan result, 1)
-	go func() {
-		conn, err := o.connect()
-		dialed <- result{conn, err}
-	}()
-	select {
-	case r := <-dialed:
-		return r.conn, r.err
-	case <-ctx.Done():
-		go func() { // ends with the timeout of the connection
-			if r := <-dialed; r.err == nil {
-				r.conn.Close()
-			}
-		}()
-		return nil, fmt.Errorf("natsdp: connecting: %w", context.Cause(ctx))
-	}
-}
-
-// isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
-func isAbsent(err error) bool {
-	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) {
-		return true
-	}
-	op, ok := errors.AsType[*net.OpError](err)
-	return ok && op.Op == "dial"
 }
 
 // publisher returns what sends this rank's messages. An error says nothing that the member could use: what is lost is sent

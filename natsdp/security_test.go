@@ -91,6 +91,7 @@ func (a *authority) client(t *testing.T) (certFile, keyFile string) {
 
 // With mutual TLS, ranks with a certificate of the authority become a group, and nobody else gets in.
 func TestMutualTLS(t *testing.T) {
+	t.Parallel()
 	ca, other := newAuthority(t, "ca"), newAuthority(t, "other")
 	cert, key := ca.server(t)
 	opts := serverOptions()
@@ -148,6 +149,7 @@ func rankUsers(group string, size int) []*server.User {
 
 // Who has no credentials gets nowhere, who has some for other subjects neither, and a rank can't speak for another.
 func TestCredentials(t *testing.T) {
+	t.Parallel()
 	const size = 3
 	name := newName()
 	opts := serverOptions()
@@ -188,7 +190,7 @@ func TestCredentials(t *testing.T) {
 	// What happens on one's connection while the group takes steps.
 	as := func(t *testing.T, user string) (conn *nats.Conn, refused chan error) {
 		refused = make(chan error, 100)
-		conn, err := natsdp.Connect(s.ClientURL(), nats.UserInfo(user, "pw"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		conn, err := natsdp.Connect(t.Context(), s.ClientURL(), nats.UserInfo(user, "pw"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 			refused <- err
 		}))
 		if err != nil {
@@ -269,12 +271,13 @@ func TestCredentials(t *testing.T) {
 // Whatever anybody sends on the subjects of a group, short of speaking for a rank in its present life, is counted and ignored. The
 // group neither stalls nor is steered.
 func TestNoise(t *testing.T) {
+	t.Parallel()
 	const size, steps = 3, 3000
 	s := startServer(t, serverOptions())
 	name := newName()
 	group := joinAll(t, name, size, at(s))
 	base := natsdp.DefaultSubjectPrefix + "." + name
-	conn, err := natsdp.Connect(s.ClientURL())
+	conn, err := natsdp.Connect(t.Context(), s.ClientURL())
 	if err != nil {
 		t.Fatal(err)
 	}

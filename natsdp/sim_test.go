@@ -32,7 +32,7 @@ type bus struct {
 type station struct {
 	*member
 	bus    *bus
-	dead   bool
+	killed bool
 	frozen bool // nothing gets through, until it thaws
 	held   []func()
 }
@@ -77,11 +77,11 @@ func (b *bus) joinAll(t *testing.T) []*station {
 func (b *bus) send(from *station, to int, data []byte) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if from.dead || b.cut[from.rank] {
+	if from.killed || b.cut[from.rank] {
 		return
 	}
 	for _, s := range b.stations {
-		if to != toAll && s.rank != to || s.dead || b.cut[s.rank] || b.random.Float64() < b.loss {
+		if to != toAll && s.rank != to || s.killed || b.cut[s.rank] || b.random.Float64() < b.loss {
 			continue
 		}
 		b.deliver(from.rank, s, to != toAll, data)
@@ -108,7 +108,7 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 func (s *station) kill() {
 	s.bus.mu.Lock()
 	defer s.bus.mu.Unlock()
-	s.dead = true
+	s.killed = true
 }
 
 // thaw lets in what was held back.
@@ -467,4 +467,51 @@ func TestClockBehind(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Of several processes that want the same rank, whenever they begin and however long messages take, one gets it, and the group
+// comes together.
+func TestOneGetsTheRank(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(500) {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBus(2, seed)
+			b.delay = 20 * time.Millisecond
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			var wg sync.WaitGroup
+			var mu sync.Mutex
+			got := make([][]*station, 2)
+			for _, rank := range []int{0, 1, 1, 1} {
+				begins := time.Duration(b.random.Int64N(int64(60 * time.Millisecond)))
+				wg.Go(func() {
+					time.Sleep(begins)
+					s, err := b.join(ctx, rank)
+					mu.Lock()
+					defer mu.Unlock()
+					if err == nil {
+						got[rank] = append(got[rank], s)
+					} else if !errors.Is(err, ErrRankTaken) {
+						t.Errorf("seed %d, rank %d: %v", seed, rank, err)
+					}
+				})
+			}
+			wg.Wait()
+			// Two that claimed it at the same moment may both have been told that it is theirs. The earlier one learns otherwise.
+			time.Sleep(b.delay)
+			synctest.Wait()
+			got[1] = slices.DeleteFunc(got[1], func(s *station) bool { return errors.Is(s.dead, ErrRankTaken) })
+			if len(got[0]) != 1 || len(got[1]) != 1 {
+				t.Fatalf("seed %d: rank 0 is taken %d times, rank 1 %d times", seed, len(got[0]), len(got[1]))
+			}
+			for rank := range got {
+				wg.Go(func() {
+					if _, err := got[rank][0].Exchange(ctx, fwd.Vote{Step: 1}); err != nil {
+						t.Errorf("seed %d, rank %d: %v", seed, rank, err)
+					}
+				})
+			}
+			wg.Wait()
+		})
+	}
 }

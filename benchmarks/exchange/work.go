@@ -59,7 +59,7 @@ func work(ctx context.Context, text string, stdout io.Writer) error {
 
 // start connects a rank, waits for the others, and returns what takes one round.
 func (j *job) start(ctx context.Context) (round func(context.Context, uint64) error, end func(), err error) {
-	gather, close, err := j.bare()
+	gather, close, err := j.bare(ctx)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -83,8 +83,8 @@ func (j *job) start(ctx context.Context) (round func(context.Context, uint64) er
 }
 
 // bare returns a round of the bare all-gather: one message to all, and one from each.
-func (j *job) bare() (round func(context.Context, uint64) error, close func(), err error) {
-	conn, err := natsdp.Connect(j.URL, nats.NoEcho())
+func (j *job) bare(ctx context.Context) (round func(context.Context, uint64) error, close func(), err error) {
+	conn, err := natsdp.Connect(ctx, j.URL, nats.NoEcho())
 	if err != nil {
 		return nil, nil, err
 	}

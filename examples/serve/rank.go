@@ -6,9 +6,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
+	"net/url"
 	"regexp"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -68,10 +69,10 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 		}
 	}
 	if o.nats != "" && o.processes {
-		bad("-nats is %s beside -processes, which starts a server of its own", o.nats)
+		bad("-nats is %s beside -processes, which starts a server of its own", withoutPasswords(o.nats))
 	}
 	if o.nats != "" && !given("rank") {
-		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", o.nats, dp-1, dp)
+		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", withoutPasswords(o.nats), dp-1, dp)
 	} else if o.nats != "" && (o.rank < 0 || o.rank >= dp) {
 		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
 	}
@@ -148,16 +149,27 @@ type groups struct {
 func joinGroups(ctx context.Context, o *options) (*groups, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, o.joinTimeout, fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
 	defer cancel()
-	conn, err := connect(ctx, o)
+	conn, err := natsdp.Connect(ctx, o.nats, o.credentials()...)
 	if err != nil {
-		return nil, fmt.Errorf("-nats %s: %w", o.nats, err)
+		return nil, fmt.Errorf("-nats %s: %w", withoutPasswords(o.nats), err)
 	}
 	g := &groups{conn: conn, process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
 	if err := g.join(ctx, cancel, o); err != nil {
 		g.close()
-		return nil, fmt.Errorf("-nats %s: %w", o.nats, err)
+		return nil, fmt.Errorf("-nats %s: %w", withoutPasswords(o.nats), err)
 	}
 	return g, nil
+}
+
+// withoutPasswords returns URLs as they may be printed.
+func withoutPasswords(urls string) string {
+	list := strings.Split(urls, ",")
+	for i, text := range list {
+		if u, err := url.Parse(text); err == nil {
+			list[i] = u.Redacted()
+		}
+	}
+	return strings.Join(list, ",")
 }
 
 // join joins all groups at once, since each waits for the others. The first error ends that.
@@ -197,27 +209,6 @@ func (g *groups) close() {
 	}
 	wg.Wait()
 	g.conn.Close()
-}
-
-// connect connects to the server, which may start later than this process.
-func connect(ctx context.Context, o *options) (*nats.Conn, error) {
-	for {
-		conn, err := natsdp.Connect(o.nats, o.credentials()...)
-		if err == nil || !isAbsent(err) {
-			return conn, err
-		}
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
-		}
-	}
-}
-
-// isAbsent reports whether an error of connecting means that there is no server, rather than one that refuses.
-func isAbsent(err error) bool {
-	op, dialing := errors.AsType[*net.OpError](err)
-	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || dialing && op.Op == "dial"
 }
 
 // credentials returns who this process is to the server, and who the server has to be.
