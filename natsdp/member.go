@@ -43,7 +43,7 @@ type member struct {
 	round    uint64
 	step     uint64 // the group's
 	complete bool   // the votes of all were there
-	answer   []byte // to who is still in that round; nil: only that it is over
+	answer   []byte // to who is still in that round; empty: there is only to say that it is over
 
 	open, next gathering // rounds round+1 and round+2: a rank may be through with a round when its next vote comes, and others not
 

@@ -208,7 +208,7 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
 		base:   o.prefix + "." + cfg.Group,
-		in:     make(chan *nats.Msg, 1024+16*cfg.Size), // several rounds
+		in:     make(chan *nats.Msg, min(1024+16*cfg.Size, 1<<16)), // several rounds; what is beyond is dropped, and sent again
 		status: conn.StatusChanged(nats.CONNECTED, nats.CLOSED),
 		done:   make(chan struct{}),
 	}
