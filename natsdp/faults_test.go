@@ -77,16 +77,7 @@ func TestServerGone(t *testing.T) {
 func TestReconnect(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, serverOptions())
-	conns := make([]*nats.Conn, 3)
-	group := joinAll(t, newName(), 3, func(rank int) []natsdp.Option {
-		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(conn.Close)
-		conns[rank] = conn
-		return []natsdp.Option{natsdp.WithConn(conn)}
-	})
+	group, conns := joinByConns(t, s, newName(), 3)
 	for step := uint64(1); step <= 12; step++ {
 		rank := int(step % 3)
 		first := begin(t.Context(), group[rank], vote(rank, step))
@@ -119,10 +110,7 @@ func TestReconnect(t *testing.T) {
 func TestConnectionClosed(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, serverOptions())
-	conn, err := natsdp.Connect(t.Context(), s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
+	conn := connect(t, s)
 	group := joinAll(t, newName(), 2, func(rank int) []natsdp.Option {
 		if rank == 0 {
 			return []natsdp.Option{natsdp.WithConn(conn)}

@@ -82,16 +82,7 @@ func TestJoinAgain(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, serverOptions())
 	name := newName()
-	conns := make([]*nats.Conn, 3)
-	group := joinAll(t, name, 3, func(rank int) []natsdp.Option {
-		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(conn.Close)
-		conns[rank] = conn
-		return []natsdp.Option{natsdp.WithConn(conn)}
-	})
+	group, conns := joinByConns(t, s, name, 3)
 	for step := uint64(1); step <= 20; step++ {
 		together(t, group, step)
 	}
@@ -104,11 +95,7 @@ func TestJoinAgain(t *testing.T) {
 				waiting = append(waiting, begin(t.Context(), c, vote(other, step)))
 			}
 		}
-		conn, err := natsdp.Connect(t.Context(), s.ClientURL())
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(conn.Close)
+		conn := connect(t, s)
 		began := time.Now()
 		c, err := natsdp.Join(t.Context(), natsdp.Config{Group: name, Rank: rank, Size: 3}, natsdp.WithConn(conn))
 		if err != nil {

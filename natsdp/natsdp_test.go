@@ -59,9 +59,10 @@ func joinAll(t *testing.T, name string, size int, how func(rank int) []natsdp.Op
 	group := make([]*natsdp.Coordinator, size)
 	var wg sync.WaitGroup
 	for rank := range group {
+		opts := how(rank)
 		wg.Go(func() {
 			var err error
-			if group[rank], err = natsdp.Join(ctx, natsdp.Config{Group: name, Rank: rank, Size: size}, how(rank)...); err != nil {
+			if group[rank], err = natsdp.Join(ctx, natsdp.Config{Group: name, Rank: rank, Size: size}, opts...); err != nil {
 				t.Errorf("rank %d: %v", rank, err)
 			}
 		})
@@ -86,6 +87,28 @@ func closeAll(group []*natsdp.Coordinator) {
 // at returns the option to reach a server.
 func at(s *server.Server, opts ...nats.Option) func(int) []natsdp.Option {
 	return func(int) []natsdp.Option { return []natsdp.Option{natsdp.WithURL(s.ClientURL(), opts...)} }
+}
+
+// joinByConns makes a group whose ranks have connections of the test's.
+func joinByConns(t *testing.T, s *server.Server, name string, size int) (group []*natsdp.Coordinator, conns []*nats.Conn) {
+	t.Helper()
+	group = joinAll(t, name, size, func(int) []natsdp.Option {
+		conn := connect(t, s)
+		conns = append(conns, conn)
+		return []natsdp.Option{natsdp.WithConn(conn)}
+	})
+	return group, conns
+}
+
+// connect returns a connection, which ends with the test.
+func connect(t *testing.T, s *server.Server, opts ...nats.Option) *nats.Conn {
+	t.Helper()
+	conn, err := natsdp.Connect(t.Context(), s.ClientURL(), opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(conn.Close)
+	return conn
 }
 
 func coordinators(group []*natsdp.Coordinator) []fwd.Coordinator {

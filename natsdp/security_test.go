@@ -190,14 +190,9 @@ func TestCredentials(t *testing.T) {
 	// What happens on one's connection while the group takes steps.
 	as := func(t *testing.T, user string) (conn *nats.Conn, refused chan error) {
 		refused = make(chan error, 100)
-		conn, err := natsdp.Connect(t.Context(), s.ClientURL(), nats.UserInfo(user, "pw"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+		return connect(t, s, nats.UserInfo(user, "pw"), nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
 			refused <- err
-		}))
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(conn.Close)
-		return conn, refused
+		})), refused
 	}
 	forge := func(t *testing.T, conn *nats.Conn, subject string, rank int) {
 		for round := uint64(2); round < 6; round++ {
@@ -277,11 +272,7 @@ func TestNoise(t *testing.T) {
 	name := newName()
 	group := joinAll(t, name, size, at(s))
 	base := natsdp.DefaultSubjectPrefix + "." + name
-	conn, err := natsdp.Connect(t.Context(), s.ClientURL())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Close()
+	conn := connect(t, s)
 	stop, stopped := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(stopped)

@@ -9,6 +9,30 @@ import (
 
 // TestCovering: the answers are those of the reference in every configuration, as far as any two settings go together.
 func TestCovering(t *testing.T) {
+	forCovering(t, func(t *testing.T, cfg Config, adapters int) {
+		// A prompt that is larger than any graph, and some small ones for every rank.
+		requests := newRequests(9*cfg.DataParallelSize, 20, 10)
+		requests[0].Prompt = newRequests(1, 1, 1)[0].Prompt
+		for len(requests[0].Prompt) < 150 {
+			requests[0].Prompt = append(requests[0].Prompt, 7*len(requests[0].Prompt)%256)
+		}
+		stats := serve(t, cfg, withAdapters(requests, adapters))
+		for what, got := range map[string]struct{ want, is bool }{
+			"split passes":    {cfg.NumUBatches > 1, stats.SplitPasses > 0},
+			"accepted tokens": {cfg.NumSpeculativeTokens > 0, stats.AcceptedTokens > 0},
+			"captures":        {cfg.GraphMode != fwd.GraphNone, stats.Captures > 0},
+			"replays":         {cfg.GraphMode != fwd.GraphNone, stats.Replays > stats.Captures},
+			"FULL passes":     {cfg.GraphMode.HasFullGraphs(), stats.Modes[fwd.GraphFull] > 0},
+		} {
+			if got.want != got.is {
+				t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, stats)
+			}
+		}
+	})
+}
+
+// forCovering runs a test in so many configurations that any two settings are together in one of them, with so many adapters.
+func forCovering(t *testing.T, test func(t *testing.T, cfg Config, adapters int)) {
 	dp, sp, chunk := []int{1, 2, 3, 4}, []int{1, 2}, []int{1, 7, 64}
 	modes := []fwd.GraphMode{fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull, fwd.GraphFullDecodeOnly, fwd.GraphFullAndPiecewise}
 	ubatches, spec, loras := []int{1, 2, 3}, []int{0, 2}, []int{0, 3}
@@ -29,24 +53,7 @@ func TestCovering(t *testing.T) {
 			cfg.MaxChunk, cfg.GraphMode, cfg.NumUBatches, cfg.NumSpeculativeTokens, adapters)
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			// A prompt that is larger than any graph, and some small ones for every rank.
-			requests := newRequests(9*cfg.DataParallelSize, 20, 10)
-			requests[0].Prompt = newRequests(1, 1, 1)[0].Prompt
-			for len(requests[0].Prompt) < 150 {
-				requests[0].Prompt = append(requests[0].Prompt, 7*len(requests[0].Prompt)%256)
-			}
-			stats := serve(t, cfg, withAdapters(requests, adapters))
-			for what, got := range map[string]struct{ want, is bool }{
-				"split passes":    {cfg.NumUBatches > 1, stats.SplitPasses > 0},
-				"accepted tokens": {cfg.NumSpeculativeTokens > 0, stats.AcceptedTokens > 0},
-				"captures":        {cfg.GraphMode != fwd.GraphNone, stats.Captures > 0},
-				"replays":         {cfg.GraphMode != fwd.GraphNone, stats.Replays > stats.Captures},
-				"FULL passes":     {cfg.GraphMode.HasFullGraphs(), stats.Modes[fwd.GraphFull] > 0},
-			} {
-				if got.want != got.is {
-					t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, stats)
-				}
-			}
+			test(t, cfg, adapters)
 		})
 	}
 }

@@ -107,60 +107,40 @@ func (f *fleet) allFinished(outcomes []outcome) {
 // TestProcesses: in every configuration, as far as any two settings go together, the answers are those of the reference, and
 // all ranks stop after the same step.
 func TestProcesses(t *testing.T) {
-	dp, sp, chunk := []int{1, 2, 3, 4}, []int{1, 2}, []int{1, 7, 64}
-	modes := []fwd.GraphMode{fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull, fwd.GraphFullDecodeOnly, fwd.GraphFullAndPiecewise}
-	ubatches, spec, loras := []int{1, 2, 3}, []int{0, 2}, []int{0, 3}
-	for _, row := range pairwise(len(dp), len(sp), len(chunk), len(modes), len(ubatches), len(spec), len(loras)) {
-		cfg := Config{
-			DataParallelSize:     dp[row[0]],
-			SequenceParallel:     sp[row[1]],
-			MaxChunk:             chunk[row[2]],
-			GraphMode:            modes[row[3]],
-			NumUBatches:          ubatches[row[4]],
-			NumSpeculativeTokens: spec[row[5]],
-			ExchangeTimeout:      10 * time.Second,
-
-			DecodeUBatchThreshold:  2,
-			PrefillUBatchThreshold: 2,
+	forCovering(t, func(t *testing.T, cfg Config, adapters int) {
+		cfg.ExchangeTimeout = 10 * time.Second
+		requests := newRequests(9*cfg.DataParallelSize+1, 20, 10) // one rank has more than the others
+		requests[0].Prompt = make([]int, 150)                     // larger than any graph
+		f := newFleet(t, cfg, withAdapters(requests, adapters))
+		outcomes := f.all(0)
+		f.allFinished(outcomes)
+		sum := Stats{}
+		for rank, o := range outcomes {
+			if o.stats.Steps != outcomes[0].stats.Steps || o.stats.FailedSteps != 0 {
+				t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps, o.stats.FailedSteps)
+			}
+			if len(o.stats.Ranks) != 1 || o.stats.Ranks[0].Rank != rank {
+				t.Errorf("rank %d has the figures of %+v", rank, o.stats.Ranks)
+			}
+			sum.SplitPasses += o.stats.SplitPasses
+			sum.AcceptedTokens += o.stats.AcceptedTokens
+			sum.Replays += o.stats.Replays - o.stats.Captures
+			sum.DraftPasses += o.stats.DraftPasses
 		}
-		adapters := loras[row[6]]
-		name := fmt.Sprintf("dp=%d/sp=%d/chunk=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", cfg.DataParallelSize, cfg.SequenceParallel,
-			cfg.MaxChunk, cfg.GraphMode, cfg.NumUBatches, cfg.NumSpeculativeTokens, adapters)
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			requests := newRequests(9*cfg.DataParallelSize+1, 20, 10) // one rank has more than the others
-			requests[0].Prompt = make([]int, 150)                     // larger than any graph
-			f := newFleet(t, cfg, withAdapters(requests, adapters))
-			outcomes := f.all(0)
-			f.allFinished(outcomes)
-			sum := Stats{}
-			for rank, o := range outcomes {
-				if o.stats.Steps != outcomes[0].stats.Steps || o.stats.FailedSteps != 0 {
-					t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps, o.stats.FailedSteps)
-				}
-				if len(o.stats.Ranks) != 1 || o.stats.Ranks[0].Rank != rank {
-					t.Errorf("rank %d has the figures of %+v", rank, o.stats.Ranks)
-				}
-				sum.SplitPasses += o.stats.SplitPasses
-				sum.AcceptedTokens += o.stats.AcceptedTokens
-				sum.Replays += o.stats.Replays - o.stats.Captures
-				sum.DraftPasses += o.stats.DraftPasses
+		for what, got := range map[string]struct{ want, is bool }{
+			"split passes":    {cfg.NumUBatches > 1, sum.SplitPasses > 0},
+			"accepted tokens": {cfg.NumSpeculativeTokens > 0, sum.AcceptedTokens > 0},
+			"replays":         {cfg.GraphMode != fwd.GraphNone, sum.Replays > 0},
+			"draft passes":    {cfg.NumSpeculativeTokens > 0, sum.DraftPasses > 0},
+		} {
+			if got.want != got.is {
+				t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, sum)
 			}
-			for what, got := range map[string]struct{ want, is bool }{
-				"split passes":    {cfg.NumUBatches > 1, sum.SplitPasses > 0},
-				"accepted tokens": {cfg.NumSpeculativeTokens > 0, sum.AcceptedTokens > 0},
-				"replays":         {cfg.GraphMode != fwd.GraphNone, sum.Replays > 0},
-				"draft passes":    {cfg.NumSpeculativeTokens > 0, sum.DraftPasses > 0},
-			} {
-				if got.want != got.is {
-					t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, sum)
-				}
-			}
-			if steps := outcomes[0].stats.Steps; cfg.DataParallelSize > 1 && steps%syncEvery != 0 {
-				t.Errorf("the ranks stopped after %d steps, no multiple of %d", steps, syncEvery)
-			}
-		})
-	}
+		}
+		if steps := outcomes[0].stats.Steps; cfg.DataParallelSize > 1 && steps%syncEvery != 0 {
+			t.Errorf("the ranks stopped after %d steps, no multiple of %d", steps, syncEvery)
+		}
+	})
 }
 
 // TestProcessesIdle: ranks that have nothing to serve keep step with one that has, and none of them takes a step for nothing.
