@@ -34,7 +34,8 @@
 // on every rank. A rank without work plans a dummy pass. Steps are numbered: a rank that is missing is named in the error
 // of all others when the first of them stops waiting (see [WithExchangeTimeout]), a rank that was restarted costs one
 // failed step, and neither leaves anything behind: once all ranks come again, the next step succeeds. [NewLocalGroup] connects
-// ranks that are goroutines; ranks in several processes need a [Coordinator] over their network.
+// ranks that are goroutines, and the module natsdp beside this one those that are processes, on any number of hosts. Another
+// [Coordinator] can be held to its contract by the module fwdtest.
 //
 // # Concurrency
 //

@@ -1,0 +1,124 @@
+package faults
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// hosts are two network namespaces with a link between them, which is all that two hosts have in common.
+type hosts struct {
+	*testing.T
+	names [2]string
+}
+
+// device is each host's end of the link.
+const device = "veth0"
+
+// address returns where the other host finds this one.
+func address(host int) string { return fmt.Sprint("10.0.0.", host+1) }
+
+var hostPairs atomic.Int64
+
+func newHosts(t *testing.T) *hosts {
+	t.Helper()
+	needNamespaces(t)
+	h, pair := &hosts{T: t}, hostPairs.Add(1)
+	for i := range h.names {
+		name := fmt.Sprintf("%s-%d-%d", ownName(os.Getpid()), pair, i)
+		h.ip("netns", "add", name)
+		t.Cleanup(func() { h.ip("netns", "delete", name) })
+		h.names[i] = name
+	}
+	h.ip("link", "add", "name", device, "netns", h.names[0], "type", "veth", "peer", "name", device, "netns", h.names[1])
+	for i, name := range h.names {
+		h.ip("-n", name, "address", "add", address(i)+"/24", "dev", device)
+		h.ip("-n", name, "link", "set", "lo", "up")
+		h.ip("-n", name, "link", "set", device, "up")
+	}
+	return h
+}
+
+// needNamespaces skips a test where there can be no network namespaces. There are some wherever CI is true.
+func needNamespaces(t *testing.T) {
+	t.Helper()
+	_, err := exec.LookPath("ip")
+	switch {
+	case err == nil && os.Geteuid() == 0:
+	case os.Getenv("CI") == "true":
+		t.Fatalf("network namespaces need root, and ip: user %d, %v", os.Geteuid(), err)
+	default:
+		t.Skipf("network namespaces need root, and ip: user %d, %v", os.Geteuid(), err)
+	}
+}
+
+// ip calls the command of that name.
+func (h *hosts) ip(args ...string) {
+	h.Helper()
+	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
+		h.Fatalf("ip %q: %v: %s", args, err, out)
+	}
+}
+
+// command returns a command that runs on a host.
+func (h *hosts) command(host int, args ...string) *exec.Cmd {
+	return exec.Command("ip", append([]string{"netns", "exec", h.names[host]}, args...)...)
+}
+
+// startServer starts a NATS server on host 0, and returns its URL.
+func (h *hosts) startServer() string {
+	h.Helper()
+	program, err := os.Executable()
+	if err != nil {
+		h.Fatal(err)
+	}
+	server := address(0) + ":4222"
+	cmd := h.command(0, program)
+	cmd.Env = append(os.Environ(), asServer+"="+server)
+	p := start(h.T, "the server", cmd)
+	h.Cleanup(p.kill)
+	return "nats://" + server
+}
+
+// removeStaleNamespaces removes the namespaces of processes that have died.
+func removeStaleNamespaces() {
+	entries, _ := os.ReadDir("/var/run/netns") // there may be none
+	for _, e := range entries {
+		if isStale(e.Name()) {
+			_ = exec.Command("ip", "netns", "delete", e.Name()).Run()
+		}
+	}
+}
+
+// TestHosts: a link between two hosts that is down for less time than the ranks wait in a step costs no step. One that is down for
+// longer costs steps, and both ranks go on afterwards. No connection is closed meanwhile: nothing comes through.
+func TestHosts(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, flags string
+		down        time.Duration
+		end         func(g *group)
+	}{
+		{"shortly", "-exchange-timeout 30s", time.Second, (*group).unharmed},
+		{"for long", "-exchange-timeout 1s -rejoin 1m", 3 * time.Second, (*group).harmed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			h := newHosts(t)
+			url := h.startServer()
+			g := newGroup(t, 2, func(int) string { return url }, tt.flags)
+			g.command = func(rank int, args ...string) *exec.Cmd { return h.command(rank, append([]string{binary}, args...)...) }
+			g.startAll()
+			for i, host := range []int{1, 0} {
+				g.reach(0.25 * float64(i+1))
+				h.ip("-n", h.names[host], "link", "set", device, "down")
+				g.standStill(tt.down)
+				h.ip("-n", h.names[host], "link", "set", device, "up")
+			}
+			tt.end(g)
+		})
+	}
+}

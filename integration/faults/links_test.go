@@ -1,0 +1,137 @@
+//go:build unix
+
+package faults
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/Shopify/toxiproxy/v2"
+	"github.com/rs/zerolog"
+)
+
+// link is what a rank reaches the server through.
+type link struct {
+	*testing.T
+	*toxiproxy.Proxy
+}
+
+// newLinks returns a link for each of n ranks.
+func newLinks(t *testing.T, n int) []link {
+	t.Helper()
+	upstream := startServer(t, serverOptions()).Addr().String()
+	owner := toxiproxy.NewServer(toxiproxy.NewMetricsContainer(nil), zerolog.Nop())
+	links := make([]link, n)
+	for rank := range links {
+		links[rank] = link{t, toxiproxy.NewProxy(owner, fmt.Sprint("rank", rank), "127.0.0.1:0", upstream)}
+		if err := links[rank].Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(links[rank].Stop)
+	}
+	return links
+}
+
+// through returns the URLs of the server as the ranks see it.
+func through(links []link) func(rank int) string {
+	return func(rank int) string { return "nats://" + links[rank].Listen }
+}
+
+// poison makes a link bad in both directions, in one of toxiproxy's ways, until the function that it returns is called.
+func (l link) poison(toxic, attributes string) (heal func()) {
+	l.Helper()
+	var names []string
+	for _, stream := range []string{"upstream", "downstream"} {
+		added, err := l.Toxics.AddToxicJson(strings.NewReader(fmt.Sprintf(`{"type":%q,"stream":%q,"attributes":{%s}}`, toxic, stream, attributes)))
+		if err != nil {
+			l.Fatal(err)
+		}
+		names = append(names, added.Name)
+	}
+	return func() {
+		l.Helper()
+		for _, name := range names {
+			if err := l.Toxics.RemoveToxic(context.Background(), name); err != nil {
+				l.Fatal(err)
+			}
+		}
+	}
+}
+
+// TestLinkCut: a connection that is closed, and can't be made again for a while, costs no step where the ranks wait for longer than
+// that. Else it costs steps, and all go on afterwards.
+func TestLinkCut(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, flags string
+		cut         time.Duration
+		end         func(g *group)
+	}{
+		{"shortly", "-exchange-timeout 30s", 500 * time.Millisecond, (*group).unharmed},
+		{"for long", "-exchange-timeout 1s -rejoin 1m", 2500 * time.Millisecond, (*group).harmed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			links := newLinks(t, 3)
+			g := newGroup(t, len(links), through(links), tt.flags)
+			g.startAll()
+			for i, rank := range []int{1, 0} {
+				g.reach(0.25 * float64(i+1))
+				links[rank].Stop()
+				g.standStill(tt.cut)
+				if err := links[rank].Start(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			tt.end(g)
+		})
+	}
+}
+
+// TestLinkReset: connections that are reset whenever something goes through them, again and again, cost no step.
+func TestLinkReset(t *testing.T) {
+	t.Parallel()
+	links := newLinks(t, 3)
+	g := newGroup(t, len(links), through(links), "-exchange-timeout 30s")
+	g.startAll()
+	g.reach(0.1)
+	for i := range 6 {
+		heal := links[i%len(links)].poison("reset_peer", `"timeout":0`)
+		g.standStill(200 * time.Millisecond)
+		heal()
+		g.goOn()
+	}
+	g.unharmed()
+}
+
+// TestLinkSlow: links with a delay of 100 ms in both directions, or of 5 KB/s, make all steps slow, and no step fails.
+func TestLinkSlow(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		toxic, attributes string
+		requests          int
+		atLeast           time.Duration // that takes: there is a step for each token of the longest answer
+	}{
+		{"latency", `"latency":100`, 1, 27 * 200 * time.Millisecond},
+		{"bandwidth", `"rate":5`, 40, 96 * 20 * time.Millisecond},
+	} {
+		t.Run(tt.toxic, func(t *testing.T) {
+			t.Parallel()
+			links := newLinks(t, 2)
+			for _, l := range links {
+				l.poison(tt.toxic, tt.attributes)
+			}
+			g := newGroup(t, len(links), through(links), "-exchange-timeout 30s")
+			g.requests = tt.requests
+			began := time.Now()
+			g.startAll()
+			g.unharmed()
+			if took := time.Since(began); took < tt.atLeast {
+				t.Errorf("the run took %v, want at least %v", took, tt.atLeast)
+			}
+		})
+	}
+}

@@ -1,0 +1,88 @@
+//go:build unix
+
+package faults
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// TestStopped: a rank that stands still for less time than the others wait for it costs no step. One that stands still for
+// longer costs steps, and all go on with it afterwards.
+func TestStopped(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, flags string
+		stopped     time.Duration
+		end         func(g *group)
+	}{
+		{"shortly", "-exchange-timeout 30s", 500 * time.Millisecond, (*group).unharmed},
+		{"for long", "-exchange-timeout 1s -rejoin 1m", 2500 * time.Millisecond, (*group).harmed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			g := newGroup(t, 3, at(startServer(t, serverOptions())), tt.flags)
+			g.startAll()
+			for i, rank := range []int{1, 0} {
+				g.reach(0.25 * float64(i+1))
+				g.ranks[rank].signal(syscall.SIGSTOP)
+				g.standStill(tt.stopped)
+				g.ranks[rank].signal(syscall.SIGCONT)
+			}
+			tt.end(g)
+		})
+	}
+}
+
+// TestTakenOver: a rank that stands still is thought dead, and another process takes its place. When it goes on it learns that,
+// and ends; the others don't notice. Each of the two has a results file of its own, since the first one may yet write what it
+// had in hand.
+func TestTakenOver(t *testing.T) {
+	t.Parallel()
+	for _, rank := range []int{0, 2} {
+		t.Run(fmt.Sprint("rank=", rank), func(t *testing.T) {
+			t.Parallel()
+			g := newGroup(t, 3, at(startServer(t, serverOptions())), "-exchange-timeout 1s -rejoin 1m")
+			g.startAll()
+			g.reach(0.3)
+			old, oldFile := g.ranks[rank], g.files[rank]
+			old.signal(syscall.SIGSTOP)
+			g.standStill(500 * time.Millisecond)
+
+			g.files[rank] = oldFile + ".2"
+			copyLines(t, oldFile, g.files[rank])
+			resumed := written(t, g.files[rank])
+			g.start(rank)
+			eventually(t, "the other process has results", func() bool { return written(t, g.files[rank]) > resumed })
+			old.signal(syscall.SIGCONT)
+			text, finished := old.failure()
+			g.amid()
+			if want := "another process has this rank: another one became rank "; !strings.Contains(text, want) {
+				t.Errorf("the first rank %d does not say %q: %s", rank, want, text)
+			}
+			if n := g.check(rank, oldFile); n != finished {
+				t.Errorf("the first rank %d has %d results, and says %d", rank, n, finished)
+			}
+			if r := g.complete()[rank]; r.Resumed != resumed || r.FailedSteps != 0 {
+				t.Errorf("rank %d: %+v, want %d resumed and no failed step", rank, r, resumed)
+			}
+		})
+	}
+}
+
+// copyLines copies the whole lines of a file.
+func copyLines(t *testing.T, from, to string) {
+	t.Helper()
+	text, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, text[:bytes.LastIndexByte(text, '\n')+1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
