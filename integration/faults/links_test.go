@@ -45,7 +45,8 @@ func (l link) poison(toxic, attributes string) (heal func()) {
 	l.Helper()
 	var names []string
 	for _, stream := range []string{"upstream", "downstream"} {
-		added, err := l.Toxics.AddToxicJson(strings.NewReader(fmt.Sprintf(`{"type":%q,"stream":%q,"attributes":{%s}}`, toxic, stream, attributes)))
+		text := fmt.Sprintf(`{"type":%q,"stream":%q,"attributes":{%s}}`, toxic, stream, attributes)
+		added, err := l.Toxics.AddToxicJson(strings.NewReader(text))
 		if err != nil {
 			l.Fatal(err)
 		}
@@ -61,8 +62,8 @@ func (l link) poison(toxic, attributes string) (heal func()) {
 	}
 }
 
-// TestLinkCut: a connection that is closed, and can't be made again for a while, costs no step where the ranks wait for longer than
-// that. Else it costs steps, and all go on afterwards.
+// TestLinkCut: a connection that is closed, and can't be made again for a while, costs no step where the ranks wait for longer
+// than that. Else it costs steps, and all go on afterwards.
 func TestLinkCut(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

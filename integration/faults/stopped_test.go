@@ -3,9 +3,7 @@
 package faults
 
 import (
-	"bytes"
 	"fmt"
-	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -72,17 +70,5 @@ func TestTakenOver(t *testing.T) {
 				t.Errorf("rank %d: %+v, want %d resumed and no failed step", rank, r, resumed)
 			}
 		})
-	}
-}
-
-// copyLines copies the whole lines of a file.
-func copyLines(t *testing.T, from, to string) {
-	t.Helper()
-	text, err := os.ReadFile(from)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(to, text[:bytes.LastIndexByte(text, '\n')+1], 0o600); err != nil {
-		t.Fatal(err)
 	}
 }

@@ -1,0 +1,249 @@
+//go:build unix
+
+package faults
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/forwardctx/fwd/examples/model"
+	"github.com/forwardctx/fwd/examples/trace"
+	"gonum.org/v1/gonum/floats"
+)
+
+// Every run has these requests, which come within six seconds.
+const (
+	maxContext  = 40
+	numRequests = 200
+	speed       = 5
+)
+
+var requests = trace.Requests(trace.Default()[:numRequests], maxContext)
+
+// answers returns what the requests come to when each is computed alone.
+var answers = sync.OnceValues(func() ([]engine.Result, error) {
+	weights, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		return nil, err
+	}
+	results := make([]engine.Result, len(requests))
+	for i, r := range requests {
+		tokens, logits, err := model.Generate(context.Background(), weights, r.Adapter, r.Prompt, r.MaxTokens)
+		if err != nil {
+			return nil, err
+		}
+		results[i].Tokens, results[i].Logits = tokens, logits
+	}
+	return results, nil
+})
+
+// group is the ranks of one run of serve.
+type group struct {
+	*testing.T
+	name     string
+	flags    []string              // of all ranks
+	url      func(rank int) string // of the NATS server
+	requests int                   // of all ranks
+	command  func(rank int, args ...string) *exec.Cmd
+	files    []string // with the results
+	ranks    []*process
+}
+
+var groups atomic.Int64
+
+// newGroup returns a group whose ranks are not started yet.
+func newGroup(t *testing.T, size int, url func(rank int) string, flags string) *group {
+	g := &group{
+		T:        t,
+		name:     fmt.Sprintf("group%d", groups.Add(1)),
+		flags:    append(strings.Fields("-json -check -graph NONE"), strings.Fields(flags)...),
+		url:      url,
+		requests: numRequests,
+		command:  func(_ int, args ...string) *exec.Cmd { return exec.Command(binary, args...) },
+		ranks:    make([]*process, size),
+	}
+	dir := t.TempDir()
+	for rank := range size {
+		g.files = append(g.files, filepath.Join(dir, fmt.Sprint("results.", rank)))
+	}
+	return g
+}
+
+// startAll starts all ranks.
+func (g *group) startAll() {
+	g.Helper()
+	for rank := range g.ranks {
+		g.start(rank)
+	}
+}
+
+// start starts a rank, always by the same command.
+func (g *group) start(rank int) {
+	g.Helper()
+	g.ranks[rank] = g.startAs(rank, g.url(rank), g.files[rank])
+}
+
+// startAs starts a process as a rank, which adds its results to a file.
+func (g *group) startAs(rank int, url, file string) *process {
+	g.Helper()
+	args := strings.Fields(fmt.Sprintf("-nats %s -group %s -dp %d -rank %d -results %s -max-context %d -requests %d -speed %d",
+		url, g.name, len(g.ranks), rank, file, maxContext, g.requests, speed))
+	return start(g.T, fmt.Sprintf("rank %d", rank), g.command(rank, append(args, g.flags...)...))
+}
+
+// own returns how many requests are a rank's: every one whose number is the rank, modulo the number of ranks.
+func (g *group) own(rank int) int { return (g.requests - rank + len(g.ranks) - 1) / len(g.ranks) }
+
+// copyLines copies the whole lines of a file. What comes after them is of a process that was stopped while it wrote.
+func copyLines(t *testing.T, from, to string) {
+	t.Helper()
+	text, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(to, text[:bytes.LastIndexByte(text, '\n')+1], 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// written returns how many results are in a file.
+func written(t *testing.T, file string) int {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return bytes.Count(text, []byte("\n"))
+}
+
+// finished returns how many requests the ranks have finished so far.
+func (g *group) finished() (n int) {
+	g.Helper()
+	for _, file := range g.files {
+		n += written(g.T, file)
+	}
+	return n
+}
+
+// reach waits until the ranks have finished a part of the requests.
+func (g *group) reach(part float64) {
+	g.Helper()
+	n := int(part * float64(g.requests))
+	eventually(g.T, fmt.Sprintf("%d of %d requests are finished", n, g.requests), func() bool { return g.finished() >= n })
+	g.amid()
+}
+
+// goOn waits until the ranks finish requests again.
+func (g *group) goOn() {
+	g.Helper()
+	before := g.finished()
+	eventually(g.T, "the ranks go on", func() bool { return g.finished() > before })
+}
+
+// amid makes sure that a fault hits the run, and not what is left of it.
+func (g *group) amid() {
+	g.Helper()
+	if n := g.finished(); n == g.requests {
+		g.Fatal("the run is over before the fault is")
+	}
+}
+
+// standStill makes sure that a fault keeps the ranks from finishing anything, for so long, and that there is something left to do.
+func (g *group) standStill(d time.Duration) {
+	g.Helper()
+	time.Sleep(200 * time.Millisecond) // what is under way comes to its end
+	before := g.finished()
+	time.Sleep(d)
+	if n := g.finished(); n != before {
+		g.Errorf("%d requests were finished in spite of the fault", n-before)
+	}
+	g.amid()
+}
+
+// complete waits for the end of a run that nothing could stop: all ranks end well, and every request is finished, by its own
+// rank, once, and as it should be.
+func (g *group) complete() []report {
+	g.Helper()
+	reports := make([]report, len(g.ranks))
+	for rank, p := range g.ranks {
+		r, own := p.report(), g.own(rank)
+		if r.Requests != own || r.Finished != own || r.Check.Requests != own || r.Check.Agreed != own {
+			g.Errorf("rank %d: %+v, want %d requests", rank, r, own)
+		}
+		if n := g.check(rank, g.files[rank]); n != own {
+			g.Errorf("rank %d has %d results, want %d", rank, n, own)
+		}
+		g.Logf("rank %d: %+v", rank, r)
+		reports[rank] = r
+	}
+	return reports
+}
+
+// unharmed waits for the end of a run in which no step failed: all ranks took the same ones.
+func (g *group) unharmed() {
+	g.Helper()
+	reports := g.complete()
+	for rank, r := range reports {
+		if r.FailedSteps != 0 || r.Steps != reports[0].Steps || r.Resumed != 0 {
+			g.Errorf("rank %d: %+v, want no failed step, and %d steps", rank, r, reports[0].Steps)
+		}
+	}
+}
+
+// harmed waits for the end of a run in which steps failed, for all ranks, and no rank was started again.
+func (g *group) harmed() {
+	g.Helper()
+	for rank, r := range g.complete() {
+		if r.FailedSteps == 0 || r.Resumed != 0 {
+			g.Errorf("rank %d: %+v, want failed steps", rank, r)
+		}
+	}
+}
+
+// check returns how many results are in a rank's file. All of them are right, of the rank's own requests, and there once.
+func (g *group) check(rank int, file string) int {
+	g.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		g.Fatal(err)
+	}
+	want, err := answers()
+	if err != nil {
+		g.Fatal(err)
+	}
+	seen := map[int]bool{}
+	for line := range bytes.Lines(text) {
+		var got engine.Result
+		err := json.Unmarshal(line, &got)
+		if err != nil || got.ID < 0 || got.ID >= g.requests || got.ID%len(g.ranks) != rank || seen[got.ID] {
+			g.Fatalf("rank %d: %v in line %d, request %d: %.80s", rank, err, len(seen)+1, got.ID, line)
+		}
+		seen[got.ID] = true
+		if !same(got, want[got.ID]) {
+			g.Errorf("rank %d: request %d has another answer than alone", rank, got.ID)
+		}
+	}
+	return len(seen)
+}
+
+// same reports whether two answers have the same tokens, and the same last logits but for rounding.
+func same(got, want engine.Result) bool {
+	tolerance := 1e-9 * floats.Norm(want.Logits, math.Inf(1))
+	return slices.Equal(got.Tokens, want.Tokens) && len(got.Logits) == len(want.Logits) &&
+		floats.EqualApprox(got.Logits, want.Logits, tolerance)
+}
