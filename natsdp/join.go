@@ -162,7 +162,13 @@ func (m *member) handleHello(msg *message) {
 
 // handleState takes an answer. What an earlier life of this rank has asked for is none.
 func (m *member) handleState(p *peer, msg *message) {
-	if m.phase == joined || msg.asker != m.epoch {
+	if msg.asker != m.epoch {
+		return
+	}
+	if m.phase == joined {
+		if msg.holds && msg.holder > m.epoch {
+			m.dieReplaced()
+		}
 		return
 	}
 	m.contested = m.contested || msg.contested
@@ -198,7 +204,7 @@ func (m *member) handleOwnRank(msg *message) {
 	case m.phase == asking && !(asks && later):
 		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
 	case m.phase != asking && !asks && later:
-		m.die(fmt.Errorf("%w: another one became rank %d of %d while this one did not answer", ErrRankTaken, m.rank, m.size))
+		m.dieReplaced()
 	default:
 		m.sendMessage(m.rank, m.state())
 	}
@@ -228,6 +234,11 @@ func (m *member) die(err error) {
 		m.release(outcome{err: err})
 	}
 	m.signal()
+}
+
+// dieReplaced ends the part of a process whose rank is another's now.
+func (m *member) dieReplaced() {
+	m.die(fmt.Errorf("%w: another one became rank %d of %d while this one did not answer", ErrRankTaken, m.rank, m.size))
 }
 
 // lose ends this rank's part because its connection has ended.

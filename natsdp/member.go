@@ -377,6 +377,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 		m.handleState(&m.peers[msg.rank], &msg)
 	case msg.epoch < m.peers[msg.rank].epoch:
 		m.stats.Stale++
+		m.tellStale(&msg)
 	default:
 		m.handlePeer(&msg, direct)
 	}
@@ -413,15 +414,31 @@ func (m *member) handlePeer(msg *message, direct bool) {
 	m.signal()
 }
 
+// tellStale tells a process that its rank is another's now. That one does so too, unless it has ended meanwhile.
+func (m *member) tellStale(msg *message) {
+	if m.phase != joined {
+		return
+	}
+	state := m.state()
+	state.asker, state.holder = msg.epoch, m.peers[msg.rank].epoch
+	m.sendMessage(msg.rank, state)
+}
+
 // newLife notes that a rank has been started again. The votes of its last life count no more: some ranks may have them, and
-// others not.
+// others not. Nor can the rank vote in a round where this rank waits: its last life may have had the votes of all, with one of
+// its own that came to nobody.
 func (m *member) newLife(msg *message) {
-	life := peer{epoch: msg.epoch, asked: m.peers[msg.rank].asked}
+	old := m.peers[msg.rank]
+	life := peer{epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step}
 	for i, g := range []*gathering{&m.open, &m.next} {
-		if g.here[msg.rank] {
-			life.taken, life.step = m.round+1+uint64(i), g.votes[msg.rank].Step
-			g.remove(msg.rank)
+		voter := msg.rank
+		if !g.here[voter] && old.epoch != 0 {
+			voter = m.rank
 		}
+		if g.here[voter] {
+			life.taken, life.step = m.round+1+uint64(i), g.votes[voter].Step
+		}
+		g.remove(msg.rank)
 	}
 	m.peers[msg.rank] = life
 }
@@ -430,7 +447,8 @@ func (m *member) handleVote(msg *message, direct bool) {
 	switch {
 	case msg.round <= m.round:
 		m.stats.Duplicates++
-		if !direct { // else it is an answer itself
+		// A direct one is an answer itself. Who still asks for its rank must not speak for it.
+		if !direct && m.phase != asking {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:

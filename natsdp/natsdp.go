@@ -11,9 +11,10 @@
 // again from time to time, until its round is complete. A server that restarts, a connection that breaks, or a cluster that loses a
 // node costs time and, where that is longer than a rank wants to wait, a step.
 //
-// A rank whose process ended can be started again: its Join learns where the group is, and its first vote is for the step that is
-// open, without a failed step for anyone who still waits in it. A process that was thought dead and turns up after another has
-// joined in its place is told so, and gets [ErrRankTaken] from then on.
+// A rank whose process ended can be started again: its Join, which needs all other ranks, learns where the group is, and its first
+// vote is for a step that the last process of the rank can't have been in. Ranks that wait meanwhile go on to that step, without an
+// error. A process that was thought dead and turns up after another has joined in its place is told so, and gets [ErrRankTaken]
+// from then on: it ends, or joins again once the other has ended.
 //
 // # Time
 //
@@ -33,10 +34,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/forwardctx/fwd"
@@ -104,7 +107,8 @@ func WithSubjectPrefix(prefix string) Option {
 }
 
 // Connect connects to a NATS server as suits a group: it waits for a server until ctx ends, and a connection that is lost is made
-// again without end, at once, and without keeping votes for later meanwhile, since they are sent again anyway. TLS and
+// again, at once and as often as it takes unless a server refuses the credentials, and without keeping votes for later meanwhile,
+// since they are sent again anyway. TLS and
 // credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and
 // others. What opts say goes before.
 //
@@ -160,7 +164,8 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 // isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
 func isAbsent(err error) bool {
 	op, ok := errors.AsType[*net.OpError](err)
-	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && op.Op == "dial"
+	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && op.Op == "dial" ||
+		errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) // a load balancer with no server behind it
 }
 
 // Coordinator is one rank of a group. It implements [fwd.Coordinator]. Exchange is for one Runner; the other methods may be
@@ -181,8 +186,8 @@ type Coordinator struct {
 }
 
 // Join makes this process a rank of a group, and returns once all ranks of it have been heard from. A rank that is started again
-// joins at the group's step. Where another process had the rank and did not leave it by Close, Join waits a second for its
-// objection.
+// joins at the group's step. Where another process had the rank and did not leave it by Close, and where there are no other ranks to
+// say so, Join waits a second for its objection.
 //
 // It wraps fwd.ErrInvalid: a group, rank, size or prefix that can't be, neither URL nor connection, ranks that say another size
 // or speak another version; [ErrRankTaken]; fwd.ErrRankMissing and ctx's cause when ctx ends first, as a *[fwd.RankError] that
@@ -291,13 +296,21 @@ func (c *Coordinator) receive() {
 			}
 		case status := <-c.status:
 			if status == nats.CLOSED {
-				c.member.lose(fmt.Errorf("natsdp: rank %d: %w", c.member.rank, nats.ErrConnectionClosed))
+				c.member.lose(c.closedError())
 			}
 			c.member.again() // connected again
 		case <-c.done:
 			return
 		}
 	}
+}
+
+// closedError says why the connection has ended, where that is known.
+func (c *Coordinator) closedError() error {
+	if err := c.conn.LastError(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
+		return fmt.Errorf("natsdp: rank %d: %w: %w", c.member.rank, nats.ErrConnectionClosed, err)
+	}
+	return fmt.Errorf("natsdp: rank %d: %w", c.member.rank, nats.ErrConnectionClosed)
 }
 
 // sender returns the rank at the end of a subject.
@@ -349,6 +362,9 @@ func (c *Coordinator) Stats() Stats {
 func (c *Coordinator) Close() error {
 	c.close.Do(func() {
 		c.member.leave()
+		if c.owned && c.conn.IsConnected() {
+			_ = c.conn.FlushTimeout(lingerMost) // the goodbye
+		}
 		c.release()
 	})
 	return nil
@@ -365,7 +381,6 @@ func (c *Coordinator) release() {
 	c.ended.Wait()
 	c.conn.RemoveStatusListener(c.status)
 	if c.owned {
-		_ = c.conn.FlushTimeout(lingerMost) // the goodbye
 		c.conn.Close()
 	}
 }

@@ -515,3 +515,146 @@ func TestOneGetsTheRank(t *testing.T) {
 		})
 	}
 }
+
+// Whoever only asks for a rank, and may yet have to give way, does not speak for it: its holder goes on when it turns up again.
+func TestAskerDoesNotSpeak(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		group := b.joinAll(t)
+		b.mu.Lock()
+		group[1].frozen = true
+		b.mu.Unlock()
+		asker := b.attach(1)
+		refused := make(chan error)
+		go func() { refused <- asker.join(t.Context(), func() error { return nil }) }()
+		synctest.Wait()
+		// Rank 0 breaks the round, which the asker hears of, and rank 2 not.
+		b.mu.Lock()
+		b.cut[2] = true
+		b.mu.Unlock()
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		if _, err := group[0].Exchange(ended, fwd.Vote{Step: 1}); !errors.Is(err, fwd.ErrRankMissing) {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Millisecond)
+		b.mu.Lock()
+		b.cut[2], b.cut[0] = false, true // so that the asker alone could answer rank 2
+		b.mu.Unlock()
+		late := make(chan error, 3)
+		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
+		defer stop()
+		go func() {
+			_, err := group[2].Exchange(ctx, fwd.Vote{Step: 1})
+			late <- err
+		}()
+		time.Sleep(10 * time.Millisecond)
+		b.mu.Lock()
+		b.cut[0] = false
+		b.mu.Unlock()
+		group[1].thaw()
+		if err := <-refused; !errors.Is(err, ErrRankTaken) {
+			t.Errorf("the asker got %v, want %v", err, ErrRankTaken)
+		}
+		for _, s := range group[:2] {
+			go func() {
+				_, err := s.Exchange(ctx, fwd.Vote{Step: 2})
+				late <- err
+			}()
+		}
+		for range 3 {
+			if err := <-late; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// A process that claims a rank and ends before it has joined leaves the last one of that rank, should it turn up, without its
+// place. That one is told, and the next is welcome.
+func TestClaimerEnds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		group := b.joinAll(t)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		b.mu.Lock()
+		group[1].frozen = true
+		b.mu.Unlock()
+		time.Sleep(time.Millisecond) // so that it is a later one
+		claimer := b.attach(1)
+		claimer.proceed() // to its claim
+		claimer.kill()
+		time.Sleep(time.Second)
+		b.mu.Lock()
+		group[1].held = nil // lost
+		b.mu.Unlock()
+		group[1].thaw()
+		if _, err := group[1].Exchange(ctx, fwd.Vote{Step: 1}); !errors.Is(err, ErrRankTaken) {
+			t.Errorf("the last one of the rank got %v, want %v", err, ErrRankTaken)
+		}
+		again, err := b.join(ctx, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		group[1] = again
+		errs := make(chan error, len(group))
+		for _, s := range group {
+			go func() {
+				_, err := s.Exchange(ctx, fwd.Vote{Step: 1})
+				errs <- err
+			}()
+		}
+		for range group {
+			if err := <-errs; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
+
+// A rank may have been through with a round when it died, by a vote that came to nobody. The step of that round is not taken
+// again with other votes.
+func TestStepIsNotTakenAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(2, 1)
+		group := b.joinAll(t)
+		errs := make(chan error)
+		step := uint64(0)
+		go func() {
+			votes, err := group[0].Exchange(t.Context(), fwd.Vote{Step: 1})
+			if err == nil {
+				step = votes[0].Step
+			}
+			errs <- err
+		}()
+		time.Sleep(time.Millisecond)
+		b.mu.Lock()
+		b.cut[1] = true // its vote comes to nobody
+		b.mu.Unlock()
+		if _, err := group[1].Exchange(t.Context(), fwd.Vote{Step: 1}); err != nil {
+			t.Fatal(err)
+		}
+		group[1].kill()
+		b.mu.Lock()
+		b.cut[1] = false
+		b.mu.Unlock()
+		again, err := b.join(t.Context(), 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		votes, err := again.Exchange(t.Context(), fwd.Vote{Step: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := <-errs; err != nil {
+			t.Fatal(err)
+		}
+		if votes[0].Step != 2 || step != 2 {
+			t.Errorf("the ranks agree in steps %d and %d, want 2", step, votes[0].Step)
+		}
+	})
+}

@@ -213,7 +213,7 @@ func (g *groups) close() {
 
 // credentials returns who this process is to the server, and who the server has to be.
 func (o *options) credentials() (opts []nats.Option) {
-	opts = append(opts, nats.Name(fmt.Sprintf("serve: rank %d of %d", o.rank, o.dp)))
+	opts = append(opts, nats.NoEcho(), nats.Name(fmt.Sprintf("serve: rank %d of %d", o.rank, o.dp)))
 	if o.natsCreds != "" {
 		opts = append(opts, nats.UserCredentials(o.natsCreds))
 	}
