@@ -275,7 +275,9 @@ func chaos(t *testing.T, seed uint64) {
 		t.Error("the test does not do what it should")
 	}
 	// What got lost before may still cost a step or two: a rank that never heard that a step was broken takes it alone.
+	b.mu.Lock()
 	b.loss, b.twice = 0, 0
+	b.mu.Unlock()
 	together := uint64(0)
 	for _, s := range ranks {
 		together = max(together, s.step+5)
@@ -365,9 +367,12 @@ func TestFrozen(t *testing.T) {
 			if s.step != 5 {
 				t.Errorf("rank %d is at step %d, want 5", rank, s.step)
 			}
-			if stale := s.Coordinator.(*station).stats.Stale; rank != 1 && stale == 0 {
+			member := s.Coordinator.(*station).member
+			member.mu.Lock()
+			if rank != 1 && member.stats.Stale == 0 {
 				t.Errorf("rank %d has counted no vote of the frozen one", rank)
 			}
+			member.mu.Unlock()
 		}
 	})
 }
@@ -378,10 +383,11 @@ func TestLastVote(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(3, 1)
 		var wg sync.WaitGroup
-		for _, s := range b.joinAll(t) {
-			if s.rank == 2 {
-				b.cut[2] = true // until the others are through
-			}
+		group := b.joinAll(t)
+		b.mu.Lock()
+		b.cut[2] = true // until the others are through
+		b.mu.Unlock()
+		for _, s := range group {
 			wg.Go(func() {
 				if s.rank == 2 {
 					time.Sleep(10 * time.Millisecond)
@@ -482,8 +488,9 @@ func TestOneGetsTheRank(t *testing.T) {
 			var wg sync.WaitGroup
 			var mu sync.Mutex
 			got := make([][]*station, 2)
+			random := rand.New(rand.NewPCG(seed, 2))
 			for _, rank := range []int{0, 1, 1, 1} {
-				begins := time.Duration(b.random.Int64N(int64(60 * time.Millisecond)))
+				begins := time.Duration(random.Int64N(int64(60 * time.Millisecond)))
 				wg.Go(func() {
 					time.Sleep(begins)
 					s, err := b.join(ctx, rank)
