@@ -104,6 +104,20 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	time.AfterFunc(delay, arrive)
 }
 
+// isolate lets nothing to or from a rank, or lets it again.
+func (b *bus) isolate(rank int, cut bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.cut[rank] = cut
+}
+
+// freeze holds back what comes for a member.
+func (s *station) freeze() {
+	s.bus.mu.Lock()
+	defer s.bus.mu.Unlock()
+	s.frozen = true
+}
+
 // kill ends a member without a word.
 func (s *station) kill() {
 	s.bus.mu.Lock()
@@ -337,9 +351,7 @@ func TestFrozen(t *testing.T) {
 		}
 		all(nil)
 		old := group[1]
-		b.mu.Lock()
-		old.frozen = true
-		b.mu.Unlock()
+		old.freeze()
 		s, err := b.join(t.Context(), 1)
 		if err != nil {
 			t.Fatal(err)
@@ -384,9 +396,7 @@ func TestLastVote(t *testing.T) {
 		b := newBus(3, 1)
 		var wg sync.WaitGroup
 		group := b.joinAll(t)
-		b.mu.Lock()
-		b.cut[2] = true // until the others are through
-		b.mu.Unlock()
+		b.isolate(2, true) // until the others are through
 		for _, s := range group {
 			wg.Go(func() {
 				if s.rank == 2 {
@@ -399,13 +409,10 @@ func TestLastVote(t *testing.T) {
 			})
 		}
 		time.Sleep(time.Millisecond)
-		b.mu.Lock()
-		b.cut[2], b.cut[1] = false, true // rank 2 hears from rank 0 alone, and rank 1 from nobody, until rank 0 leaves
-		b.mu.Unlock()
+		b.isolate(2, false)
+		b.isolate(1, true) // rank 2 hears from rank 0 alone, and rank 1 from nobody, until rank 0 leaves
 		time.Sleep(200 * time.Millisecond)
-		b.mu.Lock()
-		b.cut[1] = false
-		b.mu.Unlock()
+		b.isolate(1, false)
 		wg.Wait()
 	})
 }
@@ -529,26 +536,21 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(3, 1)
 		group := b.joinAll(t)
-		b.mu.Lock()
-		group[1].frozen = true
-		b.mu.Unlock()
+		group[1].freeze()
 		asker := b.attach(1)
 		refused := make(chan error)
 		go func() { refused <- asker.join(t.Context(), func() error { return nil }) }()
 		synctest.Wait()
 		// Rank 0 breaks the round, which the asker hears of, and rank 2 not.
-		b.mu.Lock()
-		b.cut[2] = true
-		b.mu.Unlock()
+		b.isolate(2, true)
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
 		if _, err := group[0].Exchange(ended, fwd.Vote{Step: 1}); !errors.Is(err, fwd.ErrRankMissing) {
 			t.Fatal(err)
 		}
 		time.Sleep(time.Millisecond)
-		b.mu.Lock()
-		b.cut[2], b.cut[0] = false, true // so that the asker alone could answer rank 2
-		b.mu.Unlock()
+		b.isolate(2, false)
+		b.isolate(0, true) // so that the asker alone could answer rank 2
 		late := make(chan error, 3)
 		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
 		defer stop()
@@ -557,9 +559,7 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 			late <- err
 		}()
 		time.Sleep(10 * time.Millisecond)
-		b.mu.Lock()
-		b.cut[0] = false
-		b.mu.Unlock()
+		b.isolate(0, false)
 		group[1].thaw()
 		if err := <-refused; !errors.Is(err, ErrRankTaken) {
 			t.Errorf("the asker got %v, want %v", err, ErrRankTaken)
@@ -587,9 +587,7 @@ func TestClaimerEnds(t *testing.T) {
 		group := b.joinAll(t)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		b.mu.Lock()
-		group[1].frozen = true
-		b.mu.Unlock()
+		group[1].freeze()
 		time.Sleep(time.Millisecond) // so that it is a later one
 		claimer := b.attach(1)
 		claimer.proceed() // to its claim
@@ -639,16 +637,12 @@ func TestStepIsNotTakenAgain(t *testing.T) {
 			errs <- err
 		}()
 		time.Sleep(time.Millisecond)
-		b.mu.Lock()
-		b.cut[1] = true // its vote comes to nobody
-		b.mu.Unlock()
+		b.isolate(1, true) // its vote comes to nobody
 		if _, err := group[1].Exchange(t.Context(), fwd.Vote{Step: 1}); err != nil {
 			t.Fatal(err)
 		}
 		group[1].kill()
-		b.mu.Lock()
-		b.cut[1] = false
-		b.mu.Unlock()
+		b.isolate(1, false)
 		again, err := b.join(t.Context(), 1)
 		if err != nil {
 			t.Fatal(err)
