@@ -328,3 +328,33 @@ func TestJoinWithoutServer(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// Groups of the same name under different prefixes are different groups.
+func TestSubjectPrefix(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	name := newName()
+	conn := connect(t, s)
+	heard, err := conn.SubscribeSync("team.a." + name + ".all.*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	under := func(prefix string) []*natsdp.Coordinator {
+		return joinAll(t, name, 2, func(rank int) []natsdp.Option {
+			return append(at(s)(rank), natsdp.WithSubjectPrefix(prefix))
+		})
+	}
+	a, b := under("team.a"), under("team.b")
+	for step := uint64(1); step <= 5; step++ {
+		together(t, a, step)
+	}
+	together(t, b, 1)
+	if _, err := heard.NextMsg(patience); err != nil {
+		t.Errorf("nothing comes under the prefix: %v", err)
+	}
+	for _, c := range append(a, b...) {
+		if stats := c.Stats(); stats.Foreign+stats.Stale+stats.Malformed != 0 {
+			t.Errorf("rank %d has counted %+v", c.Rank(), stats)
+		}
+	}
+}
