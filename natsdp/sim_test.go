@@ -143,6 +143,16 @@ func (s *station) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) 
 func (s *station) Rank() int { return s.rank }
 func (s *station) Size() int { return s.size }
 
+// begin lets a station take a step in a goroutine, and returns where its error comes.
+func (s *station) begin(ctx context.Context, step uint64) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Exchange(ctx, fwd.Vote{Step: step})
+		done <- err
+	}()
+	return done
+}
+
 // stepper takes steps as a Runner does.
 type stepper struct {
 	fwd.Coordinator
@@ -423,11 +433,7 @@ func TestLeaveTheDead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(2, 1)
 		group := b.joinAll(t)
-		done := make(chan error)
-		go func() {
-			_, err := group[1].Exchange(t.Context(), fwd.Vote{Step: 1})
-			done <- err
-		}()
+		done := group[1].begin(t.Context(), 1)
 		if _, err := group[0].Exchange(t.Context(), fwd.Vote{Step: 1}); err != nil {
 			t.Fatal(err)
 		}
@@ -551,27 +557,17 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 		time.Sleep(time.Millisecond)
 		b.isolate(2, false)
 		b.isolate(0, true) // so that the asker alone could answer rank 2
-		late := make(chan error, 3)
 		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
 		defer stop()
-		go func() {
-			_, err := group[2].Exchange(ctx, fwd.Vote{Step: 1})
-			late <- err
-		}()
+		late := group[2].begin(ctx, 1)
 		time.Sleep(10 * time.Millisecond)
 		b.isolate(0, false)
 		group[1].thaw()
 		if err := <-refused; !errors.Is(err, ErrRankTaken) {
 			t.Errorf("the asker got %v, want %v", err, ErrRankTaken)
 		}
-		for _, s := range group[:2] {
-			go func() {
-				_, err := s.Exchange(ctx, fwd.Vote{Step: 2})
-				late <- err
-			}()
-		}
-		for range 3 {
-			if err := <-late; err != nil {
+		for _, done := range []<-chan error{late, group[0].begin(ctx, 2), group[1].begin(ctx, 2)} {
+			if err := <-done; err != nil {
 				t.Error(err)
 			}
 		}
@@ -604,16 +600,8 @@ func TestClaimerEnds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		group[1] = again
-		errs := make(chan error, len(group))
-		for _, s := range group {
-			go func() {
-				_, err := s.Exchange(ctx, fwd.Vote{Step: 1})
-				errs <- err
-			}()
-		}
-		for range group {
-			if err := <-errs; err != nil {
+		for _, done := range []<-chan error{group[0].begin(ctx, 1), again.begin(ctx, 1), group[2].begin(ctx, 1)} {
+			if err := <-done; err != nil {
 				t.Error(err)
 			}
 		}
