@@ -149,7 +149,7 @@ func TestJoinAgainAfterVoting(t *testing.T) {
 	together(t, group, 3)
 }
 
-// A rank that has been closed is free at once.
+// A rank that has been closed is free.
 func TestJoinAfterClose(t *testing.T) {
 	t.Parallel()
 	s := startServer(t, serverOptions())
@@ -157,15 +157,11 @@ func TestJoinAfterClose(t *testing.T) {
 	group := joinAll(t, name, 2, at(s))
 	together(t, group, 1)
 	group[1].Close()
-	began := time.Now()
 	c, err := natsdp.Join(t.Context(), natsdp.Config{Group: name, Rank: 1, Size: 2}, natsdp.WithURL(s.ClientURL()))
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { c.Close() })
-	if took := time.Since(began); took >= time.Second {
-		t.Errorf("joining took %v, as if somebody else could have the rank", took)
-	}
 	group[1] = c
 	together(t, group, 2)
 }

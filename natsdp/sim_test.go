@@ -449,6 +449,26 @@ func TestLeaveTheDead(t *testing.T) {
 	})
 }
 
+// A rank that has left is free at once: the next process of that rank waits for no objection.
+func TestFreeAfterLeaving(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(2, 1)
+		group := b.joinAll(t)
+		time.Sleep(time.Millisecond) // this network keeps no order, so one message after the other comes
+		group[1].leave()
+		group[1].kill()
+		time.Sleep(time.Millisecond)
+		began := time.Now()
+		if _, err := b.join(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		if took := time.Since(began); took >= claimWait {
+			t.Errorf("joining took %v, as if somebody else could have the rank", took)
+		}
+	})
+}
+
 // The clock of a rank's new host may be behind that of its old one.
 func TestClockBehind(t *testing.T) {
 	t.Parallel()
