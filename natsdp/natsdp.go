@@ -108,12 +108,11 @@ func WithSubjectPrefix(prefix string) Option {
 
 // Connect connects to a NATS server as suits a group: it waits for a server until ctx ends, and a connection that is lost is made
 // again, at once and as often as it takes unless a server refuses the credentials, and without keeping votes for later meanwhile,
-// since they are sent again anyway. TLS and
-// credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and
-// others. What opts say goes before.
+// since they are sent again anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
+// [nats.UserCredentials], [nats.UserInfo] and others. What opts say goes before.
 //
-// The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them, and wraps ctx's cause where none
-// has answered.
+// The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them. Where none has answered before
+// ctx ended it wraps ctx's cause, and what the last attempt failed with.
 func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, error) {
 	opts = append([]nats.Option{
 		nats.MaxReconnects(-1),
@@ -124,10 +123,17 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 		nats.PingInterval(5 * time.Second),                                // a link that is silently gone shows after three of them
 		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}), // the default one prints
 	}, opts...)
+	err := errors.New("nats: connecting")
 	for {
-		conn, err := connectOnce(ctx, url, opts)
-		if err == nil || !isAbsent(err) {
-			return conn, err
+		conn, failure := connectOnce(ctx, url, opts)
+		if conn != nil {
+			return conn, nil
+		}
+		if failure != nil && !isAbsent(failure) {
+			return nil, failure
+		}
+		if failure != nil {
+			err = failure
 		}
 		select {
 		case <-ctx.Done():
@@ -137,7 +143,7 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 	}
 }
 
-// connectOnce connects, but not for longer than ctx lets it.
+// connectOnce connects, but not for longer than ctx lets it: then it returns neither a connection nor an error.
 func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Conn, error) {
 	type result struct {
 		conn *nats.Conn
@@ -157,7 +163,7 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 				r.conn.Close()
 			}
 		}()
-		return nil, fmt.Errorf("nats: connecting: %w", context.Cause(ctx))
+		return nil, nil
 	}
 }
 
