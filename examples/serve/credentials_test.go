@@ -80,16 +80,8 @@ func TestCredentials(t *testing.T) {
 	}
 	clients := x509.NewCertPool()
 	clients.AppendCertsFromPEM([]byte(readText(t, ca)))
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, TLSTimeout: 5,
+	s := serverOf(t, &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, TLSTimeout: 5,
 		TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}, ClientCAs: clients, ClientAuth: tls.RequireAndVerifyClientCert}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.Start()
-	defer s.Shutdown()
-	if !s.ReadyForConnections(patience) {
-		t.Fatal("the server is not ready")
-	}
 	cert, key := a.issue("rank")
 	flags := []string{"-nats", s.ClientURL(), "-dp", "1", "-rank", "0", "-requests", "3", "-check"}
 	exit, out, errs := runServe(t, append(flags, "-nats-ca", ca, "-nats-cert", cert, "-nats-key", key)...)
@@ -110,4 +102,54 @@ func TestCredentials(t *testing.T) {
 			t.Errorf("%v: exit %d, stdout %q, stderr %q, want %q", c.flags, exit, out, errs, c.want)
 		}
 	}
+}
+
+// TestServerConfiguration: by nats.conf a run has all that it needs, and the user of one rank can't be another.
+func TestServerConfiguration(t *testing.T) {
+	file, err := filepath.Abs("nats.conf")
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newAuthority(t)
+	a.issue("server")
+	t.Chdir(a.dir)
+	t.Setenv("RANK0_PASSWORD", "zero")
+	t.Setenv("RANK1_PASSWORD", "one")
+	opts, err := server.ProcessConfigFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opts.Host, opts.Port, opts.NoLog, opts.NoSigs = "127.0.0.1", server.RANDOM_PORT, true, true
+	s := serverOf(t, opts)
+	as := func(user, rank string) *program {
+		return start(t, "-nats", "nats://"+user+"@"+s.Addr().String(), "-nats-ca", "ca.pem", "-dp", "2", "-rank", rank, "-spec", "1", "-requests", "8", "-check", "-json")
+	}
+	for _, c := range []struct{ user, rank, want string }{
+		{"rank0:one", "0", "Authorization Violation"},
+		{"rank0:zero", "1", "(?i)permissions violation"},
+	} {
+		p := as(c.user, c.rank)
+		if exit := p.wait(); exit != 1 || !regexp.MustCompile(c.want).MatchString(p.stderr.String()) {
+			t.Errorf("rank %s as %s: exit %d, stderr %q, want %s", c.rank, c.user, exit, &p.stderr, c.want)
+		}
+	}
+	for _, p := range []*program{as("rank0:zero", "0"), as("rank1:one", "1")} {
+		if r := p.report(); r.Finished != 4 || *r.Check != (checkReport{4, 4}) {
+			t.Errorf("%+v, check %+v", r, r.Check)
+		}
+	}
+}
+
+func serverOf(t *testing.T, opts *server.Options) *server.Server {
+	t.Helper()
+	s, err := server.NewServer(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Start()
+	t.Cleanup(s.Shutdown)
+	if !s.ReadyForConnections(patience) {
+		t.Fatal("the server is not ready")
+	}
+	return s
 }

@@ -7,14 +7,17 @@
 // By default the ranks are goroutines. With -processes each is a process of its own, connected by a NATS server that comes
 // with them; with -nats this is one of them, and each serves its share of the requests:
 //
-//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results r0 -rejoin 5m
-//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results r1 -rejoin 5m
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results /tmp/r0 -rejoin 5m
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results /tmp/r1 -rejoin 5m
 //
-// A rank that dies can be started again by the same command: the others wait for it, and it serves what its results file lacks.
+// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be started again by the same
+// command: the others wait for it, and it serves what its results file lacks. The file nats.conf is a configuration of the server
+// with TLS and a user for each rank. The groups are GROUP-target, GROUP-finish and, with -spec, GROUP-draft.
 //
 // The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
 // that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
-// with the table so far (of all ranks, after at most 16 more steps where they are processes); a second one ends it at once.
+// with the table so far; ranks that are processes all stop when one of them is interrupted, after at most 16 more steps. A second
+// Ctrl-C ends it at once.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
 // was interrupted, and with 2 for bad flags.

@@ -45,7 +45,7 @@ func (o *rankOptions) define(flags *flag.FlagSet) {
 	flags.DurationVar(&o.exchangeTimeout, "exchange-timeout", 30*time.Second, "with -nats or -processes: how long a rank waits in a step for the others")
 	flags.DurationVar(&o.rejoin, "rejoin", 0, "with -nats or -processes: for how long after a failed step the ranks try again (0: a failed step ends the run)")
 	flags.DurationVar(&o.joinTimeout, "join-timeout", time.Minute, "with -nats or -processes: how long a rank waits at the start for the others")
-	flags.StringVar(&o.natsCreds, "nats-creds", "", "with -nats: `file` with the user's credentials")
+	flags.StringVar(&o.natsCreds, "nats-creds", "", "with -nats: `file` with the user's credentials, a JWT and its seed (a name and password go into the URL)")
 	flags.StringVar(&o.natsCA, "nats-ca", "", "with -nats: PEM `file` with the authorities that may vouch for the server")
 	flags.StringVar(&o.natsCert, "nats-cert", "", "with -nats and -nats-key: PEM `file` with the certificate of this process")
 	flags.StringVar(&o.natsKey, "nats-key", "", "with -nats and -nats-cert: PEM `file` with the key of the certificate")
