@@ -2,6 +2,7 @@ package fwd_test
 
 import (
 	"context"
+	"fmt"
 	"runtime"
 	"sync"
 	"testing"
@@ -59,7 +60,7 @@ func TestAllocsRun(t *testing.T) {
 	}
 	ctx, pass := context.Background(), decodePass()
 	forward := func(context.Context) error { return nil }
-	for provider, most := range map[string]float64{"noop": 2, "global": 4, "sdk": 6} {
+	for provider, most := range map[string]float64{"noop": 2, "global": 4, "sdk": 5} {
 		for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": {through, through, through}} {
 			r, err := fwd.New(fwd.Config{Name: "target"}, append(providers()[provider], fwd.WithMiddleware(mw...))...)
 			if err != nil {
@@ -70,6 +71,33 @@ func TestAllocsRun(t *testing.T) {
 					t.Error(err)
 				}
 			})
+		}
+	}
+}
+
+func TestAllocsUBatches(t *testing.T) {
+	skipUnderRace(t)
+	noop, err := fwd.New(fwd.Config{}, providers()["noop"]...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fn := func(context.Context, int) error { return nil }
+	for n, most := range map[int]float64{1: 0, 2: 12, 4: 20} {
+		for r, spans := range map[*fwd.Runner]int{nil: 0, noop: n} {
+			if n == 1 {
+				spans = 0 // the pass's own
+			}
+			err := r.Run(context.Background(), splitPass(64, n), func(ctx context.Context) error {
+				wantAllocs(t, fmt.Sprintf("RunUBatches of %d with %d spans", n, spans), most+float64(spans), func() {
+					if err := fwd.RunUBatches(ctx, fn); err != nil {
+						t.Error(err)
+					}
+				})
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
 		}
 	}
 }

@@ -149,17 +149,22 @@ func bareSpan(ctx context.Context, tracer trace.Tracer, p *fwd.Pass) {
 	sinkContext = ctx
 }
 
+// splitPass returns a pass of so many requests of one token each, in n microbatches.
+func splitPass(tokens, n int) fwd.Pass {
+	pass := fwd.Pass{NumTokens: tokens}
+	for i := range n {
+		if n > 1 {
+			part := fwd.Range{Start: i * tokens / n, Stop: (i + 1) * tokens / n}
+			pass.UBatches = append(pass.UBatches, fwd.UBatchSlice{Requests: part, Tokens: part})
+		}
+	}
+	return pass
+}
+
 func BenchmarkRunUBatches(b *testing.B) {
 	for _, n := range []int{1, 2, 4} {
-		pass := fwd.Pass{NumTokens: 64}
-		for i := range n {
-			if n > 1 {
-				part := fwd.Range{Start: i * 64 / n, Stop: (i + 1) * 64 / n}
-				pass.UBatches = append(pass.UBatches, fwd.UBatchSlice{Requests: part, Tokens: part})
-			}
-		}
 		fn := func(context.Context, int) error { return nil }
-		benchInPass(b, pass, func(ctx context.Context) {
+		benchInPass(b, splitPass(64, n), func(ctx context.Context) {
 			b.Run(fmt.Sprintf("by=fwd/ubatches=%d", n), func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
