@@ -32,10 +32,10 @@
 // The ranks of a mixture-of-experts model run in lockstep, since their experts are spread over all of them. Once per step
 // each gives a [Vote] and gets the votes of all, through its [Coordinator]; [Agree] computes the same [Agreement] from them
 // on every rank. A rank without work plans a dummy pass. Steps are numbered: a rank that is missing is named in the error
-// of all others when the first of them stops waiting (see [WithExchangeTimeout]), a rank that was restarted costs one
-// failed step, and neither leaves anything behind: once all ranks come again, the next step succeeds. [NewLocalGroup] connects
-// ranks that are goroutines, and the module natsdp beside this one those that are processes, on any number of hosts. Another
-// [Coordinator] can be held to its contract by the module fwdtest.
+// of all others when the first of them stops waiting (see [WithExchangeTimeout]), a Runner that begins anew
+// costs one failed step, and neither leaves anything behind: once all ranks come again, the next step succeeds. [NewLocalGroup]
+// connects ranks that are goroutines; the module github.com/forwardctx/fwd/natsdp connects processes, on any number of hosts; and
+// github.com/forwardctx/fwd/fwdtest tests a [Coordinator] of your own.
 //
 // # Concurrency
 //

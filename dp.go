@@ -463,10 +463,12 @@ func lastUBatchEmpty(tokens, padded, n int) bool {
 //   - Every rank at the same step: all get all votes.
 //   - All ranks there, but at different steps: all get a *[RankError] that is ErrLockstep, with the highest step.
 //   - A rank's ctx ends first: at once all that wait get a *[RankError] that is ErrRankMissing and names those who had not
-//     come; for the rank whose ctx ended it also wraps the cause. The step is then broken, the group goes on with the
-//     next, and a rank that comes late to a broken step votes at the group's step, which the votes returned carry.
+//     come; for the rank whose ctx ended it also wraps the cause. Its Step, which is broken, is the highest of those voted
+//     and the group's own; the group goes on with the next. A rank that comes late votes at the group's step, which the votes
+//     returned carry: late is a vote from the lowest step voted in the first round that was broken without the rank, up to the
+//     group's. A vote below that is of a rank that was restarted, and out of step.
 //   - A second call by the same rank in one step: ErrLockstep, and the round is not disturbed.
-//   - A vote with a negative count, with padded below unpadded, or with a composite mode: ErrInvalid, and nothing is sent.
+//   - A vote that [Vote.Validate] refuses: ErrInvalid, and nothing is sent.
 type Coordinator interface {
 	Rank() int
 	Size() int

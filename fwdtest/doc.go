@@ -9,13 +9,20 @@
 //		fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
 //			name := newGroupName() // groups share the server
 //			group := make([]fwd.Coordinator, size)
+//			var wg sync.WaitGroup
 //			for rank := range group {
-//				c, err := Join(t.Context(), server.URL, name, rank, size)
-//				if err != nil {
-//					t.Fatal(err)
-//				}
-//				t.Cleanup(func() { c.Close() })
-//				group[rank] = c
+//				wg.Go(func() { // Join waits for the other ranks
+//					c, err := Join(t.Context(), server.URL, name, rank, size)
+//					if err != nil {
+//						t.Errorf("rank %d: %v", rank, err)
+//						return
+//					}
+//					t.Cleanup(func() { c.Close() })
+//					group[rank] = c
+//				})
+//			}
+//			if wg.Wait(); t.Failed() {
+//				t.FailNow()
 //			}
 //			return group
 //		})
@@ -30,8 +37,8 @@
 //     or are all further on, agree at the step that they say.
 //   - Missing: where a rank's context ends, by itself or with a cause, all that wait get a RankError that is
 //     [fwd.ErrRankMissing] at once, with the group's step and the ranks which had not come. For that rank alone it wraps the
-//     cause. The next step works, and a rank that comes late to one broken step or several votes at the group's step,
-//     without an error. A rank that is late and was restarted is out of step.
+//     cause. The next step works, and a rank that comes late, by one broken step or by several, votes at the group's
+//     step, without an error. A rank that is late and was restarted is out of step.
 //   - Context: one that has ended before its exchange begins breaks the round, or doesn't where the rank is the last to come
 //     and need not wait. One that ends after its exchange has returned disturbs nobody.
 //   - Refused: votes that can't be right are [fwd.ErrInvalid], and nothing is sent. A second call in one step is ErrLockstep:

@@ -23,7 +23,7 @@
 //
 // # Subjects and permissions
 //
-// What rank r has for everyone goes to the subject PREFIX.GROUP.all.r, and what it has for rank q to PREFIX.GROUP.q.r. So rank r
+// PREFIX is fwd.dp, unless [WithSubjectPrefix] says otherwise. What rank r has for everyone goes to the subject PREFIX.GROUP.all.r, and what it has for rank q to PREFIX.GROUP.q.r. So rank r
 // needs permission to publish to PREFIX.GROUP.*.r, and to subscribe to PREFIX.GROUP.all.* and PREFIX.GROUP.r.*; with these
 // alone it can't speak for another rank, and nobody else can speak for it. A message is believed only if the rank in it is that
 // of its subject. Everything that is damaged, of another version, group or size, or of a process whose rank has been taken over
@@ -106,10 +106,10 @@ func WithSubjectPrefix(prefix string) Option {
 	return optionFunc(func(o *options) { o.prefix = prefix })
 }
 
-// Connect connects to a NATS server as suits a group: it waits for a server until ctx ends, and a connection that is lost is made
-// again, at once and as often as it takes unless a server refuses the credentials, and without keeping votes for later meanwhile,
-// since they are sent again anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
-// [nats.UserCredentials], [nats.UserInfo] and others. What opts say goes before.
+// Connect connects to a NATS server as suits a group: it waits for a server until ctx ends. A connection that is lost is made
+// again, as often as it takes, unless a server refuses the credentials. Meanwhile no votes are kept for later: they are sent again
+// anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
+// [nats.UserCredentials], [nats.UserInfo] and others. opts override what Connect would choose.
 //
 // The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them. Where none has answered before
 // ctx ended it wraps ctx's cause, and what the last attempt failed with.
@@ -364,7 +364,7 @@ func (c *Coordinator) Stats() Stats {
 
 // Close takes this rank out of the group. An exchange in progress is broken, as when its ctx ends. Close stays until the others
 // have this rank's last vote, at most a second, so that the last step of a run is lost for nobody. It closes the connection that
-// WithURL made. A second call does nothing; the error is always nil.
+// WithURL made, once its goodbye has been sent, for which it waits another second at most. A second call does nothing; the error is always nil.
 func (c *Coordinator) Close() error {
 	c.close.Do(func() {
 		c.member.leave()

@@ -4,7 +4,7 @@
 //
 // Each rank is a process of its own with its own connection to one NATS server on loopback. natsdp exchanges votes; bare is an
 // all-gather of messages of the same length over core NATS, without steps, deadlines, or anything for lost messages. The two take
-// turns in the same run, and the table says what they took and how they compare: the middle one of the ratios of all turns.
+// turns in the same run, and the table says what they took and how they compare: the median of the ratios of all turns.
 package main
 
 import (
