@@ -5,11 +5,11 @@ import "github.com/forwardctx/fwd"
 // ForgeVote returns the message of a vote, as somebody would make it up.
 func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []byte {
 	m := message{kind: kindVote, group: hashGroup(group), size: size, rank: rank, epoch: epoch, round: round, step: round - 1, vote: v, complete: true}
-	return m.appendTo(nil)
+	return m.encode()
 }
 
 // ForgeBroken returns the message that a round is over.
 func ForgeBroken(group string, size, rank int, epoch, round uint64, missing ...int) []byte {
 	m := message{kind: kindBroken, group: hashGroup(group), size: size, rank: rank, epoch: epoch, round: round, step: round, missing: missing}
-	return m.appendTo(nil)
+	return m.encode()
 }

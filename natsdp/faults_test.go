@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"sync"
 	"testing"
 	"time"
 
@@ -103,6 +104,85 @@ func TestReconnect(t *testing.T) {
 		for _, done := range calls {
 			agreed(t, -1, receive(t, done), 3, step)
 		}
+	}
+}
+
+// A connection that is being made again, and gets no answer, keeps nobody waiting for longer than its ctx says.
+func TestReconnectHangs(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	var noAnswer sync.RWMutex // locked while dialing gets none
+	dials := make(chan struct{}, 1000)
+	conn := connect(t, s, nats.SetCustomDialer(dialerFunc(func() (net.Conn, error) {
+		dials <- struct{}{}
+		noAnswer.RLock()
+		defer noAnswer.RUnlock()
+		return net.Dial("tcp", s.Addr().String())
+	})))
+	group := joinAll(t, newName(), 2, func(rank int) []natsdp.Option {
+		if rank == 0 {
+			return []natsdp.Option{natsdp.WithConn(conn)}
+		}
+		return at(s)(rank)
+	})
+	together(t, group, 1)
+
+	<-dials
+	breakConnection := func() (mend func()) {
+		id, err := conn.GetClientID()
+		if err != nil {
+			t.Fatal(err)
+		}
+		noAnswer.Lock()
+		mend = sync.OnceFunc(noAnswer.Unlock)
+		t.Cleanup(mend)
+		if err := s.DisconnectClientByID(id); err != nil {
+			t.Fatal(err)
+		}
+		<-dials
+		return mend
+	}
+	returns := func(what string, f func(ctx context.Context) error) error {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		done := make(chan error, 1)
+		go func() { done <- f(ctx) }()
+		select {
+		case err := <-done:
+			return err
+		case <-time.After(patience):
+			t.Fatalf("%s does not return", what)
+			return nil
+		}
+	}
+
+	mend := breakConnection()
+	for what, f := range map[string]func(ctx context.Context) error{
+		"Exchange": func(ctx context.Context) error { _, err := group[0].Exchange(ctx, vote(0, 2)); return err },
+		"Join": func(ctx context.Context) error {
+			_, err := natsdp.Join(ctx, natsdp.Config{Group: newName(), Size: 2}, natsdp.WithConn(conn))
+			return err
+		},
+	} {
+		if err := returns(what, f); !errors.Is(err, fwd.ErrRankMissing) || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("%s: %v, want %v and %v", what, err, fwd.ErrRankMissing, context.DeadlineExceeded)
+		}
+	}
+	_ = returns("Stats", func(context.Context) error { _ = group[0].Stats(); return nil })
+	// Rank 1 comes late to the step: whether the other's vote is still on its way or not, they are together in the next.
+	mend()
+	first := begin(t.Context(), group[0], vote(0, 3))
+	second := receive(t, begin(t.Context(), group[1], vote(1, 2)))
+	if second.err == nil && second.votes[0].Step == 2 {
+		second = receive(t, begin(t.Context(), group[1], vote(1, 3)))
+	}
+	agreed(t, 0, receive(t, first), 2, 3)
+	agreed(t, 1, second, 2, 3)
+
+	breakConnection()
+	if err := returns("Close", func(context.Context) error { return group[0].Close() }); err != nil {
+		t.Error(err)
 	}
 }
 

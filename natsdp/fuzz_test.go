@@ -36,7 +36,7 @@ func samples() []message {
 
 func TestMessages(t *testing.T) {
 	for _, want := range samples() {
-		got, err := decode(want.appendTo(nil))
+		got, err := decode(want.encode())
 		if err != nil {
 			t.Errorf("%+v: %v", want, err)
 		} else if !reflect.DeepEqual(got, want) {
@@ -45,14 +45,14 @@ func TestMessages(t *testing.T) {
 	}
 	small := message{kind: kindVote, size: 2}
 	small.round = 1
-	if n := len(small.appendTo(nil)); n != 62 {
+	if n := len(small.encode()); n != 62 {
 		t.Errorf("a vote has %d bytes, want 62", n)
 	}
 	large := message{kind: kindBroken, size: maxRanks, round: 1}
 	for rank := range maxRanks - 1 {
 		large.missing = append(large.missing, rank)
 	}
-	if b := large.appendTo(nil); len(b) > 1<<20 {
+	if b := large.encode(); len(b) > 1<<20 {
 		t.Errorf("the largest message has %d bytes, which is more than servers take", len(b))
 	} else if got, err := decode(b); err != nil || !reflect.DeepEqual(got, large) {
 		t.Errorf("the largest message does not come back: %v", err)
@@ -62,14 +62,14 @@ func TestMessages(t *testing.T) {
 // What is read is what was written, bit by bit. Anything else is an error.
 func FuzzDecode(f *testing.F) {
 	for _, m := range samples() {
-		f.Add(m.appendTo(nil))
+		f.Add(m.encode())
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		m, err := decode(data)
 		if err != nil {
 			return
 		}
-		if again := m.appendTo(nil); !bytes.Equal(again, data) {
+		if again := m.encode(); !bytes.Equal(again, data) {
 			t.Errorf("%x is read as %+v, which is written %x", data, m, again)
 		}
 	})
@@ -79,7 +79,7 @@ func FuzzDecode(f *testing.F) {
 func FuzzMember(f *testing.F) {
 	var all []byte
 	for _, m := range samples() {
-		b := m.appendTo(nil)
+		b := m.encode()
 		f.Add(append([]byte{byte(len(b)), 0}, b...), true)
 		all = append(append(all, byte(len(b)), 1), b...)
 	}

@@ -3,6 +3,7 @@ package natsdp
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"time"
 
@@ -35,15 +36,22 @@ const (
 
 // join makes the rank a part of the group. It hears from all others, which say at which round they are and whether they know
 // somebody else with its rank; waits for that one's objection; and claims the rank. The answers to that say which rounds the rank
-// can't vote in, because some of the others may count the vote of an earlier life of it there. refused returns what the network
-// has against this rank, or nil.
-func (m *member) join(ctx context.Context, refused func() error) error {
+// can't vote in, because some of the others may count the vote of an earlier life of it there.
+func (m *member) join(ctx context.Context) error {
+	err := m.comeIn(ctx)
+	if err != nil {
+		m.goodbye() // the next process of this rank need not wait for an objection of this one
+	}
+	return err
+}
+
+func (m *member) comeIn(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true
 	interval := resendFirst
 	again := time.NewTimer(interval)
 	defer again.Stop()
-	m.ask()
+	m.ask(toAll)
 	for {
 		missing, contested, err := m.unheard()
 		if err != nil {
@@ -63,26 +71,22 @@ func (m *member) join(ctx context.Context, refused func() error) error {
 		case <-objections:
 			quiet = true
 		case <-again.C:
-			if err := refused(); err != nil {
-				return err
-			}
-			m.ask()
+			m.ask(append(missing, m.rank)...) // its own rank may be somebody else's too
 			interval = min(2*interval, resendMost)
 			again.Reset(interval)
 		case <-ctx.Done():
-			if err := refused(); err != nil {
-				return err
-			}
 			return m.joinError(context.Cause(ctx), missing)
 		}
 	}
 }
 
-// ask asks all ranks where they are.
-func (m *member) ask() {
+// ask asks ranks, or all, where they are.
+func (m *member) ask(ranks ...int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.askLocked(toAll)
+	for _, rank := range ranks {
+		m.askLocked(rank)
+	}
 }
 
 func (m *member) askLocked(to int) {
@@ -160,7 +164,7 @@ func (m *member) handleHello(msg *message) {
 	}
 }
 
-// handleState takes an answer. What an earlier life of this rank has asked for is none.
+// handleState takes the answer of a rank, unless it is for an earlier life of this one.
 func (m *member) handleState(p *peer, msg *message) {
 	if msg.asker != m.epoch {
 		return
@@ -178,36 +182,48 @@ func (m *member) handleState(p *peer, msg *message) {
 	case m.phase == claiming && msg.holder > m.epoch: // somebody else has claimed it meanwhile
 		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
 		return
+	case m.phase == claiming && !msg.holds: // of a process that may yet have to give way to the rank's last one, which votes
+		return
 	case msg.holder > m.epoch: // the clock of its host was ahead
 		m.former = append(m.former, m.epoch)
-		m.epoch = msg.holder + 1
+		m.epoch = msg.holder + 1 + rand.Uint64N(1<<16) // another process that does the same comes to another one
 	}
 	p.heard = true
 	if msg.round > m.round {
 		m.leftBehind(msg.round, msg.step, 0)
+	} else if msg.round == m.round {
+		m.step = max(m.step, msg.step) // a round may end at a higher step where the votes of all were there
 	}
 	m.signal()
 }
 
 // handleOwnRank takes what somebody else of this rank says. Whoever is asking gives way to who holds the rank; of two that ask,
-// the later one gives way. Two hold the rank where one did not answer in time when the other asked: the others listen to the
-// later one.
+// the one that began later gives way. Two hold the rank where one did not answer in time when the other asked, or where clocks
+// differ: the others listen to the later one.
 func (m *member) handleOwnRank(msg *message) {
 	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {
 		return // an echo
 	}
 	m.stats.Foreign++
-	later := msg.epoch > m.epoch
 	asks := msg.kind == kindHello || msg.kind == kindState && !msg.holds
 	switch {
 	case msg.kind == kindBye:
-	case m.phase == asking && !(asks && later):
+	case m.phase == asking && !(asks && msg.epoch > m.began()):
 		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
-	case m.phase != asking && !asks && later:
+	case m.phase != asking && !asks && msg.epoch > m.epoch:
 		m.dieReplaced()
+	case m.phase == asking && msg.kind == kindState: // of one that asks too, and answering its answers would never end
 	default:
 		m.sendMessage(m.rank, m.state())
 	}
+}
+
+// began returns the first epoch of this life.
+func (m *member) began() uint64 {
+	if len(m.former) > 0 {
+		return m.former[0]
+	}
+	return m.epoch
 }
 
 // state returns what this rank says to who asks.
@@ -256,6 +272,11 @@ func (m *member) leave() {
 	close(m.closing)
 	m.breakRound()
 	m.linger()
+	m.goodbye()
+}
+
+// goodbye ends this rank's part, and tells the others.
+func (m *member) goodbye() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead == nil {
@@ -269,32 +290,30 @@ func (m *member) linger() {
 	over := time.After(lingerMost)
 	again := time.NewTicker(resendFirst)
 	defer again.Stop()
-	if m.needed() {
-		m.ask()
-	}
-	for m.needed() {
+	m.ask(m.needing()...)
+	for len(m.needing()) > 0 {
 		select {
 		case <-m.changed:
 		case <-again.C:
-			m.ask()
+			m.ask(m.needing()...)
 		case <-over:
 			return
 		}
 	}
 }
 
-// needed reports whether a rank may still wait for this one's vote in the last round. Such a rank sends its vote again, and gets
+// needing returns the ranks that may still wait for this one's vote in the last round. Such a rank sends its vote again, and gets
 // the answer.
-func (m *member) needed() bool {
+func (m *member) needing() (ranks []int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil || m.phase != joined || !m.complete {
-		return false
+		return nil
 	}
 	for rank := range m.peers {
 		if p := &m.peers[rank]; rank != m.rank && !p.gone && p.ended < m.round {
-			return true
+			ranks = append(ranks, rank)
 		}
 	}
-	return false
+	return ranks
 }

@@ -338,6 +338,31 @@ func TestJoinWithoutServer(t *testing.T) {
 	}
 }
 
+// What takes a connection and says nothing, as a load balancer may for a server that is not there, is no server yet.
+func TestJoinSilence(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	attempt := 0
+	silentFirst := dialerFunc(func() (net.Conn, error) {
+		if attempt++; attempt == 1 {
+			here, there := net.Pipe()
+			t.Cleanup(func() { there.Close() })
+			return here, nil
+		}
+		return net.Dial("tcp", s.Addr().String())
+	})
+	group := joinAll(t, newName(), 2, func(rank int) []natsdp.Option {
+		if rank == 0 {
+			return at(s, nats.SetCustomDialer(silentFirst), nats.Timeout(200*time.Millisecond))(rank)
+		}
+		return at(s)(rank)
+	})
+	together(t, group, 1)
+	if attempt < 2 {
+		t.Errorf("connected %d times, want 2 at least", attempt)
+	}
+}
+
 // Groups of the same name under different prefixes are different groups.
 func TestSubjectPrefix(t *testing.T) {
 	t.Parallel()

@@ -27,7 +27,7 @@ type member struct {
 	group uint64 // see hashGroup
 	rank  int
 	size  int
-	send  func(to int, message []byte) // to a rank, or to toAll; it copies the message
+	send  func(to int, message []byte) // to a rank, or to toAll; never waits, and keeps the message
 
 	busy    atomic.Bool // in exchange
 	outcome chan outcome
@@ -43,7 +43,7 @@ type member struct {
 	round    uint64
 	step     uint64 // the group's
 	complete bool   // the votes of all were there
-	answer   []byte // to who is still in that round; empty: there is only to say that it is over
+	answer   []byte // to who is still in that round; nil: there is only to say that it is over
 
 	open, next gathering // rounds round+1 and round+2: a rank may be through with a round when its next vote comes, and others not
 
@@ -142,7 +142,7 @@ func (m *member) message(k kind) message {
 	return message{kind: k, group: m.group, size: m.size, rank: m.rank, epoch: m.epoch, round: m.round, step: m.step}
 }
 
-func (m *member) sendMessage(to int, msg message) { m.send(to, msg.appendTo(nil)) }
+func (m *member) sendMessage(to int, msg message) { m.send(to, msg.encode()) }
 
 // exchange implements [fwd.Coordinator].
 func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
@@ -244,7 +244,7 @@ func (m *member) enter(v fwd.Vote) {
 	m.vote, m.last, m.late = v, v.Step, false
 	msg := m.message(kindVote)
 	msg.round, msg.vote, msg.complete = m.round+1, v, m.complete
-	m.sent = msg.appendTo(m.sent[:0])
+	m.sent = msg.encode()
 	m.send(toAll, m.sent)
 	m.open.add(m.rank, v)
 	m.endIfFull()
@@ -276,7 +276,7 @@ func (m *member) endIfFull() {
 	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
 		votes, step = nil, rankErr.Step
 	}
-	m.answer, m.sent = m.sent, m.answer
+	m.answer = m.sent
 	m.endRound(m.round+1, step)
 	m.complete, m.last = true, step
 	m.release(outcome{votes, err})
@@ -326,7 +326,7 @@ func (m *member) breakRound() {
 func (m *member) fail(msg *message) {
 	answer := *msg
 	answer.rank, answer.epoch = m.rank, m.epoch
-	m.answer = answer.appendTo(m.answer[:0])
+	m.answer = answer.encode()
 	m.endRound(msg.round, msg.step)
 	m.complete, m.last = false, msg.step
 	m.release(outcome{err: &fwd.RankError{
@@ -342,7 +342,7 @@ func (m *member) leftBehind(round, step, lowest uint64) {
 		m.late, m.lateFrom = true, lowest
 	}
 	m.endRound(round, max(step, m.step))
-	m.complete, m.answer = false, m.answer[:0]
+	m.complete, m.answer = false, nil
 	if m.waiting {
 		m.enter(m.vote)
 	}
@@ -373,6 +373,8 @@ func (m *member) handle(from int, direct bool, data []byte) {
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
 		m.handleHello(&msg)
+	case msg.kind == kindBye:
+		m.handleBye(&msg)
 	case msg.kind == kindState && !msg.holds: // it may yet have to give way to another with its rank
 		m.handleState(&m.peers[msg.rank], &msg)
 	case msg.epoch < m.peers[msg.rank].epoch:
@@ -408,13 +410,24 @@ func (m *member) handlePeer(msg *message, direct bool) {
 	case kindState:
 		p.ended = max(p.ended, msg.round)
 		m.handleState(p, msg)
-	case kindBye:
-		p.gone, p.asked = true, 0
 	}
 	m.signal()
 }
 
-// tellStale tells a process that its rank is another's now. That one does so too, unless it has ended meanwhile.
+// handleBye takes leave of a rank, or of a process that has asked for it and gives up.
+func (m *member) handleBye(msg *message) {
+	p := &m.peers[msg.rank]
+	if p.asked == msg.epoch {
+		p.asked = 0
+	}
+	if p.epoch == msg.epoch {
+		p.gone = true
+	}
+	m.signal()
+}
+
+// tellStale tells a process that its rank is another's now. The other one, which hears the same messages, tells it too, unless it
+// has ended meanwhile.
 func (m *member) tellStale(msg *message) {
 	if m.phase != joined {
 		return
@@ -474,7 +487,7 @@ func (m *member) add(g *gathering, msg *message) {
 // answerLate tells a rank that still waits in a round how that has ended.
 func (m *member) answerLate(msg *message) {
 	switch {
-	case msg.round == m.round && len(m.answer) > 0:
+	case msg.round == m.round && m.answer != nil:
 		m.send(msg.rank, m.answer)
 	case m.complete: // with its vote, so it has left the earlier rounds: the message is an old one
 	default:

@@ -29,7 +29,7 @@ type kind uint8
 const (
 	kindHello  kind = 1 + iota // asks for everyone's state. Body: none
 	kindClaim                  // asks for it too, and to listen to no other life of this rank from now on. Body: none
-	kindState                  // the answer. round and step: the last that have ended, and that who asked has no part in. Body: flags, asker, holder (8 each)
+	kindState                  // the answer. round and step: the last that have ended, and that whoever asked can't vote in. Body: flags, asker, holder (8 each)
 	kindVote                   // round: the open one; step: of the last that has ended. Body: step (8), tokens, padded (4 each), mode, flags, span
 	kindBroken                 // round and step: those that are over. Body: by (4), lowest (8), missing: a bit for each rank
 	kindBye                    // round and step: the last that have ended. Body: none
@@ -83,8 +83,9 @@ func hashGroup(name string) uint64 {
 	return h.Sum64()
 }
 
-// appendTo appends the message's bytes.
-func (m *message) appendTo(b []byte) []byte {
+// encode returns the message's bytes.
+func (m *message) encode() []byte {
+	b := make([]byte, 0, 64) // enough for a vote without a span
 	b = append(b, magic...)
 	b = append(b, version, byte(m.kind))
 	b = binary.BigEndian.AppendUint64(b, m.group)
@@ -122,8 +123,8 @@ func (m *message) appendVote(b []byte) []byte {
 	if !span {
 		return b
 	}
-	trace, spanID := v.SpanContext.TraceID(), v.SpanContext.SpanID()
-	b = append(b, trace[:]...)
+	traceID, spanID := v.SpanContext.TraceID(), v.SpanContext.SpanID()
+	b = append(b, traceID[:]...)
 	b = append(b, spanID[:]...)
 	b = append(b, byte(v.SpanContext.TraceFlags()))
 	state := ""
@@ -148,7 +149,7 @@ func flag(set bool, bit byte) byte {
 	return 0
 }
 
-// decode reads a message. It accepts exactly what appendTo writes. What it does not understand is an error, and never a
+// decode reads a message. It accepts exactly what encode writes. What it does not understand is an error, and never a
 // panic: anyone who may publish on the subject can send anything.
 func decode(b []byte) (message, error) {
 	var m message

@@ -23,11 +23,11 @@
 //
 // # Subjects and permissions
 //
-// PREFIX is fwd.dp, unless [WithSubjectPrefix] says otherwise. What rank r has for everyone goes to the subject PREFIX.GROUP.all.r, and what it has for rank q to PREFIX.GROUP.q.r. So rank r
-// needs permission to publish to PREFIX.GROUP.*.r, and to subscribe to PREFIX.GROUP.all.* and PREFIX.GROUP.r.*; with these
-// alone it can't speak for another rank, and nobody else can speak for it. A message is believed only if the rank in it is that
-// of its subject. Everything that is damaged, of another version, group or size, or of a process whose rank has been taken over
-// is counted in [Stats] and ignored.
+// PREFIX is fwd.dp, unless [WithSubjectPrefix] says otherwise. What rank r has for everyone goes to the subject PREFIX.GROUP.all.r,
+// and what it has for rank q to PREFIX.GROUP.q.r. So rank r needs permission to publish to PREFIX.GROUP.*.r, and to subscribe to
+// PREFIX.GROUP.all.* and PREFIX.GROUP.r.*; with these alone it can't speak for another rank, and nobody else can speak for it. A
+// message is believed only if the rank in it is that of its subject. What is damaged, of another version, group or size, or of a
+// process whose rank has been taken over is counted in [Stats], and a group that is together ignores it.
 package natsdp
 
 import (
@@ -39,6 +39,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -123,27 +124,26 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 		nats.PingInterval(5 * time.Second),                                // a link that is silently gone shows after three of them
 		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}), // the default one prints
 	}, opts...)
-	err := errors.New("nats: connecting")
+	failed := errors.New("nats: no server has answered") // before any attempt has failed
 	for {
-		conn, failure := connectOnce(ctx, url, opts)
+		conn, err := connectOnce(ctx, url, opts)
 		if conn != nil {
 			return conn, nil
 		}
-		if failure != nil && !isAbsent(failure) {
-			return nil, failure
-		}
-		if failure != nil {
-			err = failure
+		if ctx.Err() == nil {
+			if failed = err; !isAbsent(err) {
+				return nil, err
+			}
 		}
 		select {
 		case <-ctx.Done():
-			return nil, fmt.Errorf("%w: %w", err, context.Cause(ctx))
+			return nil, fmt.Errorf("%w: %w", failed, context.Cause(ctx))
 		case <-time.After(2 * resendFirst):
 		}
 	}
 }
 
-// connectOnce connects, but not for longer than ctx lets it: then it returns neither a connection nor an error.
+// connectOnce connects, but not for longer than ctx lets it: then its cause is the error.
 func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Conn, error) {
 	type result struct {
 		conn *nats.Conn
@@ -163,41 +163,54 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 				r.conn.Close()
 			}
 		}()
-		return nil, nil
+		return nil, context.Cause(ctx)
 	}
 }
 
 // isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
 func isAbsent(err error) bool {
+	if errors.Is(err, nats.ErrTLS) { // one that hangs up after the handshake does not like the certificate
+		return false
+	}
 	op, ok := errors.AsType[*net.OpError](err)
-	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && op.Op == "dial" ||
+	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && (op.Op == "dial" || op.Timeout()) ||
 		errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) // a load balancer with no server behind it
 }
 
-// Coordinator is one rank of a group. It implements [fwd.Coordinator]. Exchange is for one Runner; the other methods may be
-// called at any time.
+// Coordinator is one rank of a group, made by [Join]; a zero one is of no use. It implements [fwd.Coordinator]. Exchange is for
+// one Runner; the other methods may be called at any time.
+//
+// Nothing that a caller waits for happens on the connection itself: that may keep whoever uses it waiting, for a name server, a
+// server that does not answer, or room in a socket. So one goroutine speaks on it, and another listens.
 type Coordinator struct {
 	member *member
 	conn   *nats.Conn
 	owned  bool
-	base   string // of subjects: the prefix and the group
+	base   string // of subjects: PREFIX.GROUP
 
-	in     chan *nats.Msg
-	all    *nats.Subscription
-	direct *nats.Subscription
-	status chan nats.Status
-	done   chan struct{} // tells receive to end
-	ended  sync.WaitGroup
-	close  sync.Once
+	out       chan outgoing
+	in        chan *nats.Msg
+	direct    *nats.Subscription // to what is for this rank alone
+	joined    atomic.Bool
+	done      chan struct{} // tells speak to end
+	ended     chan struct{} // that it has
+	closeOnce sync.Once
+}
+
+// outgoing is a message to a rank, or to all.
+type outgoing struct {
+	to   int
+	data []byte
 }
 
 // Join makes this process a rank of a group, and returns once all ranks of it have been heard from. A rank that is started again
 // joins at the group's step. Where another process had the rank and did not leave it by Close, and where there are no other ranks to
-// say so, Join waits a second for its objection.
+// say so, Join waits a second for its objection, and needs a ctx that lasts longer.
 //
-// It wraps fwd.ErrInvalid: a group, rank, size or prefix that can't be, neither URL nor connection, ranks that say another size
-// or speak another version; [ErrRankTaken]; fwd.ErrRankMissing and ctx's cause when ctx ends first, as a *[fwd.RankError] that
-// names the ranks; and the errors of nats, [nats.ErrPermissionViolation] and [nats.ErrAuthorization] among them.
+// It wraps fwd.ErrInvalid: a group, rank, size, prefix or option that can't be, neither URL nor connection, ranks that say another
+// size or speak another version; [ErrRankTaken]; ctx's cause when ctx ends first, in a *[fwd.RankError] that is fwd.ErrRankMissing
+// and names the ranks where it is ranks that have not come; and the errors of nats, [nats.ErrPermissionViolation] and
+// [nats.ErrAuthorization] among them.
 func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error) {
 	o := options{prefix: DefaultSubjectPrefix}
 	for i, opt := range opts {
@@ -216,23 +229,22 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 			return nil, err
 		}
 	}
+	room := min(1024+16*cfg.Size, 1<<16) // several rounds; what is beyond is dropped, and sent again
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
-		base:   o.prefix + "." + cfg.Group,
-		in:     make(chan *nats.Msg, min(1024+16*cfg.Size, 1<<16)), // several rounds; what is beyond is dropped, and sent again
-		status: conn.StatusChanged(nats.CONNECTED, nats.CLOSED),
-		done:   make(chan struct{}),
+		base:  o.prefix + "." + cfg.Group,
+		out:   make(chan outgoing, room),
+		in:    make(chan *nats.Msg, room),
+		done:  make(chan struct{}),
+		ended: make(chan struct{}),
 	}
-	c.member = newMember(cfg.Group, cfg.Rank, cfg.Size, c.publisher(cfg))
-	if err := c.subscribe(cfg.Rank); err != nil {
+	c.member = newMember(cfg.Group, cfg.Rank, cfg.Size, c.send)
+	go c.speak()
+	if err := c.member.join(ctx); err != nil {
 		c.release()
 		return nil, err
 	}
-	c.ended.Go(c.receive)
-	if err := c.member.join(ctx, c.refused); err != nil {
-		c.release()
-		return nil, err
-	}
+	c.joined.Store(true)
 	return c, nil
 }
 
@@ -268,40 +280,87 @@ func isToken(s string) bool {
 	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") == ""
 }
 
-// publisher returns what sends this rank's messages. An error says nothing that the member could use: what is lost is sent
-// again, and the end of the connection comes by its status.
-func (c *Coordinator) publisher(cfg Config) func(to int, message []byte) {
-	rank := strconv.Itoa(cfg.Rank)
-	toEveryone := c.base + ".all." + rank
-	return func(to int, message []byte) {
-		subject := toEveryone
-		if to != toAll {
-			subject = c.base + "." + strconv.Itoa(to) + "." + rank
+// send leaves a message to speak, or drops it where there is no room.
+func (c *Coordinator) send(to int, data []byte) {
+	select {
+	case c.out <- outgoing{to, data}:
+	default:
+	}
+}
+
+// speak does all that is done on the connection, from first to last.
+func (c *Coordinator) speak() {
+	defer close(c.ended)
+	status := c.conn.StatusChanged(nats.CONNECTED, nats.CLOSED)
+	defer c.conn.RemoveStatusListener(status)
+	all, err := c.conn.ChanSubscribe(c.base+".all.*", c.in)
+	if err == nil {
+		c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(c.member.rank)+".*", c.in)
+	}
+	if err != nil {
+		c.member.lose(fmt.Errorf("natsdp: %w", err))
+	}
+	var listening sync.WaitGroup
+	listening.Go(func() { c.listen(status) })
+	c.publish()
+	for _, sub := range []*nats.Subscription{all, c.direct} {
+		_ = sub.Unsubscribe() // fails where there is none, or the connection has ended
+	}
+	listening.Wait()
+	if c.owned {
+		if c.conn.IsConnected() {
+			_ = c.conn.FlushTimeout(lingerMost) // the goodbye
 		}
-		_ = c.conn.Publish(subject, message)
+		c.conn.Close()
 	}
 }
 
-func (c *Coordinator) subscribe(rank int) (err error) {
-	if c.all, err = c.conn.ChanSubscribe(c.base+".all.*", c.in); err != nil {
-		return fmt.Errorf("natsdp: %w", err)
+// publish publishes what the member sends. An error says nothing that the member could use: what is lost is sent again, and the
+// end of the connection comes by its status.
+func (c *Coordinator) publish() {
+	rank := strconv.Itoa(c.member.rank)
+	toEveryone := c.base + ".all." + rank
+	one := func(o outgoing) {
+		if !c.joined.Load() {
+			c.noticeRefusal()
+		}
+		subject := toEveryone
+		if o.to != toAll {
+			subject = c.base + "." + strconv.Itoa(o.to) + "." + rank
+		}
+		_ = c.conn.Publish(subject, o.data)
 	}
-	if c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(rank)+".*", c.in); err != nil {
-		return fmt.Errorf("natsdp: %w", err)
+	for {
+		select {
+		case o := <-c.out:
+			one(o)
+			continue
+		case <-c.done:
+		}
+		for range len(c.out) { // the goodbye is the last
+			one(<-c.out)
+		}
+		return
 	}
-	return nil
 }
 
-// receive hands the member what comes in.
-func (c *Coordinator) receive() {
+// noticeRefusal ends joining where the server has refused the group's subjects.
+func (c *Coordinator) noticeRefusal() {
+	if err := c.conn.LastError(); errors.Is(err, nats.ErrPermissionViolation) && strings.Contains(err.Error(), `"`+c.base+".") {
+		c.member.lose(fmt.Errorf("natsdp: %w", err))
+	}
+}
+
+// listen hands the member what comes in.
+func (c *Coordinator) listen(status <-chan nats.Status) {
 	for {
 		select {
 		case msg := <-c.in:
 			if from, ok := sender(msg.Subject); ok {
 				c.member.handle(from, msg.Sub == c.direct, msg.Data)
 			}
-		case status := <-c.status:
-			if status == nats.CLOSED {
+		case s := <-status:
+			if s == nats.CLOSED {
 				c.member.lose(c.closedError())
 			}
 			c.member.again() // connected again
@@ -325,14 +384,6 @@ func sender(subject string) (rank int, ok bool) {
 	return rank, err == nil && rank >= 0
 }
 
-// refused returns the server's refusal of the group's subjects.
-func (c *Coordinator) refused() error {
-	if err := c.conn.LastError(); errors.Is(err, nats.ErrPermissionViolation) && strings.Contains(err.Error(), `"`+c.base+".") {
-		return fmt.Errorf("natsdp: %w", err)
-	}
-	return nil
-}
-
 // Rank implements [fwd.Coordinator].
 func (c *Coordinator) Rank() int { return c.member.rank }
 
@@ -345,12 +396,12 @@ func (c *Coordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, err
 	return c.member.exchange(ctx, v)
 }
 
-// Stats are counts since Join. All but Resent and Broken count messages that were ignored.
+// Stats are counts since Join. All but Resent and Broken count messages that told this rank nothing about its round.
 type Stats struct {
 	Malformed  uint64 // that could not be read
 	Foreign    uint64 // of another version, group or size, of a rank that is not that of the subject, or of another process with this rank
 	Stale      uint64 // of processes whose rank has been taken over
-	Duplicates uint64 // votes that were known, or of a round that was over
+	Duplicates uint64 // votes that were known, or of a round that was over: who still waits in that is answered
 	Resent     uint64 // votes of this rank that were sent again
 	Broken     uint64 // rounds that this rank waited in and that ended for a missing rank
 }
@@ -363,30 +414,23 @@ func (c *Coordinator) Stats() Stats {
 }
 
 // Close takes this rank out of the group. An exchange in progress is broken, as when its ctx ends. Close stays until the others
-// have this rank's last vote, at most a second, so that the last step of a run is lost for nobody. It closes the connection that
-// WithURL made, once its goodbye has been sent, for which it waits another second at most. A second call does nothing; the error is always nil.
+// have this rank's last vote, at most a second, so that the last step of a run is lost for nobody; then until its goodbye is on
+// the connection, and that is closed where WithURL made it, which takes at most another second where a server answers, and else
+// goes on without it. A connection of the caller's has the goodbye in its buffer, which [nats.Conn.Flush] empties. A second call
+// does nothing; the error is always nil.
 func (c *Coordinator) Close() error {
-	c.close.Do(func() {
+	c.closeOnce.Do(func() {
 		c.member.leave()
-		if c.owned && c.conn.IsConnected() {
-			_ = c.conn.FlushTimeout(lingerMost) // the goodbye
-		}
 		c.release()
 	})
 	return nil
 }
 
-// release gives back everything but the member.
+// release lets go of the connection, and waits until that is done, though not for long.
 func (c *Coordinator) release() {
-	for _, sub := range []*nats.Subscription{c.all, c.direct} {
-		if sub != nil {
-			_ = sub.Unsubscribe() // fails where the connection has ended
-		}
-	}
 	close(c.done)
-	c.ended.Wait()
-	c.conn.RemoveStatusListener(c.status)
-	if c.owned {
-		c.conn.Close()
+	select {
+	case <-c.ended:
+	case <-time.After(lingerMost):
 	}
 }

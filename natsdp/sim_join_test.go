@@ -1,0 +1,171 @@
+package natsdp
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// A Join that gave up leaves nothing behind: the next one of its rank does not wait for an objection that nobody has.
+func TestGivenUpJoin(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		go b.join(t.Context(), 0)
+		for range 3 { // rank 2 is missing
+			ctx, cancel := context.WithTimeout(t.Context(), claimWait/2)
+			_, err := b.join(ctx, 1)
+			cancel()
+			rankErr, ok := errors.AsType[*fwd.RankError](err)
+			if !ok || !errors.Is(err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{2}) {
+				t.Errorf("without rank 2: %v", err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		go b.join(t.Context(), 2)
+		ctx, cancel := context.WithTimeout(t.Context(), claimWait/2)
+		defer cancel()
+		if _, err := b.join(ctx, 1); err != nil {
+			t.Error(err)
+		}
+		b.killAll()
+	})
+}
+
+// killAll ends all members.
+func (b *bus) killAll() {
+	for _, s := range slices.Clone(b.stations) {
+		s.lose(ErrClosed)
+	}
+}
+
+// Where the clock of a rank's last host was ahead, all that want its place are behind, and choose an epoch by what they are told.
+// Still one of them gets it, even if they have not heard of each other.
+func TestOneGetsTheRankBehind(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(300) {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+			defer cancel()
+			b := newBus(2, seed)
+			ahead := b.attach(1)
+			ahead.epoch += uint64(time.Hour)
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if err := ahead.join(ctx); err != nil {
+					t.Error(err)
+				}
+			})
+			if _, err := b.join(ctx, 0); err != nil {
+				t.Fatal(err)
+			}
+			wg.Wait()
+			ahead.kill()
+			b.delay, b.loss = 20*time.Millisecond, 0.3
+			got := make([]*station, 3)
+			for i := range got {
+				wg.Go(func() {
+					s, err := b.join(ctx, 1)
+					if err == nil {
+						got[i] = s
+					} else if !errors.Is(err, ErrRankTaken) {
+						t.Errorf("seed %d: %v", seed, err)
+					}
+				})
+			}
+			wg.Wait()
+			time.Sleep(time.Second) // those that have lost the rank again are told, as long as they speak
+			for _, s := range got {
+				if s != nil {
+					s.ask(toAll)
+				}
+			}
+			time.Sleep(time.Second)
+			got = slices.DeleteFunc(got, func(s *station) bool { return s == nil })
+			for i, s := range got {
+				for _, other := range got[:i] {
+					if s.epoch == other.epoch {
+						t.Errorf("seed %d: two processes have rank 1 in epoch %d", seed, s.epoch)
+					}
+				}
+			}
+			if len(got) == 0 {
+				t.Errorf("seed %d: nobody has rank 1", seed)
+			}
+		})
+	}
+}
+
+// Nobody joins by the answer of a process that may yet have to give way: the votes of the rank's last process count.
+func TestAskerDoesNotAnswerClaims(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		group := b.joinAll(t)
+		time.Sleep(time.Millisecond)
+		group[1].leave()
+		group[1].kill()
+		time.Sleep(time.Millisecond)
+		group[2].freeze()
+		asker := b.attach(2)
+		refused := make(chan error, 1)
+		go func() { refused <- asker.join(t.Context()) }()
+		time.Sleep(time.Millisecond)
+		joined := make(chan error, 1)
+		again := b.attach(1)
+		go func() { joined <- again.join(t.Context()) }()
+		time.Sleep(claimWait / 2)
+		select {
+		case err := <-joined:
+			t.Errorf("rank 1 has joined without rank 2: %v", err)
+		default:
+		}
+		group[2].thaw()
+		if err := <-refused; !errors.Is(err, ErrRankTaken) {
+			t.Errorf("the asker: %v, want %v", err, ErrRankTaken)
+		}
+		if err := <-joined; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Who waits for a rank asks that one, and not the others again and again.
+func TestWaitingIsQuiet(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const size = 8
+		b := newBus(size, 1)
+		for rank := range size - 1 {
+			go b.join(t.Context(), rank)
+		}
+		time.Sleep(time.Second)
+		before := b.delivered
+		time.Sleep(time.Minute)
+		if n := b.delivered - before; n > 60*size { // each asks once a second, and hears itself
+			t.Errorf("%d messages in a minute", n)
+		}
+		b.killAll()
+	})
+}
+
+// A round may end at two steps, the votes of all, which were for different ones, and without them. The group is at the higher.
+func TestJoinAtTheHigherStep(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newBus(3, 1).attach(0)
+		for rank, step := range map[int]uint64{1: 40, 2: 90} {
+			msg := message{kind: kindState, group: s.group, size: 3, rank: rank, epoch: s.epoch + 1, round: 7, step: step, holds: true, asker: s.epoch}
+			s.handle(rank, true, msg.encode())
+		}
+		if s.round != 7 || s.step != 90 {
+			t.Errorf("round %d, step %d, want 7 and 90", s.round, s.step)
+		}
+	})
+}
