@@ -186,7 +186,7 @@ func (m *member) handleState(p *peer, msg *message) {
 		return
 	case msg.holder > m.epoch: // the clock of its host was ahead
 		m.former = append(m.former, m.epoch)
-		m.epoch = msg.holder + 1 + rand.Uint64N(1<<16) // another process that does the same comes to another one
+		m.epoch = msg.holder + 1 + rand.Uint64N(1<<32) // another process that does the same comes to another one
 	}
 	p.heard = true
 	if msg.round > m.round {
@@ -290,20 +290,29 @@ func (m *member) linger() {
 	over := time.After(lingerMost)
 	again := time.NewTicker(resendFirst)
 	defer again.Stop()
-	m.ask(m.needing()...)
+	m.help(m.needing())
 	for len(m.needing()) > 0 {
 		select {
 		case <-m.changed:
 		case <-again.C:
-			m.ask(m.needing()...)
+			m.help(m.needing())
 		case <-over:
 			return
 		}
 	}
 }
 
-// needing returns the ranks that may still wait for this one's vote in the last round. Such a rank sends its vote again, and gets
-// the answer.
+// help sends ranks this one's vote in the last round, and asks whether they have it.
+func (m *member) help(ranks []int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, rank := range ranks {
+		m.send(rank, m.answer)
+		m.askLocked(rank)
+	}
+}
+
+// needing returns the ranks that may still wait for this one's vote in the last round.
 func (m *member) needing() (ranks []int) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
