@@ -40,7 +40,10 @@ func TestGivenUpJoin(t *testing.T) {
 
 // killAll ends all members.
 func (b *bus) killAll() {
-	for _, s := range slices.Clone(b.stations) {
+	b.mu.Lock()
+	stations := slices.Clone(b.stations)
+	b.mu.Unlock()
+	for _, s := range stations {
 		s.lose(ErrClosed)
 	}
 }
@@ -87,6 +90,7 @@ func TestOneGetsTheRankBehind(t *testing.T) {
 				}
 			}
 			time.Sleep(time.Second)
+			synctest.Wait()
 			got = slices.DeleteFunc(got, func(s *station) bool { return s == nil })
 			for i, s := range got {
 				for _, other := range got[:i] {
@@ -146,9 +150,9 @@ func TestWaitingIsQuiet(t *testing.T) {
 			go b.join(t.Context(), rank)
 		}
 		time.Sleep(time.Second)
-		before := b.delivered
+		before := b.delivered.Load()
 		time.Sleep(time.Minute)
-		if n := b.delivered - before; n > 60*size { // each asks once a second, and hears itself
+		if n := b.delivered.Load() - before; n > 60*size { // each asks once a second, and hears itself
 			t.Errorf("%d messages in a minute", n)
 		}
 		b.killAll()

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,7 +28,7 @@ type bus struct {
 	cut      map[int]bool  // ranks that nothing gets to or from
 	stations []*station
 
-	delivered int // messages
+	delivered atomic.Int64 // messages
 }
 
 // station is a member's place on the bus.
@@ -94,7 +95,7 @@ func (b *bus) send(from *station, to int, data []byte) {
 }
 
 func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
-	b.delivered++
+	b.delivered.Add(1)
 	arrive := func() { s.handle(from, direct, data) }
 	if s.frozen {
 		s.held = append(s.held, arrive)
