@@ -503,8 +503,10 @@ func (m *member) handleBroken(msg *message) {
 	case m.waiting && msg.round == m.round+1 && !slices.Contains(msg.missing, m.rank):
 		m.stats.Broken++
 		m.fail(msg)
-	default:
+	case msg.round == m.round+1:
 		m.leftBehind(msg.round, msg.step, msg.lowest)
+	default: // there were others before it, which nobody has told of, or not yet
+		m.leftBehind(msg.round, msg.step, min(msg.lowest, m.step+1))
 	}
 }
 

@@ -671,3 +671,26 @@ func TestStepIsNotTakenAgain(t *testing.T) {
 		}
 	})
 }
+
+// A rank that hears of a broken step, and not of those before it, has missed them all: it is late, and has not been restarted.
+func TestLateByMoreThanItHeardOf(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(2, 1)
+		group := b.joinAll(t)
+		ended, cancel := context.WithCancel(t.Context())
+		cancel()
+		for step := uint64(1); step <= 3; step++ {
+			b.isolate(1, step < 3) // it hears of the last one alone
+			if _, err := group[0].Exchange(ended, fwd.Vote{Step: step}); !errors.Is(err, fwd.ErrRankMissing) {
+				t.Fatal(err)
+			}
+			time.Sleep(time.Millisecond)
+		}
+		for _, done := range []<-chan error{group[0].begin(t.Context(), 4), group[1].begin(t.Context(), 1)} {
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		}
+	})
+}
