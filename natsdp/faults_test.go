@@ -158,10 +158,11 @@ func TestReconnectHangs(t *testing.T) {
 	}
 
 	mend := breakConnection()
+	name := newName()
 	for what, f := range map[string]func(ctx context.Context) error{
 		"Exchange": func(ctx context.Context) error { _, err := group[0].Exchange(ctx, vote(0, 2)); return err },
 		"Join": func(ctx context.Context) error {
-			_, err := natsdp.Join(ctx, natsdp.Config{Group: newName(), Size: 2}, natsdp.WithConn(conn))
+			_, err := natsdp.Join(ctx, natsdp.Config{Group: name, Size: 2}, natsdp.WithConn(conn))
 			return err
 		},
 	} {
@@ -179,6 +180,7 @@ func TestReconnectHangs(t *testing.T) {
 	}
 	agreed(t, 0, receive(t, first), 2, 3)
 	agreed(t, 1, second, 2, 3)
+	together(t, joinAll(t, name, 2, at(s)), 1) // what the Join that failed had to say is in nobody's way
 
 	breakConnection()
 	if err := returns("Close", func(context.Context) error { return group[0].Close() }); err != nil {
@@ -215,7 +217,9 @@ func TestClose(t *testing.T) {
 	group := joinAll(t, newName(), 3, at(s))
 	together(t, group, 1)
 	closed, other := begin(t.Context(), group[0], vote(0, 2)), begin(t.Context(), group[1], vote(1, 2))
-	time.Sleep(50 * time.Millisecond)
+	for group[0].Stats().Resent == 0 || group[1].Stats().Resent == 0 { // both wait
+		time.Sleep(time.Millisecond)
+	}
 	if err := group[0].Close(); err != nil {
 		t.Error(err)
 	}

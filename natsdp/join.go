@@ -2,6 +2,7 @@ package natsdp
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -21,7 +22,7 @@ const (
 	// one answers, or is dead.
 	claimWait = time.Second
 
-	// lingerMost is how long a rank that leaves stays for those who may lack its last vote.
+	// lingerMost is how long a rank that leaves stays for those who may lack its last vote, and then for its connection.
 	lingerMost = time.Second
 )
 
@@ -37,15 +38,8 @@ const (
 // join makes the rank a part of the group. It hears from all others, which say at which round they are and whether they know
 // somebody else with its rank; waits for that one's objection; and claims the rank. The answers to that say which rounds the rank
 // can't vote in, because some of the others may count the vote of an earlier life of it there.
+// After an error the caller says goodbye, so that the next process of this rank need not wait for an objection of this one.
 func (m *member) join(ctx context.Context) error {
-	err := m.comeIn(ctx)
-	if err != nil {
-		m.goodbye() // the next process of this rank need not wait for an objection of this one
-	}
-	return err
-}
-
-func (m *member) comeIn(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true
 	interval := resendFirst
@@ -198,8 +192,9 @@ func (m *member) handleState(p *peer, msg *message) {
 }
 
 // handleOwnRank takes what somebody else of this rank says. Whoever is asking gives way to who holds the rank; of two that ask,
-// the one that began later gives way. Two hold the rank where one did not answer in time when the other asked, or where clocks
-// differ: the others listen to the later one.
+// the one that began later gives way, unless the other has taken a new epoch meanwhile: then their claims decide. Two hold the
+// rank where one did not answer in time when the other asked, and for a moment after such claims: the others listen to the later
+// epoch.
 func (m *member) handleOwnRank(msg *message) {
 	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {
 		return // an echo
@@ -236,8 +231,23 @@ func (m *member) state() message {
 // refuse ends joining: the ranks are configured differently. A group that is together does not listen to that.
 func (m *member) refuse(format string, args ...any) {
 	if m.phase != joined {
-		m.die(fmt.Errorf("%w: %s", fwd.ErrInvalid, fmt.Sprintf(format, args...)))
+		m.die(invalidf(format, args...))
 	}
+}
+
+// failJoin ends joining, if it has not come to its end.
+func (m *member) failJoin(err error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.phase != joined {
+		m.die(err)
+	}
+}
+
+func (m *member) hasJoined() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.phase == joined
 }
 
 // die ends this rank's part for good.
@@ -279,10 +289,15 @@ func (m *member) leave() {
 func (m *member) goodbye() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead == nil {
-		m.sendMessage(toAll, m.message(kindBye))
-		m.die(ErrClosed)
+	if m.dead != nil && !errors.Is(m.dead, ErrRankTaken) { // one that gave way has asked, too
+		return
 	}
+	for _, epoch := range append(m.former, m.epoch) {
+		bye := m.message(kindBye)
+		bye.epoch = epoch
+		m.sendMessage(toAll, bye)
+	}
+	m.die(ErrClosed)
 }
 
 // linger waits until the other ranks have what they need from this one, though not for long: they may be dead.
@@ -290,39 +305,35 @@ func (m *member) linger() {
 	over := time.After(lingerMost)
 	again := time.NewTicker(resendFirst)
 	defer again.Stop()
-	m.help(m.needing())
-	for len(m.needing()) > 0 {
+	for help := true; m.needed(help); {
 		select {
 		case <-m.changed:
+			help = false
 		case <-again.C:
-			m.help(m.needing())
+			help = true
 		case <-over:
 			return
 		}
 	}
 }
 
-// help sends ranks this one's vote in the last round, and asks whether they have it.
-func (m *member) help(ranks []int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, rank := range ranks {
-		m.send(rank, m.answer)
-		m.askLocked(rank)
-	}
-}
-
-// needing returns the ranks that may still wait for this one's vote in the last round.
-func (m *member) needing() (ranks []int) {
+// needed reports whether a rank may still wait for this one's vote in the last round. help: it is sent that, and asked whether
+// it has it.
+func (m *member) needed(help bool) (needed bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil || m.phase != joined || !m.complete {
-		return nil
+		return false
 	}
 	for rank := range m.peers {
-		if p := &m.peers[rank]; rank != m.rank && !p.gone && p.ended < m.round {
-			ranks = append(ranks, rank)
+		if p := &m.peers[rank]; rank == m.rank || p.gone || p.ended >= m.round {
+			continue
+		}
+		needed = true
+		if help {
+			m.send(rank, m.answer)
+			m.askLocked(rank)
 		}
 	}
-	return ranks
+	return needed
 }

@@ -418,10 +418,10 @@ func (m *member) handlePeer(msg *message, direct bool) {
 func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
-		p.asked = 0
+		p.asked, p.heard = 0, false
 	}
 	if p.epoch == msg.epoch {
-		p.gone = true
+		p.gone, p.heard = true, false
 	}
 	m.signal()
 }

@@ -169,12 +169,12 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 
 // isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
 func isAbsent(err error) bool {
-	if errors.Is(err, nats.ErrTLS) { // one that hangs up after the handshake does not like the certificate
-		return false
-	}
 	op, ok := errors.AsType[*net.OpError](err)
-	return errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && (op.Op == "dial" || op.Timeout()) ||
-		errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) // a load balancer with no server behind it
+	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && (op.Op == "dial" || op.Timeout()) {
+		return true
+	}
+	// A load balancer hangs up when there is no server behind it; a server, once TLS has begun, when it refuses the certificate.
+	return !errors.Is(err, nats.ErrTLS) && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET))
 }
 
 // Coordinator is one rank of a group, made by [Join]; a zero one is of no use. It implements [fwd.Coordinator]. Exchange is for
@@ -190,10 +190,11 @@ type Coordinator struct {
 
 	out       chan outgoing
 	in        chan *nats.Msg
-	direct    *nats.Subscription // to what is for this rank alone
-	joined    atomic.Bool
-	done      chan struct{} // tells speak to end
-	ended     chan struct{} // that it has
+	all       *nats.Subscription // to what is for everyone,
+	direct    *nats.Subscription // and for this rank alone
+	down      atomic.Bool        // the connection is being made again: what is sent is lost
+	done      chan struct{}      // tells speak to end
+	ended     chan struct{}      // that it has
 	closeOnce sync.Once
 }
 
@@ -210,7 +211,7 @@ type outgoing struct {
 // It wraps fwd.ErrInvalid: a group, rank, size, prefix or option that can't be, neither URL nor connection, ranks that say another
 // size or speak another version; [ErrRankTaken]; ctx's cause when ctx ends first, in a *[fwd.RankError] that is fwd.ErrRankMissing
 // and names the ranks where it is ranks that have not come; and the errors of nats, [nats.ErrPermissionViolation] and
-// [nats.ErrAuthorization] among them.
+// [nats.ErrAuthorization] among them. It returns at most a second after ctx has ended.
 func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error) {
 	o := options{prefix: DefaultSubjectPrefix}
 	for i, opt := range opts {
@@ -241,10 +242,10 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 	c.member = newMember(cfg.Group, cfg.Rank, cfg.Size, c.send)
 	go c.speak()
 	if err := c.member.join(ctx); err != nil {
+		c.member.goodbye()
 		c.release()
 		return nil, err
 	}
-	c.joined.Store(true)
 	return c, nil
 }
 
@@ -291,64 +292,92 @@ func (c *Coordinator) send(to int, data []byte) {
 // speak does all that is done on the connection, from first to last.
 func (c *Coordinator) speak() {
 	defer close(c.ended)
-	status := c.conn.StatusChanged(nats.CONNECTED, nats.CLOSED)
-	defer c.conn.RemoveStatusListener(status)
-	all, err := c.conn.ChanSubscribe(c.base+".all.*", c.in)
-	if err == nil {
-		c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(c.member.rank)+".*", c.in)
+	if c.owned {
+		defer c.hangUp()
 	}
-	if err != nil {
+	before := c.conn.LastError()
+	status := c.conn.StatusChanged(nats.RECONNECTING, nats.CONNECTED, nats.CLOSED)
+	defer c.conn.RemoveStatusListener(status)
+	c.down.Store(!c.conn.IsConnected())
+	if err := c.subscribe(); err != nil {
 		c.member.lose(fmt.Errorf("natsdp: %w", err))
+	}
+	defer c.unsubscribe()
+	select {
+	case <-c.done: // Join has given up before this came so far, and nobody has heard of it
+		return
+	default:
 	}
 	var listening sync.WaitGroup
 	listening.Go(func() { c.listen(status) })
-	c.publish()
-	for _, sub := range []*nats.Subscription{all, c.direct} {
-		_ = sub.Unsubscribe() // fails where there is none, or the connection has ended
-	}
+	c.publish(before)
 	listening.Wait()
-	if c.owned {
-		if c.conn.IsConnected() {
-			_ = c.conn.FlushTimeout(lingerMost) // the goodbye
-		}
-		c.conn.Close()
-	}
 }
 
-// publish publishes what the member sends. An error says nothing that the member could use: what is lost is sent again, and the
-// end of the connection comes by its status.
-func (c *Coordinator) publish() {
+func (c *Coordinator) subscribe() (err error) {
+	if c.all, err = c.conn.ChanSubscribe(c.base+".all.*", c.in); err == nil {
+		c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(c.member.rank)+".*", c.in)
+	}
+	return err
+}
+
+// unsubscribe ends subscriptions. Errors say that there is none, or that the connection has ended.
+func (c *Coordinator) unsubscribe() {
+	_, _ = c.all.Unsubscribe(), c.direct.Unsubscribe()
+}
+
+// hangUp closes the connection, once the goodbye is on its way.
+func (c *Coordinator) hangUp() {
+	if c.conn.IsConnected() {
+		_ = c.conn.FlushTimeout(lingerMost)
+	}
+	c.conn.Close()
+}
+
+// publish publishes what the member sends, unless the connection is down. An error says nothing that the member could use: what is
+// lost is sent again, and the end of the connection comes by its status. While the rank joins it also looks for a refusal of the
+// server, other than the error that was there before.
+func (c *Coordinator) publish(before error) {
+	look := time.NewTicker(resendFirst / 2)
+	defer look.Stop()
 	rank := strconv.Itoa(c.member.rank)
 	toEveryone := c.base + ".all." + rank
 	one := func(o outgoing) {
-		if !c.joined.Load() {
-			c.noticeRefusal()
-		}
 		subject := toEveryone
 		if o.to != toAll {
 			subject = c.base + "." + strconv.Itoa(o.to) + "." + rank
 		}
-		_ = c.conn.Publish(subject, o.data)
+		if !c.down.Load() {
+			_ = c.conn.Publish(subject, o.data)
+		}
 	}
 	for {
 		select {
 		case o := <-c.out:
 			one(o)
-			continue
+		case <-look.C:
+			if c.member.hasJoined() {
+				look.Stop()
+			} else if err := c.conn.LastError(); err != before && c.isRefusal(err, rank) {
+				c.member.failJoin(fmt.Errorf("natsdp: %w", err))
+			}
 		case <-c.done:
+			for range len(c.out) { // the goodbye is the last
+				one(<-c.out)
+			}
+			return
 		}
-		for range len(c.out) { // the goodbye is the last
-			one(<-c.out)
-		}
-		return
 	}
 }
 
-// noticeRefusal ends joining where the server has refused the group's subjects.
-func (c *Coordinator) noticeRefusal() {
-	if err := c.conn.LastError(); errors.Is(err, nats.ErrPermissionViolation) && strings.Contains(err.Error(), `"`+c.base+".") {
-		c.member.lose(fmt.Errorf("natsdp: %w", err))
+// isRefusal reports whether an error is that of a server which does not let a rank have its subjects in the group.
+func (c *Coordinator) isRefusal(err error, rank string) bool {
+	if !errors.Is(err, nats.ErrPermissionViolation) {
+		return false
 	}
+	_, subject, ok := strings.Cut(err.Error(), `"`+c.base+".")
+	subject, _, _ = strings.Cut(subject, `"`)
+	return ok && (subject == "all.*" || subject == rank+".*" || strings.HasSuffix(subject, "."+rank))
 }
 
 // listen hands the member what comes in.
@@ -360,10 +389,12 @@ func (c *Coordinator) listen(status <-chan nats.Status) {
 				c.member.handle(from, msg.Sub == c.direct, msg.Data)
 			}
 		case s := <-status:
-			if s == nats.CLOSED {
+			switch c.down.Store(s != nats.CONNECTED); s {
+			case nats.CONNECTED:
+				c.member.again()
+			case nats.CLOSED:
 				c.member.lose(c.closedError())
 			}
-			c.member.again() // connected again
 		case <-c.done:
 			return
 		}

@@ -263,6 +263,23 @@ func TestCredentials(t *testing.T) {
 	together(t, group, 4)
 }
 
+// What a server has refused before, on a connection that is shared, is not held against a rank that it lets in.
+func TestRefusedBefore(t *testing.T) {
+	t.Parallel()
+	name := newName()
+	opts := serverOptions()
+	opts.Users = rankUsers(name, 1)
+	s := startServer(t, opts)
+	conn := connect(t, s, nats.UserInfo("rank0", "pw"))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	_, err := natsdp.Join(ctx, natsdp.Config{Group: name, Rank: 1, Size: 2}, natsdp.WithConn(conn))
+	if !errors.Is(err, nats.ErrPermissionViolation) || ctx.Err() != nil {
+		t.Errorf("joining as another rank: %v, want %v, and soon", err, nats.ErrPermissionViolation)
+	}
+	together(t, joinAll(t, name, 1, func(int) []natsdp.Option { return []natsdp.Option{natsdp.WithConn(conn)} }), 1)
+}
+
 // Whatever anybody sends on the subjects of a group, short of speaking for a rank in its present life, is counted and ignored. The
 // group neither stalls nor is steered.
 func TestNoise(t *testing.T) {

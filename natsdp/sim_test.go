@@ -57,7 +57,11 @@ func (b *bus) attach(rank int) *station {
 // join adds a member and joins the group.
 func (b *bus) join(ctx context.Context, rank int) (*station, error) {
 	s := b.attach(rank)
-	return s, s.join(ctx)
+	err := s.join(ctx)
+	if err != nil {
+		s.goodbye()
+	}
+	return s, err
 }
 
 // joinAll makes a whole group.
@@ -459,6 +463,9 @@ func TestFreeAfterLeaving(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(2, 1)
 		group := b.joinAll(t)
+		if _, err := b.join(t.Context(), 1); !errors.Is(err, ErrRankTaken) { // nor for one of somebody who gave way
+			t.Errorf("joining beside the process that has the rank: %v, want %v", err, ErrRankTaken)
+		}
 		time.Sleep(time.Millisecond) // this network keeps no order, so one message after the other comes
 		group[1].leave()
 		group[1].kill()
