@@ -37,8 +37,8 @@ const (
 
 // join makes the rank a part of the group. It hears from all others, which say at which round they are and whether they know
 // somebody else with its rank; waits for that one's objection; and claims the rank. The answers to that say which rounds the rank
-// can't vote in, because some of the others may count the vote of an earlier life of it there.
-// After an error the caller says goodbye, so that the next process of this rank need not wait for an objection of this one.
+// can't vote in, because some of the others may count the vote of an earlier life of it there. After an error the caller says
+// goodbye, so that the next process of this rank need not wait for an objection of this one.
 func (m *member) join(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true

@@ -418,7 +418,8 @@ func (m *member) handlePeer(msg *message, direct bool) {
 func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
-		p.asked, p.heard = 0, false
+		p.asked = 0
+		p.heard = p.heard && p.epoch != 0 // by another process, which has the rank
 	}
 	if p.epoch == msg.epoch {
 		p.gone, p.heard = true, false

@@ -109,8 +109,8 @@ func WithSubjectPrefix(prefix string) Option {
 
 // Connect connects to a NATS server as suits a group: it waits for a server until ctx ends. A connection that is lost is made
 // again, as often as it takes, unless a server refuses the credentials. Meanwhile no votes are kept for later: they are sent again
-// anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
-// [nats.UserCredentials], [nats.UserInfo] and others. opts override what Connect would choose.
+// anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure], [nats.UserCredentials],
+// [nats.UserInfo] and others. opts override what Connect would choose.
 //
 // The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them. Where none has answered before
 // ctx ended it wraps ctx's cause, and what the last attempt failed with.

@@ -264,6 +264,8 @@ func chaos(t *testing.T, seed uint64) {
 	var wg sync.WaitGroup
 	ranks := make([]*stepper, size)
 	var agreed, failed, restarted [size]int
+	var here atomic.Int64 // ranks
+	here.Store(size)
 	for rank, s := range b.joinAll(t) {
 		ranks[rank] = &stepper{Coordinator: s}
 		wg.Go(func() {
@@ -289,6 +291,10 @@ func chaos(t *testing.T, seed uint64) {
 				case 0:
 					time.Sleep(time.Duration(random.IntN(3000)) * time.Millisecond)
 				case 1:
+					if here.Add(-1) == 0 { // a group that nobody is left of begins anew
+						here.Add(1)
+						continue
+					}
 					restarted[rank]++
 					s := ranks[rank].Coordinator.(*station)
 					s.kill()
@@ -297,6 +303,7 @@ func chaos(t *testing.T, seed uint64) {
 						return
 					}
 					ranks[rank] = &stepper{Coordinator: s}
+					here.Add(1)
 				}
 			}
 		})
