@@ -194,6 +194,34 @@ func (g *group) complete() []report {
 	return reports
 }
 
+// outages puts ranks out of reach, one after the other, in two runs: for less time than the ranks wait for each other, which costs
+// no step, and for longer, which costs steps, and all go on afterwards. prepare returns a run that has not started, and what puts
+// one of its ranks out of reach and brings it back.
+func outages(t *testing.T, shortly, long time.Duration, prepare func(t *testing.T, flags string) (g *group, down, up func(rank int))) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, flags string
+		out         time.Duration
+		end         func(g *group)
+	}{
+		{"shortly", "-exchange-timeout 30s", shortly, (*group).unharmed},
+		{"for long", "-exchange-timeout 1s -rejoin 1m", long, (*group).harmed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			g, down, up := prepare(t, tt.flags)
+			g.startAll()
+			for i, rank := range []int{1, 0} {
+				g.reach(0.25 * float64(i+1))
+				down(rank)
+				g.standStill(tt.out)
+				up(rank)
+			}
+			tt.end(g)
+		})
+	}
+}
+
 // unharmed waits for the end of a run in which no step failed: all ranks took the same ones.
 func (g *group) unharmed() {
 	g.Helper()

@@ -96,29 +96,14 @@ func removeStaleNamespaces() {
 // TestHosts: a link between two hosts that is down for less time than the ranks wait in a step costs no step. One that is down for
 // longer costs steps, and both ranks go on afterwards. No connection is closed meanwhile: nothing comes through.
 func TestHosts(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name, flags string
-		down        time.Duration
-		end         func(g *group)
-	}{
-		{"shortly", "-exchange-timeout 30s", time.Second, (*group).unharmed},
-		{"for long", "-exchange-timeout 1s -rejoin 1m", 3 * time.Second, (*group).harmed},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			h := newHosts(t)
-			url := h.startServer()
-			g := newGroup(t, 2, func(int) string { return url }, tt.flags)
-			g.command = func(rank int, args ...string) *exec.Cmd { return h.command(rank, append([]string{binary}, args...)...) }
-			g.startAll()
-			for i, host := range []int{1, 0} {
-				g.reach(0.25 * float64(i+1))
-				h.ip("-n", h.names[host], "link", "set", device, "down")
-				g.standStill(tt.down)
-				h.ip("-n", h.names[host], "link", "set", device, "up")
-			}
-			tt.end(g)
-		})
-	}
+	outages(t, time.Second, 3*time.Second, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+		h := newHosts(t)
+		url := h.startServer()
+		g = newGroup(t, 2, func(int) string { return url }, flags)
+		g.command = func(rank int, args ...string) *exec.Cmd { return h.command(rank, append([]string{binary}, args...)...) }
+		set := func(state string) func(rank int) {
+			return func(rank int) { h.ip("-n", h.names[rank], "link", "set", device, state) }
+		}
+		return g, set("down"), set("up")
+	})
 }

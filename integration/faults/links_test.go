@@ -65,31 +65,16 @@ func (l link) poison(toxic, attributes string) (heal func()) {
 // TestLinkCut: a connection that is closed, and can't be made again for a while, costs no step where the ranks wait for longer
 // than that. Else it costs steps, and all go on afterwards.
 func TestLinkCut(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name, flags string
-		cut         time.Duration
-		end         func(g *group)
-	}{
-		{"shortly", "-exchange-timeout 30s", 500 * time.Millisecond, (*group).unharmed},
-		{"for long", "-exchange-timeout 1s -rejoin 1m", 2500 * time.Millisecond, (*group).harmed},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			links := newLinks(t, 3)
-			g := newGroup(t, len(links), through(links), tt.flags)
-			g.startAll()
-			for i, rank := range []int{1, 0} {
-				g.reach(0.25 * float64(i+1))
-				links[rank].Stop()
-				g.standStill(tt.cut)
-				if err := links[rank].Start(); err != nil {
-					t.Fatal(err)
-				}
+	outages(t, 500*time.Millisecond, 2500*time.Millisecond, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+		links := newLinks(t, 3)
+		down = func(rank int) { links[rank].Stop() }
+		up = func(rank int) {
+			if err := links[rank].Start(); err != nil {
+				t.Fatal(err)
 			}
-			tt.end(g)
-		})
-	}
+		}
+		return newGroup(t, len(links), through(links), flags), down, up
+	})
 }
 
 // TestLinkReset: connections that are reset whenever something goes through them, again and again, cost no step.

@@ -13,28 +13,12 @@ import (
 // TestStopped: a rank that stands still for less time than the others wait for it costs no step. One that stands still for
 // longer costs steps, and all go on with it afterwards.
 func TestStopped(t *testing.T) {
-	t.Parallel()
-	for _, tt := range []struct {
-		name, flags string
-		stopped     time.Duration
-		end         func(g *group)
-	}{
-		{"shortly", "-exchange-timeout 30s", 500 * time.Millisecond, (*group).unharmed},
-		{"for long", "-exchange-timeout 1s -rejoin 1m", 2500 * time.Millisecond, (*group).harmed},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			g := newGroup(t, 3, at(startServer(t, serverOptions())), tt.flags)
-			g.startAll()
-			for i, rank := range []int{1, 0} {
-				g.reach(0.25 * float64(i+1))
-				g.ranks[rank].signal(syscall.SIGSTOP)
-				g.standStill(tt.stopped)
-				g.ranks[rank].signal(syscall.SIGCONT)
-			}
-			tt.end(g)
-		})
-	}
+	outages(t, 500*time.Millisecond, 2500*time.Millisecond, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+		g = newGroup(t, 3, at(startServer(t, serverOptions())), flags)
+		down = func(rank int) { g.ranks[rank].signal(syscall.SIGSTOP) }
+		up = func(rank int) { g.ranks[rank].signal(syscall.SIGCONT) }
+		return g, down, up
+	})
 }
 
 // TestTakenOver: a rank that stands still is thought dead, and another process takes its place. When it goes on it learns that,
