@@ -112,10 +112,7 @@ func TestAskerDoesNotAnswerClaims(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(3, 1)
 		group := b.joinAll(t)
-		time.Sleep(time.Millisecond)
-		group[1].leave()
-		group[1].kill()
-		time.Sleep(time.Millisecond)
+		group[1].end()
 		group[2].freeze()
 		asker := b.attach(2)
 		refused := make(chan error, 1)

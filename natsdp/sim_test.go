@@ -133,6 +133,15 @@ func (s *station) kill() {
 	s.killed = true
 }
 
+// end lets a member leave, as a process does before it ends. The network keeps no order, so what was sent before comes before,
+// and the goodbye before it returns.
+func (s *station) end() {
+	time.Sleep(time.Millisecond)
+	s.leave()
+	s.kill()
+	time.Sleep(time.Millisecond)
+}
+
 // thaw lets in what was held back.
 func (s *station) thaw() {
 	s.bus.mu.Lock()
@@ -159,6 +168,16 @@ func (s *station) begin(ctx context.Context, step uint64) <-chan error {
 		done <- err
 	}()
 	return done
+}
+
+// succeed waits for steps that were begun, all of which go well.
+func succeed(t *testing.T, begun ...<-chan error) {
+	t.Helper()
+	for _, done := range begun {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // stepper takes steps as a Runner does.
@@ -473,10 +492,7 @@ func TestFreeAfterLeaving(t *testing.T) {
 		if _, err := b.join(t.Context(), 1); !errors.Is(err, ErrRankTaken) { // nor for one of somebody who gave way
 			t.Errorf("joining beside the process that has the rank: %v, want %v", err, ErrRankTaken)
 		}
-		time.Sleep(time.Millisecond) // this network keeps no order, so one message after the other comes
-		group[1].leave()
-		group[1].kill()
-		time.Sleep(time.Millisecond)
+		group[1].end()
 		began := time.Now()
 		if _, err := b.join(t.Context(), 1); err != nil {
 			t.Fatal(err)
@@ -604,11 +620,7 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 		if err := <-refused; !errors.Is(err, ErrRankTaken) {
 			t.Errorf("the asker got %v, want %v", err, ErrRankTaken)
 		}
-		for _, done := range []<-chan error{late, group[0].begin(ctx, 2), group[1].begin(ctx, 2)} {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
+		succeed(t, late, group[0].begin(ctx, 2), group[1].begin(ctx, 2))
 	})
 }
 
@@ -638,11 +650,7 @@ func TestClaimerEnds(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, done := range []<-chan error{group[0].begin(ctx, 1), again.begin(ctx, 1), group[2].begin(ctx, 1)} {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
+		succeed(t, group[0].begin(ctx, 1), again.begin(ctx, 1), group[2].begin(ctx, 1))
 	})
 }
 
@@ -701,10 +709,6 @@ func TestLateByMoreThanItHeardOf(t *testing.T) {
 			}
 			time.Sleep(time.Millisecond)
 		}
-		for _, done := range []<-chan error{group[0].begin(t.Context(), 4), group[1].begin(t.Context(), 1)} {
-			if err := <-done; err != nil {
-				t.Error(err)
-			}
-		}
+		succeed(t, group[0].begin(t.Context(), 4), group[1].begin(t.Context(), 1))
 	})
 }
