@@ -7,8 +7,8 @@
 // By default the ranks are goroutines. With -processes each is a process of its own, connected by a NATS server that comes
 // with them; with -nats this is one of them, and each serves its share of the requests:
 //
-//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results /tmp/r0 -rejoin 5m
-//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results /tmp/r1 -rejoin 5m
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
+//	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
 // All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be started again by the same
 // command: the others wait for it, and it serves what its results file lacks. The file nats.conf is a configuration of the server
