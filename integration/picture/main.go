@@ -1,9 +1,11 @@
-// Picture draws a step of the example engine on four data-parallel ranks: their waits for each other's votes, their passes, the
-// modes and the padding of these. It records the step from a run of the engine:
+// Picture draws a step of the example engine on four data-parallel ranks: how long they wait for each
+// other's votes, and the graph modes, tokens and padding of their passes. It records the step from a
+// run of the engine:
 //
 //	go -C integration run ./picture -o ../testdata/step.svg
 //
-// The recording is kept beside the picture, in a file whose name ends in .json instead of .svg, and can be drawn again:
+// The recording is kept beside the picture, in a file whose name ends in .json instead of .svg. It can
+// be drawn again:
 //
 //	go -C integration run ./picture -from ../testdata/step.json -o ../testdata/step.svg
 package main
@@ -24,7 +26,7 @@ import (
 
 func main() {
 	from := flag.String("from", "", "draw the recording in this JSON `file` (default: record a step)")
-	out := flag.String("o", "step.svg", "write the picture to this SVG `file`, and a new recording to a .json file beside it")
+	out := flag.String("o", "step.svg", "write to this SVG `file`, and a new recording to a .json beside it")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()

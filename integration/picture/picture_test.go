@@ -1,4 +1,4 @@
-// Tests that the picture in testdata is drawn from its recording, and that a run of the engine still looks like it.
+// Tests that the picture is drawn from its recording, and that the engine still takes such steps.
 package main
 
 import (
@@ -61,15 +61,21 @@ func TestRecording(t *testing.T) {
 	fresh := readRecording(t, strings.TrimSuffix(out, ".svg")+".json")
 	kept := readRecording(t, recording)
 	if diff := cmp.Diff(structure(kept), structure(fresh)); diff != "" {
-		t.Errorf("%s has another structure than a step of the engine now (-file +engine):\n%s%s", recording, diff, again)
+		t.Errorf("%s is unlike the engine's steps (-file +engine):\n%s%s", recording, diff, again)
 	}
 	for _, spans := range [][]timeline.Span{kept, fresh} {
 		checkStep(t, spans)
 	}
 }
 
-// structure returns a line for each exchange and each pass of a step, and one for each kind of other spans, since it may
-// depend on time how many of those there are. A line says where the span is and what attributes it has, not their values.
+// isOfRank reports whether a span is an exchange or a pass: each rank has one of both.
+func isOfRank(s *timeline.Span) bool {
+	return s.Kind() == timeline.Coordinate || s.Kind() == timeline.Forward
+}
+
+// structure returns a line for each exchange and each pass of a step, and one line for all other spans
+// of a kind: how many of those there are may depend on time. A line says which parent and which
+// attributes a span has, without the values of these.
 func structure(spans []timeline.Span) []string {
 	byID := map[string]*timeline.Span{}
 	for i := range spans {
@@ -79,7 +85,7 @@ func structure(spans []timeline.Span) []string {
 		if s == nil {
 			return "nothing"
 		}
-		if rank, ok := s.Int(timeline.Rank); ok && (s.Kind() == timeline.Coordinate || s.Kind() == timeline.Forward) {
+		if rank, ok := s.Int(timeline.Rank); ok && isOfRank(s) {
 			return fmt.Sprintf("%s of rank %d", s.Kind(), rank)
 		}
 		return s.Kind()
@@ -88,14 +94,14 @@ func structure(spans []timeline.Span) []string {
 	for i := range spans {
 		s := &spans[i]
 		parent := name(byID[s.Parent])
-		if s.Kind() != timeline.Coordinate && s.Kind() != timeline.Forward && byID[s.Parent] != nil {
+		if !isOfRank(s) && byID[s.Parent] != nil {
 			parent = byID[s.Parent].Kind()
 		}
 		line := name(s) + " below " + parent
 		for _, key := range slices.Sorted(maps.Keys(s.Attributes)) {
 			line += fmt.Sprintf(", %s %T", key, s.Attributes[key])
 		}
-		if s.Kind() == timeline.Coordinate || s.Kind() == timeline.Forward || !slices.Contains(lines, line) {
+		if isOfRank(s) || !slices.Contains(lines, line) {
 			lines = append(lines, line)
 		}
 	}
@@ -117,7 +123,7 @@ func checkStep(t *testing.T, spans []timeline.Span) {
 	}
 	for i := range spans {
 		s := &spans[i]
-		if s.Kind() != timeline.Coordinate && s.Kind() != timeline.Forward {
+		if !isOfRank(s) {
 			continue
 		}
 		rank, _ := s.Int(timeline.Rank)

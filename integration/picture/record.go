@@ -21,8 +21,8 @@ import (
 // ranks is how many ranks the engine has.
 const ranks = 4
 
-// runEngine serves requests as examples/serve does, with a step trace into provider. The last rank gets short requests, so
-// that it is idle while the others still serve.
+// runEngine serves requests as examples/serve does, with a step trace into provider. The last rank
+// gets short requests, so that it is idle while the others still serve.
 func runEngine(ctx context.Context, provider oteltrace.TracerProvider) error {
 	weights, err := model.NewWeights(model.DefaultConfig())
 	if err != nil {
@@ -67,14 +67,17 @@ func record(ctx context.Context) ([]timeline.Span, error) {
 		}
 	}
 	if best == nil {
-		return nil, errors.New("no step has passes of all ranks, one of them a dummy, with both kinds of padding and a lowered mode")
+		return nil, errors.New("no step has an idle rank, lowered modes and both kinds of padding")
 	}
 	return best, nil
 }
 
-// plain turns the spans of a trace into those of a picture, by start, with times from the first one on and short ids.
+// plain turns the spans of a trace into those of a picture: sorted by start, with times that count
+// from the first start, and with short ids.
 func plain(recorded []sdktrace.ReadOnlySpan) []timeline.Span {
-	slices.SortFunc(recorded, func(a, b sdktrace.ReadOnlySpan) int { return a.StartTime().Compare(b.StartTime()) })
+	slices.SortFunc(recorded, func(a, b sdktrace.ReadOnlySpan) int {
+		return a.StartTime().Compare(b.StartTime())
+	})
 	began := recorded[0].StartTime()
 	since := func(t time.Time) float64 { return math.Round(t.Sub(began).Seconds()*1e7) / 10 }
 	ids := map[oteltrace.SpanID]string{}
@@ -100,8 +103,9 @@ func plain(recorded []sdktrace.ReadOnlySpan) []timeline.Span {
 	return spans
 }
 
-// showsAll reports whether a step has what the picture is to show: all ranks, one of them idle, some lowered by another one,
-// and padding of both kinds. It asks for nothing that depends on time, so every run has such steps.
+// showsAll reports whether a step has everything that the picture should show: all ranks, one of them
+// idle, some of them lowered by another one, and padding of both kinds. Nothing of this depends on
+// time, so every run has such steps.
 func showsAll(spans []timeline.Span) bool {
 	count := map[string]int{}
 	for i := range spans {
@@ -114,18 +118,22 @@ func showsAll(spans []timeline.Span) bool {
 		if s.IsDummy() {
 			count["dummy"]++
 		}
+		if n, _ := s.Int(timeline.Tokens); n >= 32 {
+			count["large"]++
+		}
 		for _, kind := range []string{timeline.GraphPadding, timeline.DPPadding} {
 			if n, _ := s.Int(kind); n > 0 {
 				count[kind]++
 			}
 		}
 	}
-	return count[timeline.Forward] == ranks && count[timeline.Coordinate] == ranks && count["dummy"] == 1 &&
-		count["dp_rank"] > 1 && count["relaxed"] > 0 && count[timeline.GraphPadding] > 0 && count[timeline.DPPadding] > 1
+	return count[timeline.Forward] == ranks && count[timeline.Coordinate] == ranks &&
+		count["dummy"] == 1 && count["large"] == ranks && count["dp_rank"] > 1 && count["relaxed"] > 0 &&
+		count[timeline.GraphPadding] > 0 && count[timeline.DPPadding] > 1
 }
 
-// clarity is higher the more of a step the ranks waited for the last vote, and lower the longer they went on waiting after
-// it: then they waited for a processor, which has nothing to do with the step.
+// clarity rises with the share of a step in which ranks waited for the last vote. It falls with the
+// time that they waited afterwards: by then they only waited for a processor.
 func clarity(spans []timeline.Span) float64 {
 	var last, end float64
 	for i := range spans {
@@ -136,7 +144,7 @@ func clarity(spans []timeline.Span) float64 {
 	var score float64
 	for i := range spans {
 		if s := &spans[i]; s.Kind() == timeline.Coordinate {
-			score += (last - s.Start) - 3*(s.End-last)
+			score += (last - s.Start) - 2*(s.End-last)
 		}
 	}
 	return score / end

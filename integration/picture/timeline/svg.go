@@ -2,7 +2,6 @@ package timeline
 
 import (
 	"bytes"
-	"cmp"
 	"fmt"
 	"html"
 	"math"
@@ -15,8 +14,8 @@ import (
 const (
 	width       = 900
 	margin      = 16
-	left, right = 172, width - margin // of the time axis
-	nameAt      = 66                  // where the names of rows begin
+	left, right = 180, width - margin // of the time axis
+	nameAt      = 76                  // where the names of rows begin
 	rowHeight   = 22
 	barHeight   = 16
 	thinHeight  = 12 // of a row of thin bars
@@ -27,12 +26,14 @@ const (
 
 // Colours tell apart waiting, the graph modes and the rest, to colour-blind people too.
 const (
-	ink        = "#1f2328"
-	faintInk   = "#59636e"
-	paper      = "#ffffff"
-	grid       = "#e4e8ec"
-	waitColour = "#e8a317"
-	restColour = "#8c959f"
+	ink          = "#1f2328"
+	faintInk     = "#59636e"
+	paper        = "#ffffff"
+	grid         = "#e4e8ec"
+	border       = "#d1d9e0"
+	waitColour   = "#e8a317"
+	ubatchColour = "#a9c8e6"
+	restColour   = "#8c959f"
 )
 
 var modeColours = map[string]string{
@@ -41,8 +42,9 @@ var modeColours = map[string]string{
 	"NONE":      "#8a4a84",
 }
 
-// SVG draws a step from the spans of its trace. It returns an error if there are none, if two have the same id, or if times
-// are not in order. Spans that it does not know are drawn as thin bars with their names.
+// SVG draws a step from the spans of its trace, in any order. Spans of unknown kinds become thin bars
+// with their names. It returns an error if there are no spans, if two spans have the same id, if a
+// span ends before it starts or is its own ancestor, and if the whole step takes no time.
 func SVG(spans []Span) ([]byte, error) {
 	st, err := newStep(spans)
 	if err != nil {
@@ -78,7 +80,8 @@ func (p *picture) draw() {
 	}
 	p.y += 34
 	top, rows := p.y, p.y
-	// Lines lie behind the bars and end where those do, so the rows are laid out before anything is drawn.
+	// Lines lie behind the bars and end where those do, so the rows are laid out before anything is
+	// drawn.
 	for _, g := range p.groups {
 		rows += g.height() + groupGap
 	}
@@ -112,7 +115,10 @@ func (p *picture) x(us float64) float64 { return left + (us-p.start)*p.scale }
 func (p *picture) axis(top, bottom float64) {
 	span := (p.end - p.start) / 1000
 	tick := math.Pow(10, math.Floor(math.Log10(span)))
-	for span/tick < 4 {
+	switch {
+	case span < 2*tick:
+		tick /= 5
+	case span < 5*tick:
 		tick /= 2
 	}
 	for i := 0; float64(i)*tick <= span; i++ {
@@ -123,7 +129,7 @@ func (p *picture) axis(top, bottom float64) {
 		if x > right-20 {
 			anchor = "end"
 		}
-		p.text(x, bottom+14, textSize-1, faintInk, anchor, "", fmt.Sprintf("%g ms", ms))
+		p.text(x, bottom+14, textSize-1, faintInk, anchor, "", fmt.Sprintf("%.4g ms", ms))
 	}
 	y := top
 	for _, g := range p.groups[:len(p.groups)-1] {
@@ -158,6 +164,9 @@ func (p *picture) group(g group) {
 			p.text(margin, baseline, textSize+1, ink, "start", "bold", fmt.Sprintf("rank %d", g.rank))
 		}
 		x, size := nameAt+12*float64(r.depth), textSize
+		if g.rank == noRank {
+			x = margin
+		}
 		if r.thin {
 			size--
 		}
@@ -170,7 +179,8 @@ func (p *picture) group(g group) {
 	p.y += groupGap
 }
 
-// name returns what stands beside a row. The bar of a span of a known kind says itself what it is one of.
+// name returns what stands beside a row. The bar of a span of a known kind says itself what it is one
+// of.
 func (r *row) name() string {
 	if r.thin {
 		return r.spans[0].Name
@@ -187,15 +197,7 @@ func (p *picture) bar(s *Span, r row) {
 	x, y := p.x(s.Start), p.y+(r.height()-height)/2
 	w := max(s.Duration()*p.scale, 1.5)
 	c := p.colourOf(s)
-	fill := c.fill
-	if c.hatched {
-		fill = "url(#" + c.id() + ")"
-	}
-	fmt.Fprintf(&p.body, `<rect x="%.1f" y="%.1f" width="%.1f" height="%g" rx="2.5" fill="%s"`, x, y, w, height, fill)
-	if c.hatched {
-		fmt.Fprintf(&p.body, ` stroke="%s"`, c.fill)
-	}
-	fmt.Fprintf(&p.body, "><title>%s, %s</title></rect>\n", html.EscapeString(s.Name), milliseconds(s.Duration()))
+	p.rect(x, y, w, height, c, s.Name+", "+milliseconds(s.Duration()))
 	if r.thin {
 		return
 	}
@@ -221,7 +223,7 @@ func (p *picture) bar(s *Span, r row) {
 	}
 }
 
-// colourOf returns the colour of a span and notes it for the legend. Microbatches have a paler one than their pass.
+// colourOf returns the colour of a span and notes it for the legend.
 func (p *picture) colourOf(s *Span) colour {
 	c := colour{name: s.Kind(), fill: restColour, text: ink}
 	switch s.Kind() {
@@ -229,12 +231,15 @@ func (p *picture) colourOf(s *Span) colour {
 		c = colour{name: "waiting for votes", fill: waitColour, text: ink}
 	case Forward:
 		mode := s.Text(Mode)
-		c = colour{name: mode + " pass", fill: cmp.Or(modeColours[mode], restColour), text: paper, hatched: s.IsDummy()}
-		if c.hatched {
-			c.name, c.text = "dummy pass, "+mode, ink
+		c = colour{name: strings.TrimSpace(mode + " pass"), fill: restColour, text: ink}
+		if known, ok := modeColours[mode]; ok {
+			c.fill, c.text = known, paper
+		}
+		if s.IsDummy() {
+			c.name, c.text, c.hatched = "dummy pass, "+mode, ink, true
 		}
 	case UBatch:
-		c = colour{name: "microbatch", fill: "#a9c8e6", text: ink}
+		c = colour{name: "microbatch", fill: ubatchColour, text: ink}
 	}
 	if !slices.Contains(p.colour, c) {
 		p.colour = append(p.colour, c)
@@ -253,19 +258,26 @@ func (p *picture) legend() {
 		if x+w > width {
 			x, p.y = left, p.y+lineHeight
 		}
-		fill := c.fill
-		if c.hatched {
-			fill = "url(#" + c.id() + ")"
-		}
-		fmt.Fprintf(&p.body, `<rect x="%.1f" y="%.1f" width="18" height="10" rx="2" fill="%s"`, x, p.y-9, fill)
-		if c.hatched {
-			fmt.Fprintf(&p.body, ` stroke="%s"`, c.fill)
-		}
-		p.body.WriteString("/>\n")
+		p.rect(x, p.y-9, 18, 10, c, "")
 		p.text(x+24, p.y, textSize, faintInk, "start", "", c.name)
 		x += w
 	}
 	p.y += margin
+}
+
+// rect draws a rectangle. Browsers show its title to a pointer that rests on it.
+func (p *picture) rect(x, y, w, h float64, c colour, title string) {
+	fill, stroke := c.fill, ""
+	if c.hatched {
+		fill, stroke = "url(#"+c.id()+")", fmt.Sprintf(` stroke="%s"`, c.fill)
+	}
+	fmt.Fprintf(&p.body, `<rect x="%.1f" y="%.1f" width="%.1f" height="%g" rx="2.5"`, x, y, w, h)
+	fmt.Fprintf(&p.body, ` fill="%s"%s`, fill, stroke)
+	if title == "" {
+		p.body.WriteString("/>\n")
+	} else {
+		fmt.Fprintf(&p.body, "><title>%s</title></rect>\n", html.EscapeString(title))
+	}
 }
 
 func (p *picture) line(x1, y1, x2, y2 float64, stroke, dashes string) {
@@ -290,21 +302,25 @@ func (p *picture) text(x, y float64, size int, fill, anchor, weight, text string
 // finish puts the picture on paper of its own, so that it can be read on light and dark pages.
 func (p *picture) finish() []byte {
 	var out bytes.Buffer
-	fmt.Fprintf(&out, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %.0f" width="%[1]d" height="%.0[2]f"`, width, p.y)
+	out.WriteString(`<svg xmlns="http://www.w3.org/2000/svg"`)
+	fmt.Fprintf(&out, ` viewBox="0 0 %d %.0f" width="%[1]d" height="%.0[2]f"`, width, p.y)
 	out.WriteString(` role="img" aria-labelledby="title desc"` +
-		` font-family="system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif">` + "\n")
+		` font-family="system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif">` + "\n")
 	fmt.Fprintf(&out, "<title id=\"title\">%s</title>\n", html.EscapeString(p.title()))
 	fmt.Fprintf(&out, "<desc id=\"desc\">%s</desc>\n", html.EscapeString(p.description()))
 	out.WriteString("<defs>\n")
 	for _, c := range p.colour {
 		if c.hatched {
-			fmt.Fprintf(&out, `<pattern id="%s" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">`+
-				`<rect width="6" height="6" fill="%s"/><rect width="2" height="6" fill="%s" fill-opacity="0.25"/></pattern>`+"\n",
-				c.id(), paper, c.fill)
+			fmt.Fprintf(&out, `<pattern id="%s" width="6" height="6"`, c.id())
+			out.WriteString(` patternUnits="userSpaceOnUse" patternTransform="rotate(45)">`)
+			fmt.Fprintf(&out, `<rect width="6" height="6" fill="%s"/>`, paper)
+			fmt.Fprintf(&out, `<rect width="2" height="6" fill="%s" fill-opacity="0.2"/>`, c.fill)
+			out.WriteString("</pattern>\n")
 		}
 	}
 	out.WriteString("</defs>\n")
-	fmt.Fprintf(&out, `<rect x="0.5" y="0.5" width="%d" height="%.0f" rx="6" fill="%s" stroke="#d1d9e0"/>`+"\n", width-1, p.y-1, paper)
+	fmt.Fprintf(&out, `<rect x="0.5" y="0.5" width="%d" height="%.0f" rx="6"`, width-1, p.y-1)
+	fmt.Fprintf(&out, ` fill="%s" stroke="%s"/>`+"\n", paper, border)
 	out.Write(p.body.Bytes())
 	out.WriteString("</svg>\n")
 	return out.Bytes()
@@ -334,7 +350,8 @@ func shorten(text string, width float64, size int) string {
 	return string(runes) + "…"
 }
 
-// textWidth returns how wide a text is at most. It goes by DejaVu Sans, the widest of the fonts that readers are likely to have.
+// textWidth returns how wide a text is at most: in DejaVu Sans, the widest font that readers are
+// likely to have.
 func textWidth(text string, size int) float64 {
 	var ems float64
 	for _, r := range text {

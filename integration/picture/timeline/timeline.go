@@ -1,4 +1,5 @@
-// Package timeline draws a step of data-parallel ranks as an SVG picture: who waited for whom, and what each rank computed.
+// Package timeline draws a step of data-parallel ranks as an SVG picture: how long each rank waited
+// for the others, and what it computed.
 package timeline
 
 import (
@@ -88,7 +89,8 @@ func (s *Span) IsDummy() bool {
 // noRank is the rank of spans that are not of any.
 const noRank = -1
 
-// row is a line of the picture: one span with a label, or several thin ones with the same name that don't overlap.
+// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name that
+// don't overlap.
 type row struct {
 	depth int
 	thin  bool
@@ -108,7 +110,7 @@ type step struct {
 	groups     []group
 }
 
-// newStep arranges spans: by rank, each below its parent, what began earlier above.
+// newStep arranges spans by rank, below their parents and in the order of their starts.
 func newStep(spans []Span) (*step, error) {
 	if len(spans) == 0 {
 		return nil, errors.New("timeline: no spans")
@@ -119,7 +121,8 @@ func newStep(spans []Span) (*step, error) {
 	for i := range st.spans {
 		s := &st.spans[i]
 		if s.End < s.Start {
-			return nil, fmt.Errorf("timeline: span %q (%s) ends at %v, before it starts at %v", s.ID, s.Name, s.End, s.Start)
+			const format = "timeline: span %q (%s) ends at %v, before it starts at %v"
+			return nil, fmt.Errorf(format, s.ID, s.Name, s.End, s.Start)
 		}
 		if byID[s.ID] != nil {
 			return nil, fmt.Errorf("timeline: two spans have the id %q", s.ID)
@@ -135,8 +138,10 @@ func newStep(spans []Span) (*step, error) {
 	for i := range st.spans {
 		s := &st.spans[i]
 		parent := byID[s.Parent]
-		// The spans of a step are below rank 0's exchange, or below a root of no rank, only to be in one trace.
-		if rank := rankOf(s, byID); parent == nil || parent.Kind() == Coordinate || rankOf(parent, byID) != rank {
+		// The spans of a step are below rank 0's exchange, or below a root of no rank, only to be in
+		// one trace.
+		rank := rankOf(s, byID)
+		if parent == nil || parent.Kind() == Coordinate || rankOf(parent, byID) != rank {
 			tops[rank] = append(tops[rank], s)
 		} else {
 			children[s.Parent] = append(children[s.Parent], s)
@@ -149,14 +154,14 @@ func newStep(spans []Span) (*step, error) {
 		st.groups = append(st.groups, g)
 		drawn += g.spans()
 	}
-	if drawn < len(spans) {
-		return nil, fmt.Errorf("timeline: %d of %d spans are their own ancestors", len(spans)-drawn, len(spans))
+	if lost := len(spans) - drawn; lost > 0 {
+		return nil, fmt.Errorf("timeline: %d of %d spans are their own ancestors", lost, len(spans))
 	}
 	return st, nil
 }
 
-// rankOf returns the rank of a span or else of its nearest ancestor that has one. A root that is neither an exchange nor a
-// pass stands for the step, and so for no rank.
+// rankOf returns the rank of a span, or else of its nearest ancestor that has one. A root that is
+// neither an exchange nor a pass stands for the step, and so for no rank.
 func rankOf(s *Span, byID map[string]*Span) int {
 	for range len(byID) { // a damaged trace may have a circle
 		if byID[s.Parent] == nil && s.Kind() != Coordinate && s.Kind() != Forward {

@@ -7,12 +7,14 @@ import (
 
 // explanation returns sentences about the step: what the ranks had to do for each other's sake.
 func (st *step) explanation() (sentences []string) {
+	add := func(format string, args ...any) { sentences = append(sentences, fmt.Sprintf(format, args...)) }
 	if last := st.lastVote(); last != nil {
 		if rank, ok := last.Int(Rank); ok {
-			sentences = append(sentences, fmt.Sprintf("Rank %d votes last; until then the others wait.", rank))
+			add("Rank %d votes last, and the others wait for its vote.", rank)
 		}
 	}
 	var lowered, padded *Span
+	var idle []int // ranks
 	for _, s := range st.ofKind(Forward) {
 		if s.Text(Reason) == "dp_rank" {
 			lowered = s
@@ -20,24 +22,28 @@ func (st *step) explanation() (sentences []string) {
 		if n, _ := s.Int(DPPadding); n > 0 {
 			padded = s
 		}
+		if rank, ok := s.Int(Rank); ok && s.IsDummy() {
+			idle = append(idle, rank)
+		}
 	}
 	if lowered != nil {
 		if by, ok := lowered.Int(LowestModeRank); ok {
-			sentences = append(sentences,
-				fmt.Sprintf("Rank %d's batch allows no better graph mode than %s, so the others are lowered to it (dp_rank).",
-					by, lowered.Text(Mode)))
+			add("Rank %d's batch allows no better graph mode than %s, so others are lowered to it (%s).",
+				by, lowered.Text(Mode), lowered.Text(Reason))
 		}
 	}
 	if padded != nil {
 		if by, ok := padded.Int(MaxTokensRank); ok {
 			tokens, _ := padded.Int(Tokens)
-			sentences = append(sentences, fmt.Sprintf("Rank %d has the most tokens, so all ranks are padded to %d.", by, tokens))
+			add("Rank %d has the most tokens, so all ranks are padded to %d.", by, tokens)
 		}
 	}
-	for _, s := range st.ofKind(Forward) {
-		if rank, ok := s.Int(Rank); ok && s.IsDummy() {
-			sentences = append(sentences, fmt.Sprintf("Rank %d is idle and keeps step by a dummy pass.", rank))
-		}
+	switch len(idle) {
+	case 0:
+	case 1:
+		add("Rank %d is idle and keeps step with a dummy pass.", idle[0])
+	default:
+		add("%d ranks are idle and keep step with dummy passes.", len(idle))
 	}
 	return sentences
 }
@@ -66,9 +72,14 @@ func (st *step) description() string {
 		var does []string
 		for _, r := range g.rows {
 			for _, s := range r.spans {
-				if label := labels(s)[0]; label != "" && !r.thin {
-					does = append(does, fmt.Sprintf("%s (%s)", label, milliseconds(s.Duration())))
+				if r.thin {
+					continue
 				}
+				label := strings.ReplaceAll(labels(s)[0], gap, ", ")
+				if s.Kind() != Coordinate {
+					label += ", " + milliseconds(s.Duration())
+				}
+				does = append(does, label)
 			}
 		}
 		if g.rank != noRank && does != nil {
@@ -78,6 +89,9 @@ func (st *step) description() string {
 	return strings.Join(sentences, " ")
 }
 
+// gap separates the parts of a label.
+const gap = "   "
+
 // labels returns what is to be written about a span, the longest text first.
 func labels(s *Span) []string {
 	switch s.Kind() {
@@ -86,11 +100,12 @@ func labels(s *Span) []string {
 		return []string{"waits " + wait + " for votes", wait}
 	case Forward:
 		mode := strings.TrimSpace(s.Text(Mode) + " " + s.Text(Reason))
-		return []string{mode + "   " + tokens(s), mode, s.Text(Mode)}
+		return []string{mode + gap + tokens(s), mode, s.Text(Mode)}
 	case UBatch:
 		index, _ := s.Int(UBatchIndex)
 		n, _ := s.Int(Tokens)
-		return []string{fmt.Sprintf("microbatch %d   %s", index, plural(n, "token")), fmt.Sprintf("microbatch %d", index)}
+		name := fmt.Sprintf("microbatch %d", index)
+		return []string{name + gap + plural(n, "token"), name}
 	}
 	return []string{s.Name}
 }
@@ -100,10 +115,7 @@ func tokens(s *Span) string {
 	n, _ := s.Int(Unpadded)
 	text := plural(n, "token")
 	if s.IsDummy() {
-		text = fmt.Sprintf("idle: %d dummy token", n)
-		if n != 1 {
-			text += "s"
-		}
+		text = "idle: " + plural(n, "dummy token")
 	}
 	graph, _ := s.Int(GraphPadding)
 	dp, _ := s.Int(DPPadding)
