@@ -15,6 +15,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
+// The files are in another module, so go test does not see that they have changed: after an edit by
+// hand, run it with -count=1.
 const (
 	recording = "../../testdata/step.json"
 	drawing   = "../../testdata/step.svg"

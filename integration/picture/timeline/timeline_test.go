@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // attrs are attributes of a span.
@@ -48,7 +50,7 @@ func newSteps() map[string][]Span {
 			Span{ID: parent, Parent: "root", Name: name, Start: 620, End: 5e3, Attributes: pass})
 		for i := range 5 {
 			at := 700 + float64(i)*800 + from/2
-			id := fmt.Sprint("w", rank, i)
+			id := fmt.Sprintf("w%d%d", rank, i)
 			steps["a root of no rank"] = append(steps["a root of no rank"],
 				Span{ID: id, Parent: parent, Name: "fwd.wait <rows>", Start: at, End: at + 900})
 		}
@@ -199,5 +201,48 @@ func TestDamaged(t *testing.T) {
 		if _, err := SVG(c.spans); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%v: %v, want %q", c.spans, err, c.want)
 		}
+	}
+}
+
+// TestRows: rows stand by rank, children are indented below their parents, and thin bars share a row
+// as long as they have the same name and don't overlap.
+func TestRows(t *testing.T) {
+	got := map[string]string{}
+	for name, spans := range map[string][]Span{
+		"a root of no rank": newSteps()["a root of no rank"],
+		"microbatches":      newSteps()["microbatches"],
+		"other names": {
+			{ID: "a", Name: Forward, End: 9, Attributes: attrs{Rank: 5}},
+			{ID: "b", Parent: "a", Name: "copy", Start: 1, End: 2},
+			{ID: "c", Parent: "a", Name: "wait", Start: 2, End: 3},
+			{ID: "d", Parent: "a", Name: "copy", Start: 2, End: 5},
+			{ID: "e", Parent: "a", Name: "copy", Start: 4, End: 6},
+			{ID: "f", Parent: "e", Name: "copy", Start: 7, End: 8},
+		},
+	} {
+		st, err := newStep(spans)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, g := range st.groups {
+			got[name] += fmt.Sprint(g.rank, ":")
+			for _, r := range g.rows {
+				got[name] += " " + strings.Repeat(">", r.depth)
+				for _, s := range r.spans {
+					got[name] += s.ID + ","
+				}
+			}
+			got[name] += "\n"
+		}
+	}
+	want := map[string]string{
+		"a root of no rank": "-1: root,\n" +
+			"0: c0, f0, >w00,w02,w04, >w01,w03,\n1: c1, f1, >w10,w12,w14, >w11,w13,\n" +
+			"2: c2, f2, >w20,w22,w24, >w21,w23,\n3: c3, f3, >w30,w32,w34, >w31,w33,\n",
+		"microbatches": "0: c0, f0, >f0u0, >f0u1,\n1: c1, f1, >f1u0, >f1u1,\n",
+		"other names":  "5: a, >b,d, >c, >e, >>f,\n",
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("rows (-want +got):\n%s", diff)
 	}
 }
