@@ -4,44 +4,522 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
+	"math"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 )
 
-// BatchDescriptor is the key of a captured graph: what about a batch decides which graph can replay it. It is
-// comparable, so it can be a map key. The zero value is no descriptor.
-type BatchDescriptor struct {
-	NumTokens      int  // padded
-	NumReqs        int  // padded; 0: any number of requests
-	Uniform        bool // all requests have the same query length
-	HasLoRA        bool // NumActiveLoRAs is above 0
-	NumActiveLoRAs int  // that the graph serves, see LoRAConfig: not less than the batch has
+// Schedule is what the scheduler decided for one step, before any padding.
+type Schedule struct {
+	// NumScheduledTokens holds the tokens of each request. Requests without tokens don't count. If
+	// there are none with tokens, this rank is idle.
+	NumScheduledTokens []int
+
+	// NumActiveLoRAs is the number of distinct adapters in the batch.
+	NumActiveLoRAs int
+
+	// Prefill says that some request is still in its prompt. Such a batch is never a uniform decode
+	// batch, even if all lengths look like one.
+	Prefill bool
+
+	AllowUBatches bool // the model can run this batch as microbatches
+	ExcludeFull   bool // the batch needs attention that a full graph can't hold, as cascade attention
+	Eager         bool // use no graph at all
+
+	// Note is the engine's own word. All ranks get it unread, in Agreement.Votes.
+	Note uint64
+
+	// Reuse plans a further pass over the batch of that agreement, as of a draft model, without
+	// exchanging votes again. See [Runner.Plan].
+	Reuse *Agreement
+
+	// OneTokenPerRequest says, together with Reuse, that every request of the batch has one token now,
+	// on every rank. Otherwise the batch is the same again.
+	OneTokenPerRequest bool
 }
 
-// RelaxForMixedBatchGraphs returns the key of the graphs for mixed batches, which serve any number of requests with
-// any query lengths: the same tokens and adapters.
+// What Plan and WarmUp say in Pass.Phase.
+const (
+	phaseDecode = "decode"
+	phaseMixed  = "mixed"
+	phaseWarmUp = "warmup"
+)
+
+// Plan prepares a pass: it dispatches the batch to a graph, agrees with the other ranks on the graph
+// mode, on microbatches and on the padding that follows, and splits the batch. All ranks of a model must
+// call it once per step. An idle rank plans a dummy pass, since the others can't run without it, and
+// takes whatever shape they agree on; if every rank is idle, Agreement.Idle is true and nobody runs. A
+// rank that is alone, or of a dense model, decides for itself by the same rules.
+//
+// A Schedule with Reuse exchanges nothing. The votes of that agreement say what every rank has
+// scheduled; this Runner's dispatcher and query length say what each does with it, and all ranks find
+// the same. The agreement of the new pass has the old step. The schedule must hold the tokens of the
+// further pass: those of this rank's vote again, or one for each request.
+//
+// Plan returns errors that wrap ErrInvalid for negative counts, for nothing scheduled on a rank that
+// nobody waits for, without a coordinator, and if ranks are configured differently; ErrTokenMismatch if
+// the schedule is not the batch of Reuse; and ErrRankMissing and ErrLockstep from the exchange, after
+// which the next Plan is in step again.
+func (r *Runner) Plan(ctx context.Context, s Schedule) (Pass, error) {
+	if r == nil {
+		r = nilRunner
+	}
+	d, err := r.draft(&s)
+	switch {
+	case err != nil:
+		return Pass{}, err
+	case !r.parallel.coordinated():
+		return r.planAlone(&d)
+	case s.Reuse != nil:
+		return r.planAgain(&d, &s)
+	}
+	e, err := r.vote(ctx, d.vote)
+	if err != nil {
+		return Pass{}, err
+	}
+	if err := e.settle(); err != nil {
+		return Pass{}, err
+	}
+	return r.finish(&d, e.agreement, e.plan())
+}
+
+// Begin is the first half of [Runner.Plan]: it votes, and returns without waiting for the other ranks.
+// wait returns what Plan would have returned: one pass, which runs once, however often wait is called
+// and by however many goroutines. So an event loop that holds several ranks in one goroutine begins
+// all, then waits for all; and an engine can exchange the votes of the next step while a pass runs.
+//
+// The exchange goes on under ctx whether or not anybody waits. What Plan refuses before the exchange is
+// Begin's own error. One exchange may be open at a time: a second Begin or Plan before the first has
+// ended returns ErrLockstep. The caller may reuse the schedule's slice when Begin has returned. A panic
+// of the coordinator's Exchange comes out of wait.
+func (r *Runner) Begin(ctx context.Context, s Schedule) (wait func() (Pass, error), err error) {
+	if r == nil {
+		r = nilRunner
+	}
+	if s.Reuse != nil || !r.parallel.coordinated() {
+		pass, err := r.Plan(ctx, s)
+		if err != nil {
+			return nil, err
+		}
+		return func() (Pass, error) { return pass, nil }, nil
+	}
+	b := &begunPlan{}
+	if b.draft, err = r.draft(&s); err != nil {
+		return nil, err
+	}
+	b.draft.lengths = slices.Clone(b.draft.lengths)
+	if b.exchange, err = r.vote(ctx, b.draft.vote); err != nil {
+		return nil, err
+	}
+	if err := b.exchange.begin(); err != nil {
+		return nil, err
+	}
+	return b.wait, nil
+}
+
+// begunPlan is a plan between Begin and wait.
+type begunPlan struct {
+	draft    draft
+	exchange *exchange
+
+	once sync.Once
+	pass Pass
+	err  error
+}
+
+func (b *begunPlan) wait() (Pass, error) {
+	if err := b.exchange.settle(); err != nil {
+		return Pass{}, err
+	}
+	b.once.Do(func() {
+		r := b.exchange.runner
+		b.pass, b.err = r.finish(&b.draft, b.exchange.agreement, b.exchange.plan())
+	})
+	return b.pass, b.err
+}
+
+// draft is a pass before the ranks have agreed: this rank's batch, and its vote.
+type draft struct {
+	lengths []int // scheduled tokens of the requests, the caller's slice; only of a batch worth splitting
+	query   DispatchQuery
+	reason  Reason // of the vote's mode
+	vote    Vote
+}
+
+// draft checks a schedule and dispatches its batch.
+func (r *Runner) draft(s *Schedule) (draft, error) {
+	q := r.dispatcher.queryLen()
+	sum, reqs, uniform, err := s.tally(q)
+	var p problems
+	if err != nil {
+		p = append(p, err)
+	}
+	p.count("NumActiveLoRAs", s.NumActiveLoRAs)
+	if r.parallel.roundUp(min(sum, maxCount)) > maxCount {
+		p.addf("%d tokens rounded up to a multiple of %d are more than %d", sum, r.parallel.TokenMultiple, maxCount)
+	}
+	if reqs == 0 && !r.parallel.coordinated() {
+		p.addf("nothing is scheduled, and no other rank waits for a dummy pass")
+	}
+	if err := p.err(); err != nil {
+		return draft{}, err
+	}
+	v := Vote{
+		NumTokens: sum, NumReqs: reqs, NumActiveLoRAs: s.NumActiveLoRAs, Uniform: uniform && !s.Prefill,
+		ExcludeFull: s.ExcludeFull, Eager: s.Eager, Note: s.Note, Idle: reqs == 0,
+	}
+	threshold := r.parallel.PrefillUBatchThreshold
+	if v.Uniform {
+		threshold = r.parallel.DecodeUBatchThreshold
+	}
+	v.UBatch = s.AllowUBatches && r.parallel.NumUBatches > 1 && sum >= threshold && reqs > 0
+	d := r.dispatch(v)
+	if v.UBatch {
+		d.lengths = s.NumScheduledTokens
+	}
+	return d, nil
+}
+
+// tally returns the tokens of a schedule, the requests that have any, and whether each of them has q.
+func (s *Schedule) tally(q int) (sum, reqs int, uniform bool, err error) {
+	if sum, err = sumScheduled(s.NumScheduledTokens); err != nil {
+		return 0, 0, false, err
+	}
+	uniform = true
+	for _, n := range s.NumScheduledTokens {
+		if n > 0 {
+			reqs++
+			uniform = uniform && n == q
+		}
+	}
+	return sum, reqs, uniform, nil
+}
+
+// dispatch completes a vote with the mode and the padding that this Runner's dispatcher finds for its
+// batch. An idle vote becomes that of the dummy batch: one uniform decode request, with the fewest
+// active adapters that have graphs.
+func (r *Runner) dispatch(v Vote) draft {
+	if v.Idle {
+		v = Vote{
+			Step: v.Step, Note: v.Note, Idle: true, Uniform: true,
+			NumTokens: r.dispatcher.queryLen(), NumActiveLoRAs: r.dispatcher.fewestLoRAs(),
+		}
+	}
+	d := draft{reason: ReasonDisabled}
+	d.query = DispatchQuery{
+		NumTokens: r.parallel.roundUp(v.NumTokens), NumReqs: v.NumReqs, UniformDecode: v.Uniform,
+		NumActiveLoRAs: v.NumActiveLoRAs, ExcludeFull: v.ExcludeFull,
+	}
+	v.NumTokensPadded = d.query.NumTokens
+	if r.dispatcher != nil && !v.Eager {
+		var batch BatchDescriptor
+		v.GraphMode, batch, d.reason = r.dispatcher.Dispatch(d.query)
+		v.NumTokensPadded = batch.NumTokens
+	}
+	d.vote = v
+	return d
+}
+
+// planAlone plans the pass of a rank that nobody depends on: it agrees with itself.
+func (r *Runner) planAlone(d *draft) (Pass, error) {
+	a, err := Agree([]Vote{d.vote}, r.parallel.NumUBatches)
+	if err != nil {
+		return Pass{}, err
+	}
+	pass, err := r.finish(d, &a, &plan{runner: r, lastRank: -1})
+	pass.Agreement = nil
+	return pass, err
+}
+
+// planAgain plans a further pass over the batch of an agreement. The votes of the agreement say all:
+// each rank's batch is dispatched here, as every other rank does it too.
+func (r *Runner) planAgain(d *draft, s *Schedule) (Pass, error) {
+	old, rank := s.Reuse, r.parallel.DataParallelRank
+	if len(old.Votes) != r.parallel.DataParallelSize {
+		return Pass{}, invalidf("Reuse of an agreement with %d votes on a Runner of %d ranks",
+			len(old.Votes), r.parallel.DataParallelSize)
+	}
+	votes := make([]Vote, len(old.Votes))
+	var own draft
+	for i := range votes {
+		v, err := old.Votes[i].again(i, r.dispatcher.queryLen(), s.OneTokenPerRequest)
+		if err != nil {
+			return Pass{}, err
+		}
+		again := r.dispatch(v)
+		if again.vote.NumTokensPadded > maxCount {
+			return Pass{}, invalidf("%d tokens of rank %d rounded up to a multiple of %d are more than %d",
+				v.NumTokens, i, r.parallel.TokenMultiple, maxCount)
+		}
+		if i == rank {
+			own = again
+		}
+		votes[i] = again.vote
+	}
+	if d.vote.Idle != own.vote.Idle ||
+		!d.vote.Idle && (d.vote.NumTokens != own.vote.NumTokens || d.vote.NumReqs != own.vote.NumReqs) {
+		return Pass{}, fmt.Errorf("%w: the schedule of rank %d has %s, but Reuse is an agreement on %s",
+			ErrTokenMismatch, rank, d.vote.batch(), own.vote.batch())
+	}
+	a, err := Agree(votes, 0)
+	if err != nil {
+		return Pass{}, err
+	}
+	return r.finish(&own, &a, &plan{runner: r, lastRank: -1})
+}
+
+// again returns the vote of a rank for a further pass over the batch of its vote v. q is the query
+// length of a uniform decode batch now.
+func (v *Vote) again(rank, q int, oneToken bool) (Vote, error) {
+	if err := v.Validate(rank); err != nil {
+		return Vote{}, err
+	}
+	w := Vote{
+		Step: v.Step, NumTokens: v.NumTokens, NumReqs: v.NumReqs, NumActiveLoRAs: v.NumActiveLoRAs,
+		ExcludeFull: v.ExcludeFull, Eager: v.Eager, Idle: v.Idle, Note: v.Note,
+	}
+	if v.Idle {
+		return w, nil
+	}
+	if oneToken {
+		w.NumTokens = v.NumReqs
+	}
+	if w.NumTokens == 0 {
+		return Vote{}, invalidf("rank %d's vote for %d tokens does not say how many requests it has, or has none",
+			rank, v.NumTokens)
+	}
+	w.Uniform = (oneToken || v.Uniform) && int64(w.NumTokens) == int64(q)*int64(v.NumReqs)
+	return w, nil
+}
+
+// batch describes the batch of a vote in an error.
+func (v *Vote) batch() string {
+	if v.Idle {
+		return "nothing"
+	}
+	return fmt.Sprintf("%d tokens of %d requests", v.NumTokens, v.NumReqs)
+}
+
+// finish makes the pass that the ranks have agreed on.
+func (r *Runner) finish(d *draft, a *Agreement, shared *plan) (Pass, error) {
+	rank := r.parallel.DataParallelRank
+	if !r.parallel.coordinated() {
+		rank = 0
+	}
+	tokens := int(a.NumTokensAcrossDP.AtVec(rank))
+	pass := Pass{
+		NumTokens:         tokens,
+		NumTokensUnpadded: min(d.vote.NumTokens, tokens), // fewer for an idle rank whose q is above what the others run
+		NumTokensGraph:    min(d.vote.NumTokensPadded, tokens),
+		NumReqs:           max(d.vote.NumReqs, toInt(d.vote.Idle)),
+		GraphMode:         a.GraphMode,
+		Reason:            d.reason,
+		Phase:             phaseMixed,
+		Dummy:             d.vote.Idle,
+		Agreement:         a,
+		plan:              shared,
+	}
+	if d.vote.Uniform {
+		pass.Phase = phaseDecode
+	}
+	if err := r.applyGraph(&pass, d, a); err != nil {
+		return Pass{}, err
+	}
+	if n := r.parallel.NumUBatches; a.UBatch && tokens >= n*r.parallel.TokenMultiple {
+		if err := r.split(&pass, d, n); err != nil {
+			return Pass{}, err
+		}
+	}
+	return pass, nil
+}
+
+// applyGraph gives the pass the key of the graph for its final token count, which the other ranks may
+// have raised.
+func (r *Runner) applyGraph(pass *Pass, d *draft, a *Agreement) error {
+	if a.GraphMode < d.vote.GraphMode {
+		pass.Reason = ReasonDPRank
+	}
+	if a.GraphMode == GraphNone {
+		pass.Batch = BatchDescriptor{NumTokens: pass.NumTokens}
+		return nil
+	}
+	if err := r.checkFollow(a); err != nil {
+		return err
+	}
+	_, batch, reason := r.follow(d.query, a, pass.NumTokens)
+	if d.vote.Idle {
+		pass.Reason = reason // it has no batch of its own that could have a reason
+	}
+	pass.Batch = batch
+	return nil
+}
+
+// follow dispatches a batch again, as the ranks have agreed.
+func (r *Runner) follow(q DispatchQuery, a *Agreement, tokens int) (GraphMode, BatchDescriptor, Reason) {
+	q.NumTokens = tokens
+	q.ExcludeFull = q.ExcludeFull || a.GraphMode < GraphFull
+	return r.dispatcher.Dispatch(q)
+}
+
+// checkFollow refuses an agreement that some rank can't follow. Every rank finds the same, since all of
+// it follows from the votes. Ranks of equal configuration always can, so it is only asked if a vote
+// does not say how its rank is configured.
+func (r *Runner) checkFollow(a *Agreement) error {
+	said := func(v Vote) bool { return v.Config != 0 }
+	if len(a.Votes) == 1 || !slices.ContainsFunc(a.Votes, func(v Vote) bool { return !said(v) }) {
+		return nil
+	}
+	for rank := range a.Votes {
+		tokens := int(a.NumTokensAcrossDP.AtVec(rank))
+		d := r.dispatch(a.Votes[rank])
+		mode, batch, reason := GraphNone, BatchDescriptor{NumTokens: tokens}, ReasonDisabled
+		if r.dispatcher != nil {
+			mode, batch, reason = r.follow(d.query, a, tokens)
+		}
+		if mode != a.GraphMode || batch.NumTokens != tokens {
+			return &RankError{fmt.Errorf("%w: the ranks agreed on %v with %d tokens, for which rank %d's batch "+
+				"finds %v with %d tokens (%v); configure all ranks the same", ErrInvalid,
+				a.GraphMode, tokens, rank, mode, batch.NumTokens, reason), a.Step, []int{rank}}
+		}
+	}
+	return nil
+}
+
+// split splits the pass into n microbatches. They run without graphs.
+func (r *Runner) split(pass *Pass, d *draft, n int) error {
+	lengths := slices.DeleteFunc(slices.Clone(d.lengths), func(n int) bool { return n == 0 })
+	if pass.Dummy {
+		lengths = []int{pass.NumTokens}
+	}
+	point := pass.NumTokens / n / r.parallel.TokenMultiple * r.parallel.TokenMultiple
+	_, padded, err := SplitUBatches(lengths, pass.NumTokens, pass.whole().Requests.Stop, n, point)
+	if err != nil {
+		return err
+	}
+	pass.UBatches = padded
+	if pass.GraphMode != GraphNone {
+		pass.GraphMode, pass.Reason = GraphNone, ReasonUBatch
+	}
+	return nil
+}
+
+// WarmUp returns the passes that capture every graph, in the order of [Dispatcher.Captures]. Before it
+// yields one, the ranks exchange votes that show that all warm up the same graph; after the last one
+// they exchange once more, so that no rank serves before all are done. The caller adds metadata, and
+// runs each pass before it asks for the next. A rank that is alone, or of a dense model, exchanges
+// nothing.
+//
+// An error is yielded once and ends the iteration: those of [Runner.Plan], and ErrLockstep if the ranks
+// warm up different graphs or some serve already. If a caller breaks off, it skips the last exchange,
+// so that of the other ranks fails.
+func (r *Runner) WarmUp(ctx context.Context) iter.Seq2[Pass, error] {
+	if r == nil {
+		r = nilRunner
+	}
+	return func(yield func(Pass, error) bool) {
+		for _, c := range r.dispatcher.Captures() {
+			pass, err := r.planCapture(ctx, c)
+			if !yield(pass, err) || err != nil {
+				return
+			}
+		}
+		if !r.parallel.coordinated() {
+			return
+		}
+		if _, err := r.exchangeWarmUp(ctx, Vote{}); err != nil {
+			yield(Pass{}, err)
+		}
+	}
+}
+
+// planCapture plans the pass that captures one graph.
+func (r *Runner) planCapture(ctx context.Context, c Capture) (Pass, error) {
+	n := c.Batch.NumTokens
+	pass := Pass{
+		NumTokens: n, NumTokensUnpadded: n, NumTokensGraph: n, NumReqs: c.Batch.NumReqs,
+		GraphMode: c.Mode, Batch: c.Batch, Reason: ReasonRelaxed, Phase: phaseWarmUp, Dummy: true,
+		plan: &plan{runner: r, lastRank: -1},
+	}
+	if c.Batch.Uniform {
+		pass.Reason = ReasonExact
+	}
+	if !r.parallel.coordinated() {
+		return pass, nil
+	}
+	e, err := r.exchangeWarmUp(ctx, Vote{
+		NumTokens: n, NumTokensPadded: n, NumReqs: c.Batch.NumReqs, Uniform: c.Batch.Uniform,
+		NumActiveLoRAs: c.Batch.NumActiveLoRAs, GraphMode: c.Mode,
+	})
+	if err != nil {
+		return Pass{}, err
+	}
+	pass.Agreement, pass.plan = e.agreement, e.plan()
+	return pass, nil
+}
+
+func (r *Runner) exchangeWarmUp(ctx context.Context, v Vote) (*exchange, error) {
+	v.WarmUp = true
+	e, err := r.vote(ctx, v)
+	if err != nil {
+		return nil, err
+	}
+	return e, e.settle()
+}
+
+// BatchDescriptor is the key of a captured graph: what about a batch decides which graph can replay it.
+// It is comparable, so it can be a map key. The zero value is no descriptor.
+type BatchDescriptor struct {
+	NumTokens int  // padded
+	NumReqs   int  // padded; 0: any number of requests
+	Uniform   bool // all requests have the same query length
+	HasLoRA   bool // NumActiveLoRAs is above 0
+
+	// NumActiveLoRAs is the number of adapters that the graph serves, at least that of the batch. See
+	// [LoRAConfig].
+	NumActiveLoRAs int
+}
+
+// RelaxForMixedBatchGraphs returns the key of the graphs for mixed batches, which serve any number of
+// requests with any query lengths: the same tokens and adapters.
 func (d BatchDescriptor) RelaxForMixedBatchGraphs() BatchDescriptor {
 	d.NumReqs, d.Uniform = 0, false
 	return d
 }
 
+// plain reports whether check finds nothing.
+func (d *BatchDescriptor) plain() bool {
+	return uint(d.NumTokens) <= maxCount && uint(d.NumReqs) <= maxCount && uint(d.NumActiveLoRAs) <= maxCount &&
+		d.HasLoRA == (d.NumActiveLoRAs > 0)
+}
+
 // check refuses what no batch can have.
-func (d BatchDescriptor) check(p *problems) {
+func (d *BatchDescriptor) check(p *problems) {
 	p.count("the descriptor's NumTokens", d.NumTokens)
 	p.count("the descriptor's NumReqs", d.NumReqs)
 	p.count("the descriptor's NumActiveLoRAs", d.NumActiveLoRAs)
+	if d.HasLoRA != (d.NumActiveLoRAs > 0) {
+		p.addf("the descriptor has HasLoRA %t and NumActiveLoRAs %d", d.HasLoRA, d.NumActiveLoRAs)
+	}
 }
 
 // Range is a half-open range [Start, Stop).
-type Range struct{ Start, Stop int }
+type Range struct {
+	Start int `json:"start"`
+	Stop  int `json:"stop"`
+}
 
 // Len returns how many numbers the range holds.
 func (r Range) Len() int { return r.Stop - r.Start }
 
-// UBatchSlice is the part of a batch that a microbatch works on: a range of requests and one of tokens. A request that
-// the split cuts belongs to both sides.
-type UBatchSlice struct{ Requests, Tokens Range }
+// UBatchSlice is the part of a batch that a microbatch works on: a range of requests and one of tokens.
+// A request that the split cuts belongs to both sides.
+type UBatchSlice struct {
+	Requests Range `json:"requests"`
+	Tokens   Range `json:"tokens"`
+}
 
 // IsEmpty reports whether either range has no length.
 func (s UBatchSlice) IsEmpty() bool { return s.Requests.Len() <= 0 || s.Tokens.Len() <= 0 }
@@ -57,16 +535,18 @@ func (s UBatchSlice) String() string {
 // maxUBatches bounds the microbatches of a pass, each of which costs a goroutine.
 const maxUBatches = 1 << 16
 
-// SplitUBatches splits a batch into n microbatches of splitPoint tokens each, the last one taking the rest. It returns
-// the slices of what is scheduled and the padded slices, whose last one reaches to numTokensPadded and numReqsPadded.
-// splitPoint 0 means numTokensPadded/n. The inputs are the scheduled tokens of each request, in batch order; the
-// outputs do not alias them. A range of padded requests may reach beyond the scheduled ones: clip it before indexing those.
+// SplitUBatches splits a batch into n microbatches of splitPoint tokens each; the last one takes the
+// rest. It returns the slices of what is scheduled, and the padded slices, the last of which reaches to
+// numTokensPadded and numReqsPadded. If splitPoint is 0, numTokensPadded/n is taken. The scheduled
+// tokens are those of each request, in batch order; the results do not alias them. A range of padded
+// requests may reach beyond the scheduled ones, so clip it before you index those.
 //
-// Slice k begins with the request that holds its first token and ends before the first request that starts at or
-// after its end (vLLM's create_ubatch_slices).
+// Slice k begins with the request that holds its first token, and ends before the first request that
+// starts at or after its end (vLLM's create_ubatch_slices).
 //
-// ErrInvalid: fewer than 2 microbatches or more than 2^16, a negative count, padding below what is scheduled, and a split that
-// leaves a slice without tokens, which happens where numTokensPadded is well above the scheduled tokens.
+// It returns an error that wraps ErrInvalid if n is below 2 or above 2^16, if a count is negative, if
+// padding is below what is scheduled, or if a slice would have no tokens, which happens if
+// numTokensPadded is well above the scheduled tokens.
 func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int) (slices, padded []UBatchSlice, err error) {
 	scheduled, err := sumScheduled(numScheduledTokens)
 	if err != nil {
@@ -167,7 +647,8 @@ func checkPerUBatch(p *problems, name string, maps []map[string]any, ubatches in
 	}
 }
 
-// UBatch returns the index of the microbatch that ctx is in and how many there are. ok is false outside of one.
+// UBatch returns the index of the microbatch that ctx is in, and how many there are. Outside a
+// microbatch ok is false.
 func UBatch(ctx context.Context) (i, n int, ok bool) {
 	c := lookup(ctx)
 	if c == nil || c.ubatches == 0 {
@@ -176,53 +657,20 @@ func UBatch(ctx context.Context) (i, n int, ok bool) {
 	return c.ubatch, c.ubatches, true
 }
 
-// UBatchError is the error of the microbatch that failed first.
-type UBatchError struct {
-	Index int
-	Err   error
-}
-
-// Error returns the error with the microbatch's index.
-func (e *UBatchError) Error() string {
-	return fmt.Sprintf("fwd: microbatch %d: %s", e.Index, bare(e.Err))
-}
-
-// Unwrap returns the microbatch's own error.
-func (e *UBatchError) Unwrap() error { return e.Err }
-
-// UBatchPanic is what [RunUBatches] panics with, as *UBatchPanic, when a microbatch has panicked: the value and the
-// stack are those of the microbatch, which ran in a goroutine that is gone.
-type UBatchPanic struct {
-	Index int
-	Value any
-	Stack []byte
-}
-
-// Error returns the panic's value and stack.
-func (e *UBatchPanic) Error() string {
-	return fmt.Sprintf("fwd: microbatch %d panicked: %v\n\n%s", e.Index, e.Value, e.Stack)
-}
-
-// Unwrap returns the panic's value where that is an error.
-func (e *UBatchPanic) Unwrap() error {
-	err, _ := e.Value.(error)
-	return err
-}
-
-// ErrorType returns "panic".
-func (e *UBatchPanic) ErrorType() string { return errPanic.ErrorType() }
-
-// RunUBatches calls fn for every microbatch of the pass in ctx, each in its own goroutine, all at once, and returns when
-// all have returned. A pass without microbatches calls fn once, with ctx and index 0, on the calling goroutine.
+// RunUBatches calls fn for every microbatch of the pass in ctx, all concurrently, each in its own
+// goroutine, and returns when all have returned. If the pass is not split, it calls fn once, with ctx
+// and index 0, on the calling goroutine.
 //
-// A microbatch's context derives from ctx and holds its own forward context: its own attention metadata and slot
-// mapping, its own token counts, DP metadata in which every rank has this microbatch's tokens, graph mode NONE, no
-// slices. Everything else is the pass's. The first error cancels the contexts of the others and comes back as *[UBatchError]. A panic does so too, and
-// RunUBatches panics with *[UBatchPanic] once the others have stopped; a panic goes before errors. A microbatch that
-// calls runtime.Goexit, as testing.T.FailNow does, ends the caller's goroutine the same way.
+// A microbatch's context derives from ctx and holds its own forward context: its own attention metadata
+// and slot mapping, its own token counts and Part, DP metadata in which every rank has this microbatch's
+// tokens, graph mode NONE, and no slices. Everything else is the pass's. The first error cancels the
+// contexts of the others and is returned as a *[UBatchError]. A panic also cancels the others; once they
+// have returned, RunUBatches panics with a *[UBatchPanic], even if another microbatch returned an error.
+// If a microbatch calls runtime.Goexit, as testing.T.FailNow does, the caller's goroutine ends the same
+// way.
 //
-// It wraps ErrNoForwardContext, and ErrInvalid: fn is nil, the slices do not tile the pass, or ranks have unequal
-// token counts.
+// It returns ErrNoForwardContext outside a pass, and an error that wraps ErrInvalid if fn is nil, if the
+// slices do not tile the pass, or if ranks have unequal token counts.
 func RunUBatches(ctx context.Context, fn func(ctx context.Context, i int) error) error {
 	if fn == nil {
 		return invalidf("RunUBatches without a function")
@@ -243,23 +691,28 @@ func (c *passContext) runUBatches(ctx context.Context, fn func(ctx context.Conte
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	group := ubatchGroup{cancel: cancel}
-	for i := range c.fc.UBatches {
-		group.wg.Go(func() { group.run(i, func() error { return c.runUBatch(ctx, i, fn) }) })
+	g := &ubatchGroup{pass: c, ctx: ctx, fn: fn, cancel: cancel, parts: make([]ubatchPart, len(c.fc.UBatches))}
+	g.wg.Add(len(g.parts))
+	for i := range g.parts {
+		go g.run(i)
 	}
-	group.wg.Wait()
-	if group.panicked != nil {
-		panic(group.panicked)
+	g.wg.Wait()
+	if g.panicked != nil {
+		panic(g.panicked)
 	}
-	if group.exited {
+	if g.exited {
 		runtime.Goexit()
 	}
-	return group.err
+	return g.err
 }
 
-// ubatchGroup collects how the microbatches of one RunUBatches end. It is not an errgroup.Group: an error and a panic
-// must come out with the microbatch's index.
+// ubatchGroup runs the microbatches of one RunUBatches, and collects how they end. It is not an
+// errgroup.Group, because an error and a panic must come out with the microbatch's index.
 type ubatchGroup struct {
+	pass   *passContext
+	ctx    context.Context
+	fn     func(ctx context.Context, i int) error
+	parts  []ubatchPart
 	wg     sync.WaitGroup
 	cancel context.CancelCauseFunc
 
@@ -269,9 +722,17 @@ type ubatchGroup struct {
 	exited   bool // by runtime.Goexit
 }
 
+// ubatchPart holds the context of a microbatch and what it points to.
+type ubatchPart struct {
+	passContext
+	value ForwardContext
+	dp    DPMetadata
+}
+
 // run runs microbatch i to whatever end it has.
-func (g *ubatchGroup) run(i int, fn func() error) {
+func (g *ubatchGroup) run(i int) {
 	returned := false
+	defer g.wg.Done()
 	defer func() {
 		if returned {
 			return
@@ -290,7 +751,7 @@ func (g *ubatchGroup) run(i int, fn func() error) {
 		g.exited = g.exited || panicked == nil
 		g.cancel(cause)
 	}()
-	err := fn()
+	err := g.call(i)
 	returned = true
 	if err == nil {
 		return
@@ -305,19 +766,31 @@ func (g *ubatchGroup) run(i int, fn func() error) {
 
 var errUBatchExited = errors.New("the goroutine exited")
 
-// runUBatch runs fn inside microbatch i's span and context.
-func (c *passContext) runUBatch(ctx context.Context, i int, fn func(ctx context.Context, i int) error) error {
-	value := c.fc.ubatch(i)
-	t := c.telemetry()
-	ctx, span := t.startUBatch(ctx, i, value.NumTokens)
+// call calls the function of microbatch i in its context, and inside its span if there is one.
+func (g *ubatchGroup) call(i int) error {
+	x := &g.parts[i]
+	g.pass.fc.fillUBatch(x, i)
+	x.passContext = passContext{
+		Context: g.ctx, fc: &x.value, ubatch: i, ubatches: len(g.parts), run: g.pass.run, inner: g.pass.inner,
+	}
+	t := g.pass.traced()
+	if t == nil || !t.spans {
+		return g.fn(&x.passContext, i)
+	}
+	return g.callTraced(t, x, i)
+}
+
+func (g *ubatchGroup) callTraced(t *traced, x *ubatchPart, i int) error {
+	ctx, span := t.telemetry.startUBatch(g.ctx, i, x.value.NumTokens)
 	defer span.End(span.options...) // directly, so that the SDK notes a panic
-	var outcome error = errPanic
-	defer func() { span.finish(outcome, t.errorType(outcome)) }()
-	outcome = fn(&passContext{Context: ctx, fc: value, ubatch: i, ubatches: len(c.fc.UBatches), run: c.run}, i)
+	outcome := errPanic
+	defer func() { t.telemetry.endUBatch(&span, outcome) }()
+	x.Context = ctx
+	outcome = g.fn(&x.passContext, i)
 	return outcome
 }
 
-// checkSplit checks what [Runner.Run] has checked already, for forward contexts that came by another way.
+// checkSplit checks what [Runner.Run] has checked already, for forward contexts that came another way.
 func (fc *ForwardContext) checkSplit() error {
 	var p problems
 	checkUBatches(&p, fc.UBatches, fc.NumTokens)
@@ -329,15 +802,16 @@ func (fc *ForwardContext) checkSplit() error {
 	return p.err()
 }
 
-// ubatch returns the forward context of microbatch i. Ranks have agreed on the same padded total, so each splits at the
-// same tokens and has as many in this microbatch.
-func (fc *ForwardContext) ubatch(i int) *ForwardContext {
-	tokens := fc.UBatches[i].Tokens
-	u := *fc
-	u.NumTokens = tokens.Len()
-	u.NumTokensUnpadded = min(max(fc.NumTokensUnpadded-tokens.Start, 0), tokens.Len())
+// fillUBatch fills in the forward context of microbatch i. The ranks have agreed on the same padded
+// total, so each splits at the same tokens and has as many in this microbatch.
+func (fc *ForwardContext) fillUBatch(x *ubatchPart, i int) {
+	u, part := &x.value, fc.UBatches[i]
+	*u = *fc
+	u.NumTokens = part.NumTokens()
+	u.NumTokensUnpadded = min(max(fc.NumTokensUnpadded-part.Tokens.Start, 0), u.NumTokens)
 	u.GraphMode = GraphNone
 	u.UBatches = nil
+	u.Part = part
 	if len(fc.AttnMetadata) > 0 {
 		u.AttnMetadata = fc.AttnMetadata[i : i+1 : i+1]
 	}
@@ -345,7 +819,53 @@ func (fc *ForwardContext) ubatch(i int) *ForwardContext {
 		u.SlotMapping = fc.SlotMapping[i : i+1 : i+1]
 	}
 	if fc.DP != nil {
-		u.DP = fc.DP.withEqual(tokens.Len())
+		x.dp = fc.DP.equal(u.NumTokens)
+		u.DP = &x.dp
 	}
-	return &u
 }
+
+// UBatchError is the error of the microbatch that failed first.
+type UBatchError struct {
+	Index int
+	Err   error
+}
+
+// Error returns the error with the microbatch's index.
+func (e *UBatchError) Error() string {
+	return fmt.Sprintf("fwd: microbatch %d: %s", e.Index, bare(e.Err))
+}
+
+// Unwrap returns the microbatch's own error.
+func (e *UBatchError) Unwrap() error { return e.Err }
+
+// UBatchPanic is what [RunUBatches] panics with, as a *UBatchPanic, when a microbatch has panicked. The
+// value and the stack are those of the microbatch, which ran in a goroutine that is gone.
+type UBatchPanic struct {
+	Index int
+	Value any
+	Stack []byte
+}
+
+// Error returns the panic's value and stack.
+func (e *UBatchPanic) Error() string {
+	return fmt.Sprintf("fwd: microbatch %d panicked: %v\n\n%s", e.Index, e.Value, e.Stack)
+}
+
+// Unwrap returns the panic's value if that is an error.
+func (e *UBatchPanic) Unwrap() error {
+	err, _ := e.Value.(error)
+	return err
+}
+
+// ErrorType returns "panic".
+func (e *UBatchPanic) ErrorType() string { return "panic" }
+
+const (
+	// maxCount is the largest count of tokens, requests and the like: what a rank of the reference
+	// system can say.
+	maxCount = math.MaxInt32
+
+	// maxListed bounds the lists that are made on request, so that a wrong argument can't exhaust the
+	// memory.
+	maxListed = 1 << 24
+)

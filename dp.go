@@ -2,79 +2,120 @@ package fwd
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"iter"
+	"math/bits"
 	"runtime"
 	"slices"
 	"sync"
+	"time"
 
 	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
-// ParallelConfig says how a rank stands among the data-parallel (DP) ranks of its model, and when batches are split into
-// microbatches. The zero value is one rank alone, without microbatches.
-type ParallelConfig struct {
-	DataParallelSize int  // number of ranks; 0: 1
-	DataParallelRank int  // of this Runner, below the size
-	Dense            bool // not a mixture of experts: ranks are independent, nothing is exchanged
-	NumUBatches      int  // microbatches of a split pass; 0 or 1: passes are not split
+// Chapter 1: how a rank stands among the others.
 
-	// Unpadded tokens from which on a batch is worth splitting: DecodeUBatchThreshold for a uniform decode batch,
-	// PrefillUBatchThreshold for any other. 0: 32 and 512.
+// ParallelConfig says which of the data-parallel (DP) ranks of a model a [Runner] is, and when
+// batches are split into microbatches. The zero value is one rank alone, without microbatches.
+type ParallelConfig struct {
+	// DataParallelSize is the number of ranks; 0 means 1. DataParallelRank is this one, from 0. If
+	// both are 0 and the Runner has a coordinator, [New] takes them from the coordinator.
+	DataParallelSize, DataParallelRank int
+
+	// Dense says that the model is not a mixture of experts. The ranks of a dense model are
+	// independent and exchange nothing. A dense rank may leave the size at 0 if it does not know it.
+	Dense bool
+
+	// NumUBatches is the number of microbatches of a split pass; 0 and 1 mean that no pass is split.
+	NumUBatches int
+
+	// A batch is worth splitting if it has at least so many tokens without padding:
+	// DecodeUBatchThreshold for a uniform decode batch, PrefillUBatchThreshold for any other. 0 means
+	// 32 and 512.
 	DecodeUBatchThreshold, PrefillUBatchThreshold int
+
+	// TokenMultiple is what the tokens of a batch are rounded up to a multiple of before dispatch, as
+	// a sequence-parallel pass needs it; 0 means 1.
+	TokenMultiple int
 }
 
-// maxRanks bounds the number of DP ranks, so that sums over ranks of counts up to 2^31-1 are exact in a float64.
+// maxRanks bounds the number of DP ranks, so that sums over ranks of counts up to 2^31-1 are exact in
+// a float64.
 const maxRanks = 1 << 20
 
 func (c ParallelConfig) withDefaults() ParallelConfig {
-	c.DataParallelSize = max(c.DataParallelSize, 1)
+	if !c.sizeUnknown() {
+		c.DataParallelSize = max(c.DataParallelSize, 1)
+	}
 	if c.DecodeUBatchThreshold == 0 {
 		c.DecodeUBatchThreshold = 32
 	}
 	if c.PrefillUBatchThreshold == 0 {
 		c.PrefillUBatchThreshold = 512
 	}
+	c.NumUBatches = max(c.NumUBatches, 1)
+	c.TokenMultiple = max(c.TokenMultiple, 1)
 	return c
+}
+
+// sizeUnknown reports whether this is a dense rank that does not know how many others there are.
+func (c ParallelConfig) sizeUnknown() bool {
+	return c.Dense && c.DataParallelSize == 0 && c.DataParallelRank > 0
 }
 
 func (c ParallelConfig) check(p *problems) {
 	size := max(c.DataParallelSize, 1)
-	if c.DataParallelSize < 0 || size > maxRanks {
+	switch {
+	case c.DataParallelSize < 0 || size > maxRanks:
 		p.addf("DataParallelSize is %d, want 1 to %d", c.DataParallelSize, maxRanks)
-	} else if c.DataParallelRank < 0 || c.DataParallelRank >= size {
-		p.addf("DataParallelRank is %d, want 0 to %d for DataParallelSize %d", c.DataParallelRank, size-1, size)
+	case c.sizeUnknown() && c.DataParallelRank < maxRanks:
+	case c.DataParallelRank < 0 || c.DataParallelRank >= size:
+		p.addf("DataParallelRank is %d, want 0 to %d for DataParallelSize %d",
+			c.DataParallelRank, size-1, size)
 	}
 	if c.NumUBatches < 0 || c.NumUBatches > maxUBatches {
 		p.addf("NumUBatches is %d, want 0 to %d", c.NumUBatches, maxUBatches)
 	}
 	p.count("DecodeUBatchThreshold", c.DecodeUBatchThreshold)
 	p.count("PrefillUBatchThreshold", c.PrefillUBatchThreshold)
+	p.count("TokenMultiple", c.TokenMultiple)
 }
 
-// coordinated reports whether the ranks of the model depend on each other. It wants the defaults filled in.
+// coordinated reports whether the ranks of the model depend on each other. The defaults must be
+// filled in.
 func (c ParallelConfig) coordinated() bool { return c.DataParallelSize > 1 && !c.Dense }
 
-// DPMetadata holds how many tokens each data-parallel rank has in a pass, and the arithmetic on those counts that model
-// code needs. It is immutable; any number of goroutines may use it. Make one with [NewDPMetadata]: the zero value has no
-// ranks.
-//
-// T[d] are the tokens of rank d of D, and s is the sequence-parallel (SP) size: the number of ways in which the tokens of
-// a rank are split. The arithmetic is that of vLLM's DPMetadata, and exact for counts up to 2^31-1. The methods panic if
-// an SP size or a chunk size is below 1, a chunk index is negative, or D·s is above 2^24.
-type DPMetadata struct {
-	rank   int
-	tokens []int
-	max    int
+// roundUp returns n rounded up to TokenMultiple. The defaults must be filled in.
+func (c ParallelConfig) roundUp(n int) int {
+	if c.TokenMultiple == 1 {
+		return n
+	}
+	return ceilDiv(n, c.TokenMultiple) * c.TokenMultiple
 }
 
-// NewDPMetadata returns the DP metadata of a pass of numTokens tokens, padding included, on the rank that p names.
-// across holds the tokens of every rank, length DataParallelSize, and is copied.
+// Chapter 2: token counts across the ranks.
+
+// DPMetadata holds how many tokens each data-parallel rank has in a pass, and does the arithmetic on
+// those counts that model code needs. It is immutable, so any number of goroutines may use it. Make
+// one with [NewDPMetadata]; the zero value has no ranks.
 //
-// It wraps ErrInvalid, for a bad p, a nil or empty across, one of another length, and a count that is not a whole number
-// in 0 to 2^31-1; and ErrTokenMismatch where across[rank] is not numTokens, as when one is padded and the other is not.
+// In the formulas below, T[d] is the number of tokens of rank d of D, and s is the sequence-parallel
+// (SP) size: the number of ways in which the tokens of a rank are split. The arithmetic is that of
+// vLLM's DPMetadata, and it is exact for counts up to 2^31-1. The methods panic if an SP size or a
+// chunk size is below 1, if a chunk index is negative, or if D·s is above 2^24.
+type DPMetadata struct {
+	rank, size int
+	tokens     []int // by rank; nil: every rank has max
+	max        int
+}
+
+// NewDPMetadata returns the DP metadata of a pass of numTokens tokens, padding included, on the rank
+// that p names. across holds the tokens of every rank and has length DataParallelSize; it is copied.
+//
+// It returns an error that wraps ErrInvalid if p is invalid, if across is nil, empty or of another
+// length, or if a count is not a whole number from 0 to 2^31-1. It returns one that wraps
+// ErrTokenMismatch if across[rank] is not numTokens, as when one is padded and the other is not.
 func NewDPMetadata(p ParallelConfig, numTokens int, across *mat.VecDense) (*DPMetadata, error) {
 	var bad problems
 	p.check(&bad)
@@ -82,45 +123,65 @@ func NewDPMetadata(p ParallelConfig, numTokens int, across *mat.VecDense) (*DPMe
 		return nil, err
 	}
 	p = p.withDefaults()
-	if across == nil || across.Len() == 0 {
-		return nil, invalidf("no token counts for the %d data-parallel ranks", p.DataParallelSize)
+	if err := checkAcross(p, numTokens, across); err != nil {
+		return nil, err
 	}
-	if across.Len() != p.DataParallelSize {
-		return nil, invalidf("%d token counts for %d data-parallel ranks", across.Len(), p.DataParallelSize)
-	}
-	if own := across.AtVec(p.DataParallelRank); own != float64(numTokens) {
-		return nil, fmt.Errorf("%w: rank %d runs %d tokens, and the counts across ranks say %v", ErrTokenMismatch, p.DataParallelRank, numTokens, own)
-	}
-	m := &DPMetadata{rank: p.DataParallelRank, tokens: make([]int, across.Len())}
+	m := &DPMetadata{rank: p.DataParallelRank, size: p.DataParallelSize, tokens: make([]int, across.Len())}
 	for d := range m.tokens {
-		v := across.AtVec(d)
-		if !(v >= 0 && v <= maxCount) || v != float64(int(v)) { // written so that NaN is refused too
-			return nil, invalidf("rank %d has %v tokens, want a whole number in 0 to %d", d, v, maxCount)
-		}
-		m.tokens[d] = int(v)
-		m.max = max(m.max, int(v))
+		m.tokens[d] = int(across.AtVec(d))
+		m.max = max(m.max, m.tokens[d])
 	}
 	return m, nil
 }
 
+// checkAcross checks the counts of a pass across ranks. The defaults of p must be filled in.
+func checkAcross(p ParallelConfig, numTokens int, across *mat.VecDense) error {
+	if across == nil || across.Len() == 0 {
+		return invalidf("no token counts for the %d data-parallel ranks", p.DataParallelSize)
+	}
+	if across.Len() != p.DataParallelSize {
+		return invalidf("%d token counts for %d data-parallel ranks", across.Len(), p.DataParallelSize)
+	}
+	if own := across.AtVec(p.DataParallelRank); own != float64(numTokens) {
+		return fmt.Errorf("%w: rank %d runs %d tokens, but the counts across ranks say %v; both must include padding",
+			ErrTokenMismatch, p.DataParallelRank, numTokens, own)
+	}
+	for d := range across.Len() {
+		v := across.AtVec(d)
+		if !(v >= 0 && v <= maxCount) || v != float64(int(v)) { // written so that NaN is refused too
+			return invalidf("rank %d has %v tokens, want a whole number from 0 to %d", d, v, maxCount)
+		}
+	}
+	return nil
+}
+
 // Size returns the number of DP ranks, D.
-func (m *DPMetadata) Size() int { return len(m.tokens) }
+func (m *DPMetadata) Size() int { return m.size }
 
 // Rank returns the DP rank of this pass.
 func (m *DPMetadata) Rank() int { return m.rank }
 
 // NumTokens returns T[rank], padding included. It panics if there is no such rank.
 func (m *DPMetadata) NumTokens(rank int) int {
-	if rank < 0 || rank >= len(m.tokens) {
-		panic(fmt.Sprintf("fwd: NumTokens of rank %d, want 0 to %d", rank, len(m.tokens)-1))
+	if rank < 0 || rank >= m.size {
+		panic(fmt.Sprintf("fwd: NumTokens of rank %d, want 0 to %d", rank, m.size-1))
+	}
+	if m.tokens == nil {
+		return m.max
 	}
 	return m.tokens[rank]
 }
 
-// NumTokensAcrossDPTo stores T into dst, length D, and returns dst. A nil dst is allocated and an empty one takes the
-// right size; it panics if dst has another length.
+// NumTokensAcrossDPTo stores T into dst and returns dst, which has length D. If dst is nil, a vector
+// is allocated; if it is empty, it takes the right size. It panics if dst has another length.
 func (m *DPMetadata) NumTokensAcrossDPTo(dst *mat.VecDense) *mat.VecDense {
-	dst, raw, inc := vecOfLen(dst, len(m.tokens))
+	dst, raw, inc := vecOfLen(dst, m.size)
+	if m.tokens == nil {
+		for d := range m.size {
+			raw[d*inc] = float64(m.max)
+		}
+		return dst
+	}
 	for d, n := range m.tokens {
 		raw[d*inc] = float64(n)
 	}
@@ -130,52 +191,84 @@ func (m *DPMetadata) NumTokensAcrossDPTo(dst *mat.VecDense) *mat.VecDense {
 // MaxTokensAcrossDP returns max T.
 func (m *DPMetadata) MaxTokensAcrossDP() int { return m.max }
 
-// CuTokensAcrossSPTo stores the inclusive running sum of the SP local sizes into dst, length D·sp without a leading zero,
-// and returns dst. It treats dst as NumTokensAcrossDPTo does.
+// CuTokensAcrossSPTo stores the inclusive running sum of the SP local sizes into dst and returns dst.
+// It has length D·sp and no leading zero. dst is treated as by NumTokensAcrossDPTo.
 func (m *DPMetadata) CuTokensAcrossSPTo(dst *mat.VecDense, sp int) *mat.VecDense {
 	dst, raw, inc := vecOfLen(dst, m.numLocal(sp))
-	sum, i := 0.0, 0 // whole numbers below 2^53: exact
-	for _, n := range m.tokens {
-		local := float64(ceilDiv(n, sp))
+	div := newDivider(sp)
+	sum, i := int64(0), 0 // below 2^53, so it is exact as a float64
+	for d := range m.size {
+		local := m.max
+		if m.tokens != nil {
+			local = m.tokens[d]
+		}
+		if sp > 1 {
+			local = div.ceil(local)
+		}
 		for range sp {
-			sum += local
-			raw[i] = sum
+			sum += int64(local)
+			raw[i] = float64(sum)
 			i += inc
 		}
 	}
 	return dst
 }
 
-// AppendSPLocalSizes appends the SP local sizes to dst: ceil(T[d]/sp), sp times in a row for each rank d (DP major, SP
-// minor), D·sp numbers. Zero stays zero.
+// AppendSPLocalSizes appends the SP local sizes to dst and returns the extended slice: for each rank d
+// ceil(T[d]/sp), sp times in a row (DP major, SP minor), D·sp numbers in all. Zero stays zero.
 func (m *DPMetadata) AppendSPLocalSizes(dst []int, sp int) []int {
-	dst = slices.Grow(dst, m.numLocal(sp))
-	for _, n := range m.tokens {
-		dst = appendRepeated(dst, ceilDiv(n, sp), sp)
+	dst, out := extend(dst, m.numLocal(sp))
+	switch {
+	case m.tokens == nil:
+		fill(out, ceilDiv(m.max, sp))
+	case sp == 1:
+		copy(out, m.tokens)
+	default:
+		div := newDivider(sp)
+		for _, n := range m.tokens {
+			fill(out[:sp], div.ceil(n))
+			out = out[sp:]
+		}
 	}
 	return dst
 }
 
-// AppendChunkedSizes appends how many tokens each SP rank sends in chunk idx, D·sp numbers: with v its SP local size,
-// min(maxChunk, v - maxChunk·idx), and 1 where that is not above 0. A rank that is done, or has no tokens, still sends
-// one, so that all ranks stay in lockstep.
+// AppendChunkedSizes appends how many tokens each SP rank sends in chunk idx, D·sp numbers, and
+// returns the extended slice. With v its SP local size, a rank sends min(maxChunk, v - maxChunk·idx)
+// tokens, or 1 if that is not above 0: a rank that is done, or has no tokens, still sends one, so that
+// all ranks stay in lockstep.
 func (m *DPMetadata) AppendChunkedSizes(dst []int, sp, maxChunk, idx int) []int {
 	if maxChunk < 1 || idx < 0 {
 		panic(fmt.Sprintf("fwd: chunk %d of at most %d tokens", idx, maxChunk))
 	}
-	dst = slices.Grow(dst, m.numLocal(sp))
-	for _, n := range m.tokens {
-		local, size := ceilDiv(n, sp), 1
-		if idx <= local/maxChunk { // else maxChunk·idx is above local, and might overflow
-			size = max(min(maxChunk, local-maxChunk*idx), 1)
+	dst, out := extend(dst, m.numLocal(sp))
+	start := maxCount // no local size is above it
+	if idx <= maxCount/maxChunk {
+		start = maxChunk * idx
+	}
+	if m.tokens == nil {
+		fill(out, chunkSize(ceilDiv(m.max, sp), start, maxChunk))
+		return dst
+	}
+	if sp == 1 {
+		for d, n := range m.tokens {
+			out[d] = chunkSize(n, start, maxChunk)
 		}
-		dst = appendRepeated(dst, size, sp)
+		return dst
+	}
+	div := newDivider(sp)
+	for _, n := range m.tokens {
+		fill(out[:sp], chunkSize(div.ceil(n), start, maxChunk))
+		out = out[sp:]
 	}
 	return dst
 }
 
-// NumChunks returns in how many chunks of at most maxChunk tokens the ranks process their SP local sizes:
-// ceil(max SP local size / maxChunk), 0 when nobody has tokens.
+// chunkSize returns how many of local tokens are in the chunk that begins at start.
+func chunkSize(local, start, maxChunk int) int { return max(min(maxChunk, local-start), 1) }
+
+// NumChunks returns in how many chunks of at most maxChunk tokens the ranks process their SP local
+// sizes: ceil(max SP local size / maxChunk), which is 0 if no rank has tokens.
 func (m *DPMetadata) NumChunks(sp, maxChunk int) int {
 	if maxChunk < 1 {
 		panic(fmt.Sprintf("fwd: chunks of at most %d tokens", maxChunk))
@@ -189,20 +282,21 @@ func (m *DPMetadata) numLocal(sp int) int {
 	if err := m.checkSP(sp); err != nil {
 		panic(err.Error())
 	}
-	return len(m.tokens) * sp
+	return m.size * sp
 }
 
 func (m *DPMetadata) checkSP(sp int) error {
-	if len(m.tokens) == 0 {
+	if m.size == 0 {
 		return invalidf("DP metadata without ranks")
 	}
-	if most := maxListed / len(m.tokens); sp < 1 || sp > most {
-		return invalidf("SP size %d for %d data-parallel ranks, want 1 to %d", sp, len(m.tokens), most)
+	if most := maxListed / m.size; sp < 1 || sp > most {
+		return invalidf("SP size %d for %d data-parallel ranks, want 1 to %d", sp, m.size, most)
 	}
 	return nil
 }
 
-// checkEqual adds a problem where ranks have unequal counts, in which case they can't split at the same tokens.
+// checkEqual adds a problem if ranks have unequal counts, since then they can't split at the same
+// tokens.
 func (m *DPMetadata) checkEqual(p *problems) {
 	for d, n := range m.tokens {
 		if n != m.max {
@@ -212,11 +306,8 @@ func (m *DPMetadata) checkEqual(p *problems) {
 	}
 }
 
-// withEqual returns DP metadata of the same ranks in which each has n tokens.
-func (m *DPMetadata) withEqual(n int) *DPMetadata {
-	tokens := appendRepeated(make([]int, 0, len(m.tokens)), n, len(m.tokens))
-	return &DPMetadata{rank: m.rank, tokens: tokens, max: n}
-}
+// equal returns DP metadata of the same ranks in which each has n tokens.
+func (m *DPMetadata) equal(n int) DPMetadata { return DPMetadata{rank: m.rank, size: m.size, max: n} }
 
 // vecOfLen returns dst with length n, its data and their increment.
 func vecOfLen(dst *mat.VecDense, n int) (_ *mat.VecDense, raw []float64, inc int) {
@@ -236,11 +327,16 @@ func vecOfLen(dst *mat.VecDense, n int) (_ *mat.VecDense, raw []float64, inc int
 	return dst, vec.Data, vec.Inc
 }
 
-func appendRepeated(dst []int, v, n int) []int {
-	for range n {
-		dst = append(dst, v)
+// extend returns dst with room for n more numbers at its end, and that room.
+func extend(dst []int, n int) (all, room []int) {
+	all = slices.Grow(dst, n)[:len(dst)+n]
+	return all, all[len(dst):]
+}
+
+func fill(dst []int, v int) {
+	for i := range dst {
+		dst[i] = v
 	}
-	return dst
 }
 
 // ceilDiv returns ceil(a/b) for a >= 0 and b >= 1, without overflow.
@@ -252,8 +348,33 @@ func ceilDiv(a, b int) int {
 	return q
 }
 
-// rows returns the pass in ctx and the counts from which its local sizes follow: without DP metadata it counts as one
-// rank.
+// A divider divides counts by the same number again and again, by multiplication: a division takes
+// some ten times as long.
+type divider struct {
+	factor uint64
+	shift  uint
+}
+
+// newDivider returns the divider by d, from 1 to 2^24. With l = ceil(log2 d) its factor is
+// ceil(2^(31+l)/d), which makes floor(n·factor / 2^(31+l)) = floor(n/d) for all n below 2^31 (Granlund
+// and Montgomery, "Division by invariant integers using multiplication").
+func newDivider(d int) divider {
+	shift := uint(31 + bits.Len(uint(d-1)))
+	return divider{factor: (1<<shift + uint64(d) - 1) / uint64(d), shift: shift}
+}
+
+// ceil returns ceil(n/d) for a count n.
+func (v divider) ceil(n int) int {
+	if n == 0 {
+		return 0
+	}
+	return int(uint64(n-1)*v.factor>>v.shift) + 1
+}
+
+// Chapter 3: local sizes, in contexts derived from the pass's.
+
+// rows returns the pass in ctx and the counts from which its local sizes follow. Without DP metadata
+// the pass counts as one rank.
 func rows(ctx context.Context, sp int) (*passContext, DPMetadata, error) {
 	c := lookup(ctx)
 	if c == nil {
@@ -263,9 +384,9 @@ func rows(ctx context.Context, sp int) (*passContext, DPMetadata, error) {
 		return c, *c.fc.DP, c.fc.DP.checkSP(sp)
 	}
 	if n := c.fc.NumTokens; n < 0 || n > maxCount {
-		return nil, DPMetadata{}, invalidf("a pass of %d tokens", n)
+		return nil, DPMetadata{}, invalidf("the pass has %d tokens, want 0 to %d", n, maxCount)
 	}
-	alone := DPMetadata{tokens: []int{c.fc.NumTokens}, max: c.fc.NumTokens}
+	alone := DPMetadata{size: 1, max: c.fc.NumTokens}
 	return c, alone, alone.checkSP(sp)
 }
 
@@ -276,10 +397,12 @@ func (c *passContext) withSizes(ctx context.Context, sizes []int) context.Contex
 	return &derived
 }
 
-// WithSPLocalSizes returns a context in which [LocalSizes] gives the SP local sizes of the pass in ctx
-// ([DPMetadata.AppendSPLocalSizes]); ctx itself is unchanged. Without DP metadata the pass counts as one rank with
-// ForwardContext.NumTokens tokens. It wraps ErrNoForwardContext, and ErrInvalid: sp is below 1, or too large for a list
-// of the sizes.
+// WithSPLocalSizes returns a context in which [LocalSizes] returns the SP local sizes of the pass in
+// ctx (see [DPMetadata.AppendSPLocalSizes]); ctx itself does not change. A pass without DP metadata
+// counts as one rank with ForwardContext.NumTokens tokens.
+//
+// It returns ErrNoForwardContext outside a pass, and an error that wraps ErrInvalid if sp is below 1
+// or too large for a list of the sizes.
 func WithSPLocalSizes(ctx context.Context, sp int) (context.Context, error) {
 	c, m, err := rows(ctx, sp)
 	if err != nil {
@@ -288,8 +411,9 @@ func WithSPLocalSizes(ctx context.Context, sp int) (context.Context, error) {
 	return c.withSizes(ctx, m.AppendSPLocalSizes(nil, sp)), nil
 }
 
-// WithChunkedSizes is as [WithSPLocalSizes] for the sizes of one chunk ([DPMetadata.AppendChunkedSizes]). ErrInvalid
-// also: maxChunk is below 1, idx is negative.
+// WithChunkedSizes does the same as [WithSPLocalSizes] with the sizes of one chunk (see
+// [DPMetadata.AppendChunkedSizes]). It also returns an error that wraps ErrInvalid if maxChunk is
+// below 1 or idx is negative.
 func WithChunkedSizes(ctx context.Context, sp, maxChunk, idx int) (context.Context, error) {
 	c, m, err := rows(ctx, sp)
 	if err == nil && (maxChunk < 1 || idx < 0) {
@@ -301,9 +425,9 @@ func WithChunkedSizes(ctx context.Context, sp, maxChunk, idx int) (context.Conte
 	return c.withSizes(ctx, m.AppendChunkedSizes(nil, sp, maxChunk, idx)), nil
 }
 
-// LocalSizes returns the local sizes that ctx was derived with, one for each SP rank of each DP rank (DP major, SP
-// minor), in tokens. They are read-only. ok is false where ctx was derived with none: a pass, and a microbatch, begins
-// without.
+// LocalSizes returns the local sizes that ctx was derived with, in tokens: one for each SP rank of
+// each DP rank (DP major, SP minor). They must not be modified. If ctx was derived with none, ok is
+// false; a pass and a microbatch begin without.
 func LocalSizes(ctx context.Context) (sizes []int, ok bool) {
 	c := lookup(ctx)
 	if c == nil || c.sizes == nil {
@@ -312,23 +436,34 @@ func LocalSizes(ctx context.Context) (sizes []int, ok bool) {
 	return c.sizes, true
 }
 
-// Chunk is one round in which the ranks of a mixture-of-experts layer exchange a bounded number of rows each.
+// Chunk is one round in which the ranks of a mixture-of-experts layer exchange a bounded number of
+// rows each.
 type Chunk struct {
-	Index      int
-	Start, End int  // this rank's rows to compute, of its SP local size; at least one
-	Keep       bool // false: computed only to stay in lockstep
+	Index int
+
+	// Rows are the rows that this rank computes, of its SP local size: at least one.
+	Rows Range
+
+	// Keep is false if the rows are computed only to stay in lockstep.
+	Keep bool
+
+	// Sizes is what [LocalSizes] returns in the round's context. It must not be modified.
+	Sizes []int
 }
 
-// Chunks returns the rounds of a layer that exchanges at most maxChunk rows of each rank at a time. Every rank gets the
-// same number of rounds, [DPMetadata.NumChunks], and in each a context with the round's local sizes and the rows that are
-// its own: with n its SP local size, M the largest, and c maxChunk, rows [i·c, min((i+1)·c, M)) clipped to
-// [min(start, n-1), min(end, n)), and kept where start is below n. A rank without rows computes [0, 1), for which the
-// caller supplies a padding row, and keeps nothing. When no rank has tokens there are no rounds.
+// Chunks returns the rounds of a layer that exchanges at most maxChunk rows of each rank at a time.
+// Every rank gets the same number of rounds, [DPMetadata.NumChunks]. Each round has a context with the
+// round's local sizes, and the rows that this rank computes in it. With n this rank's SP local size, M
+// the largest of all ranks and c maxChunk, round i covers the rows [i·c, min((i+1)·c, M)), of which
+// this rank computes min(start, n-1) to min(end, n) and keeps the result if start is below n. A rank
+// without rows computes [0, 1), for which the caller supplies a padding row, and keeps nothing. If no
+// rank has tokens, there are no rounds.
 //
-// Rows count from the start of the caller's part of its rank's tokens, ceil(T/sp) long on each SP rank; where T is no multiple
-// of sp the last of them has padding rows.
+// Rows count from the start of the caller's own part of its rank's tokens. Each SP rank has ceil(T/sp)
+// rows, so the last SP ranks have padding rows if T is not a multiple of sp.
 //
-// The iterator can be used again. Chunks wraps ErrNoForwardContext, and ErrInvalid: sp or maxChunk is out of range.
+// The iterator can be used again. Chunks returns ErrNoForwardContext outside a pass, and an error that
+// wraps ErrInvalid if sp or maxChunk is out of range.
 func Chunks(ctx context.Context, sp, maxChunk int) (iter.Seq2[context.Context, Chunk], error) {
 	c, m, err := rows(ctx, sp)
 	if err == nil && maxChunk < 1 {
@@ -338,87 +473,169 @@ func Chunks(ctx context.Context, sp, maxChunk int) (iter.Seq2[context.Context, C
 		return nil, err
 	}
 	return func(yield func(context.Context, Chunk) bool) {
-		own, largest := ceilDiv(m.tokens[m.rank], sp), ceilDiv(m.max, sp)
+		own, largest := ceilDiv(m.NumTokens(m.rank), sp), ceilDiv(m.max, sp)
 		for i := range m.NumChunks(sp, maxChunk) {
 			start := i * maxChunk
 			end := start + min(maxChunk, largest-start) // not min(start+maxChunk, largest): the sum may overflow
-			chunk := Chunk{Index: i, Start: max(min(start, own-1), 0), End: max(min(end, own), 1), Keep: start < own}
-			if !yield(c.withSizes(ctx, m.AppendChunkedSizes(nil, sp, maxChunk, i)), chunk) {
+			chunk := Chunk{
+				Index: i,
+				Rows:  Range{max(min(start, own-1), 0), max(min(end, own), 1)},
+				Keep:  start < own,
+				Sizes: m.AppendChunkedSizes(nil, sp, maxChunk, i),
+			}
+			if !yield(c.withSizes(ctx, chunk.Sizes), chunk) {
 				return
 			}
 		}
 	}, nil
 }
 
+// Chapter 4: votes, agreements and the in-process group.
+
 // Vote is what one rank says in one step.
 type Vote struct {
-	Step            uint64    // the Runner counts from 1
-	NumTokens       int       // without padding
-	NumTokensPadded int       // at least NumTokens
-	UBatch          bool      // wants microbatches
-	GraphMode       GraphMode // a runtime mode
+	// Step numbers the exchanges of a Runner, from 1.
+	Step uint64
 
-	// SpanContext is rank 0's coordinate span, with the step trace; remote where it came from another process. It has no
-	// exported fields: a coordinator that sends votes as bytes must send its parts and put it together again.
+	NumTokens       int // scheduled, without padding
+	NumTokensPadded int // padded for this rank's graph, at least NumTokens
+	NumReqs         int // scheduled requests that have tokens; 0: not said
+	NumActiveLoRAs  int // distinct adapters in the batch
+
+	Uniform     bool // a uniform decode batch
+	ExcludeFull bool // see Schedule
+	Eager       bool // see Schedule
+	UBatch      bool // wants microbatches
+	Idle        bool // has nothing of its own to run: NumTokens are those of a dummy batch
+	WarmUp      bool // a pass of Runner.WarmUp
+
+	// GraphMode is the runtime mode to which this rank dispatched its batch.
+	GraphMode GraphMode
+
+	// Note is the engine's own word, from Schedule.Note.
+	Note uint64
+
+	// Config is a fingerprint of the configuration that must be equal on all ranks; 0: not said.
+	Config uint64
+
+	// SpanContext is that of rank 0's span, with the step trace; it is remote if it came from another
+	// process. It has no exported fields, so a coordinator that sends votes as bytes must send its
+	// parts and put it together again.
 	SpanContext trace.SpanContext
 }
 
-// Validate returns what is wrong with the vote of a rank, or nil: ErrInvalid, for a negative count, one above 2^31-1, padded
-// below unpadded, and a mode that is not a runtime mode. A [Coordinator] refuses such a vote before it sends anything.
+// Validate returns nil or what is wrong with the vote of the given rank. It returns an error that
+// wraps ErrInvalid if a count is negative or above 2^31-1, if NumTokensPadded is below NumTokens, or
+// if GraphMode is not a runtime mode. A [Coordinator] refuses such a vote before it sends anything.
 func (v *Vote) Validate(rank int) error {
-	if v.NumTokens >= 0 && v.NumTokens <= v.NumTokensPadded && v.NumTokensPadded <= maxCount && v.GraphMode.ValidRuntime() {
+	if uint(v.NumTokens) <= uint(v.NumTokensPadded) && uint(v.NumTokensPadded) <= maxCount &&
+		uint(v.NumReqs) <= maxCount && uint(v.NumActiveLoRAs) <= maxCount && v.GraphMode.ValidRuntime() {
 		return nil
 	}
 	var p problems
 	if v.NumTokens < 0 || v.NumTokensPadded < v.NumTokens || v.NumTokensPadded > maxCount {
-		p.addf("rank %d votes for %d tokens, %d with padding, want 0 <= tokens <= padded <= %d", rank, v.NumTokens, v.NumTokensPadded, maxCount)
+		p.addf("rank %d votes for %d tokens, %d with padding, want 0 <= tokens <= padded <= %d",
+			rank, v.NumTokens, v.NumTokensPadded, maxCount)
 	}
+	p.count(fmt.Sprintf("NumReqs of rank %d's vote", rank), v.NumReqs)
+	p.count(fmt.Sprintf("NumActiveLoRAs of rank %d's vote", rank), v.NumActiveLoRAs)
 	if !v.GraphMode.ValidRuntime() {
 		p.addf("rank %d votes for %v, which is not a runtime mode", rank, v.GraphMode)
 	}
 	return p.err()
 }
 
-// same reports whether two votes say the same, whatever their step. What a trace state loses on the way is not a
-// difference.
-func (v Vote) same(w Vote) bool {
-	return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch && v.GraphMode == w.GraphMode
+// same reports whether two votes say the same, whatever their steps are. A trace state that got lost
+// on the way makes no difference.
+func (v *Vote) same(w *Vote) bool {
+	return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded &&
+		v.NumReqs == w.NumReqs && v.NumActiveLoRAs == w.NumActiveLoRAs &&
+		v.Uniform == w.Uniform && v.ExcludeFull == w.ExcludeFull && v.Eager == w.Eager &&
+		v.UBatch == w.UBatch && v.Idle == w.Idle && v.WarmUp == w.WarmUp &&
+		v.GraphMode == w.GraphMode && v.Note == w.Note && v.Config == w.Config
 }
 
-// Agreement is what all ranks know once they have all votes of a step. It is read-only.
+// warmUpGraph identifies the graph that a vote warms up; the zero value is none.
+type warmUpGraph struct {
+	warmUp              bool
+	tokens, reqs, loras int
+	uniform             bool
+	mode                GraphMode
+}
+
+func (v *Vote) warmUpGraph() warmUpGraph {
+	if !v.WarmUp {
+		return warmUpGraph{}
+	}
+	return warmUpGraph{true, v.NumTokens, v.NumReqs, v.NumActiveLoRAs, v.Uniform, v.GraphMode}
+}
+
+// Agreement is what all ranks know once they have all votes of a step. Neither it nor what it holds may
+// be modified.
 type Agreement struct {
-	Step              uint64
-	UBatch            bool
-	GraphMode         GraphMode
-	NumTokensAcrossDP *mat.VecDense     // the tokens that each rank will run, length DataParallelSize
-	MaxTokensRank     int               // the first rank with the most padded tokens
-	LowestModeRank    int               // the first at the agreed mode, where any rank voted higher; -1: nobody did
-	SpanContext       trace.SpanContext // rank 0's
+	Step      uint64
+	UBatch    bool // all busy ranks split their batch
+	Idle      bool // every rank is idle, so nobody runs a pass
+	GraphMode GraphMode
+
+	// NumTokensAcrossDP holds the tokens that each rank runs, and has length DataParallelSize.
+	NumTokensAcrossDP *mat.VecDense
+
+	// MaxTokensRank is the first rank with the most padded tokens; idle ranks don't count if the
+	// others are padded.
+	MaxTokensRank int
+
+	// LowestModeRank is the first busy rank that voted for GraphMode, if another voted for a higher
+	// mode. It is -1 if nobody lowered the mode.
+	LowestModeRank int
+
+	// Votes are those of all ranks, in rank order.
+	Votes []Vote
+
+	// SpanContext is that of rank 0's vote.
+	SpanContext trace.SpanContext
 }
 
-// Agree returns what follows from the votes of all ranks, in rank order; each rank computes the same. With u and p the
-// tokens without and with padding and n = numUBatches (0 or 1: none):
+// Agree returns what follows from the votes of all ranks, which are in rank order; every rank computes
+// the same. Let u be the tokens of a rank without padding, p those with padding, and n = numUBatches,
+// of which 0 and 1 mean no microbatches. Idle ranks are left out of the first two rules, and of max p
+// and min u:
 //
 //   - The graph mode is the lowest of all.
-//   - Microbatches where all ranks want them, unless the last would be empty somewhere: floor(max p / n)·(n-1) >= min u.
-//   - With graphs or microbatches all ranks run max p tokens, else each its own p.
+//   - The ranks run microbatches if all want them, unless the last microbatch would be empty
+//     somewhere: floor(max p / n)·(n-1) >= min u.
+//   - With graphs or microbatches all ranks run max p tokens, otherwise each runs its own p.
 //
-// The source is vLLM's coordinate_batch_across_dp. Agree wraps ErrLockstep for votes of different steps, and ErrInvalid
-// for no votes, a negative numUBatches and the votes that Exchange refuses.
+// If every rank is idle, the agreement says so, in mode NONE and without microbatches. The source is
+// vLLM's coordinate_batch_across_dp; idle ranks are an addition. The agreement keeps votes, which must
+// not be modified afterwards.
+//
+// Agree returns an error that wraps ErrInvalid if there are no votes, if numUBatches is negative, or
+// if a vote is one that [Vote.Validate] refuses. It returns a *[RankError] that is ErrLockstep if the
+// votes have different steps, if some ranks warm up and others don't, or if ranks warm up different
+// graphs; and one that is ErrInvalid if ranks have different fingerprints of their configuration. The
+// last two name the ranks that differ from most; if equally many differ, from the first.
 func Agree(votes []Vote, numUBatches int) (Agreement, error) {
 	if len(votes) == 0 || len(votes) > maxRanks || numUBatches < 0 || numUBatches > maxCount {
-		return Agreement{}, invalidf("an agreement of %d votes on %d microbatches", len(votes), numUBatches)
+		return Agreement{}, invalidf("%d votes on %d microbatches, want 1 to %d votes and at least 0 microbatches",
+			len(votes), numUBatches, maxRanks)
 	}
-	first := votes[0]
-	a := Agreement{Step: first.Step, UBatch: numUBatches > 1, GraphMode: first.GraphMode, LowestModeRank: -1, SpanContext: first.SpanContext}
-	minTokens, highest, lowest := first.NumTokens, first.GraphMode, 0
+	if err := checkVotes(votes); err != nil {
+		return Agreement{}, err
+	}
+	a := Agreement{
+		Step: votes[0].Step, Idle: true, UBatch: numUBatches > 1, LowestModeRank: -1,
+		Votes: votes, SpanContext: votes[0].SpanContext,
+	}
+	minTokens, maxPadded, highest, lowest := 0, 0, GraphNone, 0
 	for rank := range votes {
 		v := &votes[rank]
-		if err := v.Validate(rank); err != nil {
-			return Agreement{}, err
+		if v.Idle {
+			continue
 		}
-		if v.Step != first.Step {
-			return Agreement{}, lockstepError(votes)
+		if a.Idle { // the first that is busy
+			a.Idle, a.MaxTokensRank, lowest = false, rank, rank
+			minTokens, maxPadded, highest = v.NumTokens, v.NumTokensPadded, v.GraphMode
 		}
 		a.UBatch = a.UBatch && v.UBatch
 		minTokens = min(minTokens, v.NumTokens)
@@ -426,101 +643,173 @@ func Agree(votes []Vote, numUBatches int) (Agreement, error) {
 		if v.GraphMode < votes[lowest].GraphMode {
 			lowest = rank
 		}
-		if v.NumTokensPadded > votes[a.MaxTokensRank].NumTokensPadded {
-			a.MaxTokensRank = rank
+		if v.NumTokensPadded > maxPadded {
+			maxPadded, a.MaxTokensRank = v.NumTokensPadded, rank
 		}
 	}
-	a.GraphMode = votes[lowest].GraphMode
+	if !a.Idle {
+		a.GraphMode = votes[lowest].GraphMode
+	}
 	if highest > a.GraphMode {
 		a.LowestModeRank = lowest
 	}
-	maxPadded := votes[a.MaxTokensRank].NumTokensPadded
-	if a.UBatch && lastUBatchEmpty(minTokens, maxPadded, numUBatches) {
-		a.UBatch = false
-	}
-	a.NumTokensAcrossDP = mat.NewVecDense(len(votes), nil)
-	for rank, v := range votes {
-		tokens := v.NumTokensPadded
-		if a.UBatch || a.GraphMode != GraphNone {
-			tokens = maxPadded
-		}
-		a.NumTokensAcrossDP.SetVec(rank, float64(tokens))
-	}
+	a.UBatch = a.UBatch && !a.Idle && !lastUBatchEmpty(minTokens, maxPadded, numUBatches)
+	a.pad(maxPadded)
 	return a, nil
 }
 
-// lastUBatchEmpty reports whether a rank with that many tokens would have none for the last of n microbatches.
-func lastUBatchEmpty(tokens, padded, n int) bool {
-	return padded/n*(n-1) >= tokens
-}
-
-// A Coordinator is the one collective that a step needs: each rank gives a vote and gets all of them. One rank has one
-// Coordinator, and its Runner alone uses it. [NewLocalGroup] makes those of ranks that are goroutines of one process.
-//
-// Exchange is called once per step by every rank and returns when all have come, with all votes in rank order. The caller
-// owns the slice. What any implementation must hold:
-//
-//   - Every rank at the same step: all get all votes.
-//   - All ranks there, but at different steps: all get a *[RankError] that is ErrLockstep, with the highest step.
-//   - A rank's ctx ends first: at once all that wait get a *[RankError] that is ErrRankMissing and names those who had not
-//     come; for the rank whose ctx ended it also wraps the cause. Its Step, which is broken, is the highest of those voted
-//     and the group's own; the group goes on with the next. A rank that comes late votes at the group's step, which the votes
-//     returned carry: late is a vote from the lowest step voted in the first round that was broken without the rank, up to the
-//     group's. A vote below that is of a rank that was restarted, and out of step.
-//   - A second call by the same rank in one step: ErrLockstep, and the round is not disturbed.
-//   - A vote that [Vote.Validate] refuses: ErrInvalid, and nothing is sent.
-type Coordinator interface {
-	Rank() int
-	Size() int
-	Exchange(ctx context.Context, v Vote) ([]Vote, error)
-}
-
-// RankError is the error of an exchange that did not come together.
-type RankError struct {
-	Err   error  // is ErrRankMissing or ErrLockstep, and wraps the context's cause where that ended the wait
-	Step  uint64 // the group's step; the next one is Step+1
-	Ranks []int  // missing, or out of step
-}
-
-// Error returns the error, the step and the ranks.
-func (e *RankError) Error() string {
-	what := "out of step"
-	if errors.Is(e.Err, ErrRankMissing) {
-		what = "missing"
+// pad sets how many tokens each rank runs. maxPadded is the most that a busy rank voted for.
+func (a *Agreement) pad(maxPadded int) {
+	across := make([]float64, len(a.Votes))
+	a.NumTokensAcrossDP = mat.NewVecDense(len(across), across)
+	if a.UBatch || a.GraphMode != GraphNone {
+		for rank := range across {
+			across[rank] = float64(maxPadded)
+		}
+		return
 	}
-	return fmt.Sprintf("%v (step %d, %s: ranks %s)", e.Err, e.Step, what, abbreviate(e.Ranks))
+	a.MaxTokensRank = 0
+	for rank := range across {
+		across[rank] = float64(a.Votes[rank].NumTokensPadded)
+		if across[rank] > across[a.MaxTokensRank] {
+			a.MaxTokensRank = rank
+		}
+	}
 }
 
-// Unwrap returns Err.
-func (e *RankError) Unwrap() error { return e.Err }
+// checkVotes returns an error unless the votes are valid, of one step, of one configuration and of one
+// kind.
+func checkVotes(votes []Vote) error {
+	first := &votes[0]
+	steps, configs, kinds := true, true, true // each is the same on all ranks
+	config := uint64(0)
+	for rank := range votes {
+		v := &votes[rank]
+		if err := v.Validate(rank); err != nil {
+			return err
+		}
+		steps = steps && v.Step == first.Step
+		if v.Config != 0 {
+			configs = configs && (config == 0 || v.Config == config)
+			config = v.Config
+		}
+		kinds = kinds && v.WarmUp == first.WarmUp && (!v.WarmUp || v.warmUpGraph() == first.warmUpGraph())
+	}
+	switch {
+	case !steps:
+		return lockstepError(votes)
+	case !configs:
+		odd := minority(votes, func(v *Vote) (uint64, bool) { return v.Config, v.Config != 0 })
+		return &RankError{errConfigured, first.Step, odd}
+	case !kinds:
+		odd := minority(votes, func(v *Vote) (warmUpGraph, bool) { return v.warmUpGraph(), true })
+		return &RankError{errWarmUp, first.Step, odd}
+	}
+	return nil
+}
+
+var (
+	errConfigured = fmt.Errorf("%w: ranks are configured differently; give all the same Config and options", ErrInvalid)
+	errWarmUp     = fmt.Errorf("%w: ranks don't warm up the same graph; warm up all together, then serve", ErrLockstep)
+)
+
+// minority returns the ranks whose key is not the most frequent one; if several are equally frequent,
+// the first of them counts. Ranks for which key returns false have none.
+func minority[K comparable](votes []Vote, key func(*Vote) (K, bool)) (ranks []int) {
+	counts := make(map[K]int)
+	for rank := range votes {
+		if k, ok := key(&votes[rank]); ok {
+			counts[k]++
+		}
+	}
+	var most K
+	for rank := range votes {
+		if k, ok := key(&votes[rank]); ok && counts[k] > counts[most] {
+			most = k
+		}
+	}
+	for rank := range votes {
+		if k, ok := key(&votes[rank]); ok && k != most {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
+}
 
 // lockstepError says at which steps the ranks are.
 func lockstepError(votes []Vote) *RankError {
 	e := &RankError{}
 	steps := make([]uint64, len(votes))
-	for rank, v := range votes {
-		steps[rank] = v.Step
-		e.Step = max(e.Step, v.Step)
+	for rank := range votes {
+		steps[rank] = votes[rank].Step
+		e.Step = max(e.Step, votes[rank].Step)
 	}
 	for rank, step := range steps {
 		if step != e.Step {
 			e.Ranks = append(e.Ranks, rank)
 		}
 	}
-	e.Err = fmt.Errorf("%w: the steps of the ranks are %s", ErrLockstep, abbreviate(steps))
+	e.Err = fmt.Errorf("%w: the ranks voted steps %s", ErrLockstep, abbreviate(steps))
 	return e
 }
 
-// NewLocalGroup returns the coordinators of size ranks that are goroutines of this process; element i is rank i's. There
-// is nothing to close. A size below 1 or above 2^20 is ErrInvalid.
+// lastUBatchEmpty reports whether a rank with that many tokens would have none for the last of n
+// microbatches.
+func lastUBatchEmpty(tokens, padded, n int) bool {
+	return padded/n*(n-1) >= tokens
+}
+
+// A Coordinator is the one collective that a step needs: each rank gives a vote and gets the votes of
+// all. Every rank has its own Coordinator, and only its [Runner] uses it. [NewLocalGroup] makes those
+// of ranks that are goroutines of one process. The module fwdtest checks any implementation; it must
+// hold all of this:
+//
+//   - If every rank votes for the same step, all get all votes.
+//   - If all ranks come, but with different steps, all get a *[RankError] that is ErrLockstep and has
+//     the highest step.
+//   - If a rank's ctx ends first, all that wait get a *[RankError] immediately. It is ErrRankMissing
+//     and names the ranks that had not come. For the rank whose ctx ended, it also wraps the cause. Its
+//     Step is the broken one: the highest that was voted, or the group's if that is higher. The group
+//     goes on with the next step.
+//   - A rank that comes late to a broken step gets no error: its vote counts for the group's next step,
+//     and the votes returned carry that step. A vote is late if its step is at least the lowest one
+//     that was voted in the first round that was broken without the rank, and at most the group's. A
+//     lower one comes from a rank that was restarted, which is out of step.
+//   - If a rank votes twice in a step, the second call returns ErrLockstep and does not disturb the
+//     round.
+//   - A vote that [Vote.Validate] refuses returns ErrInvalid, and nothing is sent.
+//
+// A Coordinator may have two more methods, which the ones of this project have. Missing() []int
+// returns the ranks whose votes its open Exchange still waits for, or nil if none is open; it answers
+// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns whose vote
+// came last in its latest Exchange, or -1, which lets spans, metrics and records say who was waited
+// for.
+type Coordinator interface {
+	// Rank returns this rank, from 0. It never changes.
+	Rank() int
+
+	// Size returns the number of ranks. It never changes.
+	Size() int
+
+	// Exchange votes and returns the votes of all ranks, in rank order. Each rank calls it once per
+	// step. The votes must not be modified, since ranks of one process may share the slice.
+	Exchange(ctx context.Context, v Vote) ([]Vote, error)
+}
+
+// maxLocalRanks bounds the ranks of one process.
+const maxLocalRanks = 1 << 16
+
+// NewLocalGroup returns the coordinators of size ranks that are goroutines of this process; element i
+// is that of rank i. There is nothing to close. It returns an error that wraps ErrInvalid if size is
+// below 1 or above 2^16.
 func NewLocalGroup(size int) ([]Coordinator, error) {
-	if size < 1 || size > maxRanks {
-		return nil, invalidf("a group of %d ranks, want 1 to %d", size, maxRanks)
+	if size < 1 || size > maxLocalRanks {
+		return nil, invalidf("a group of %d ranks, want 1 to %d", size, maxLocalRanks)
 	}
 	g := &localGroup{ranks: make([]*localRank, size)}
 	coordinators := make([]Coordinator, size)
 	for rank := range g.ranks {
-		g.ranks[rank] = &localRank{group: g, rank: rank, wake: make(chan *RankError, 1)}
+		g.ranks[rank] = &localRank{group: g, rank: rank, lastRank: -1, wake: make(chan *RankError, 1)}
 		coordinators[rank] = g.ranks[rank]
 	}
 	return coordinators, nil
@@ -530,8 +819,14 @@ func NewLocalGroup(size int) ([]Coordinator, error) {
 type localGroup struct {
 	mu    sync.Mutex
 	ranks []*localRank
+	votes []Vote // of the open round, by rank; all who are in it share them once it is complete
+	room  []Vote // for the votes of later rounds
 	here  int    // ranks in the open round
 	step  uint64 // the group's: of the last round that has ended, whichever way
+
+	begins bool          // some exchanges are begun, and want to know when their round ended
+	timer  *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
+	armed  time.Duration // when it fires; 0: it does not
 }
 
 // localRank is one rank's Coordinator. What follows wake is guarded by the group's mutex.
@@ -540,13 +835,27 @@ type localRank struct {
 	rank  int
 	wake  chan *RankError // how the round ended, for the rank that waits; nil: complete
 
-	votes    []Vote // those of all ranks in the open round, of which its own is there
-	room     []Vote // for the votes of later rounds
+	votes    []Vote // of the round that it is in, or was in last
+	round    uint64 // counts the rounds that it was in
 	here     bool   // in the open round
 	voted    bool   // ever
-	last     uint64 // its step in the open round, else the group's in the last round that it was in
+	last     uint64 // its step in the open round, or else the group's in the last round that it was in
+	lastRank int    // whose vote came last in its latest round
 	late     bool   // rounds were broken since it was here,
 	lateFrom uint64 // this one first
+	begun    begun
+	ended    time.Duration // when its latest round ended, if anybody in it was begun
+}
+
+// begun is what a rank that does not wait in Exchange needs, so that its round ends all the same.
+type begun struct {
+	ctx      context.Context
+	over     bool          // it ended when it began: this rank came last, or was refused
+	err      error         // of a rank whose exchange was over
+	stop     func() bool   // of what follows the end of ctx; nil: ctx never ends
+	deadline time.Duration // 0: none
+	cause    error         // of the deadline
+	expired  bool
 }
 
 // Rank implements [Coordinator].
@@ -554,6 +863,28 @@ func (c *localRank) Rank() int { return c.rank }
 
 // Size implements [Coordinator].
 func (c *localRank) Size() int { return len(c.group.ranks) }
+
+// Missing returns the ranks whose votes the open Exchange waits for, or nil if none is open.
+func (c *localRank) Missing() (ranks []int) {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	if !c.here {
+		return nil
+	}
+	for _, other := range c.group.ranks {
+		if !other.here {
+			ranks = append(ranks, other.rank)
+		}
+	}
+	return ranks
+}
+
+// Last returns whose vote came last in the latest Exchange, or -1.
+func (c *localRank) Last() int {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	return c.lastRank
+}
 
 // Exchange implements [Coordinator].
 func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
@@ -573,11 +904,117 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 	return votes, nil
 }
 
-func twice(rank int, step uint64) error {
-	return &RankError{fmt.Errorf("%w: rank %d votes twice in step %d", ErrLockstep, rank, step), step, []int{rank}}
+// begin is the first half of an Exchange whose second half, await, may come whenever it likes: the
+// round also ends with ctx, and after timeout if that is above 0, with that cause. No goroutine is
+// started. The vote must be valid.
+func (c *localRank) begin(ctx context.Context, v Vote, timeout time.Duration, cause error) {
+	_, complete, err := c.group.join(c, &v)
+	b := begun{ctx: ctx, cause: cause, over: complete || err != nil, err: err}
+	if !b.over && ctx.Done() != nil {
+		round := c.round // only this rank's calls change it
+		b.stop = context.AfterFunc(ctx, func() { c.group.breakRound(c, round) })
+	}
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	c.group.begins = true
+	if c.here && timeout > 0 {
+		b.deadline = now() + timeout
+		c.group.arm(b.deadline)
+	}
+	c.begun = b
 }
 
-// join adds rank c's vote to the open round and, when it is the last, ends the round. It returns where the votes will be.
+// endedAt returns when the round of the latest Exchange ended, or otherwise if that is not known.
+func (c *localRank) endedAt(otherwise time.Duration) time.Duration {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	if c.ended == 0 {
+		return otherwise
+	}
+	return c.ended
+}
+
+// open reports whether the round of the latest Exchange has not ended yet.
+func (c *localRank) open() bool {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	return c.here
+}
+
+// await is the second half of a begun Exchange.
+func (c *localRank) await() ([]Vote, error) {
+	c.group.mu.Lock()
+	b, votes := c.begun, c.votes
+	c.group.mu.Unlock()
+	if b.over {
+		if b.err != nil {
+			return nil, b.err
+		}
+		return votes, nil
+	}
+	err := <-c.wake
+	if b.stop != nil {
+		b.stop()
+	}
+	switch {
+	case err == nil:
+		return votes, nil
+	case c.hasExpired():
+		err.Err = fmt.Errorf("%w: %w", err.Err, b.cause)
+	default:
+		err.addCause(b.ctx)
+	}
+	return nil, err
+}
+
+func (c *localRank) hasExpired() bool {
+	c.group.mu.Lock()
+	defer c.group.mu.Unlock()
+	return c.begun.expired
+}
+
+// arm makes sure that the group looks after its deadlines at t. It usually does already: the timer is
+// not stopped when a round ends, because most steps are shorter than a timeout by far.
+func (g *localGroup) arm(t time.Duration) {
+	if g.armed != 0 && g.armed <= t {
+		return
+	}
+	g.armed = t
+	if wait := t - now(); g.timer == nil {
+		g.timer = time.AfterFunc(wait, g.expire)
+	} else {
+		g.timer.Reset(wait)
+	}
+}
+
+// expire breaks the open round if a deadline is over, and looks after the next one.
+func (g *localGroup) expire() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.armed = 0
+	next := time.Duration(0)
+	for _, c := range g.ranks {
+		switch d := c.begun.deadline; {
+		case !c.here || d == 0:
+		case d <= now():
+			c.begun.expired = true
+			g.breakOpen(c)
+			return
+		case next == 0 || d < next:
+			next = d
+		}
+	}
+	if next != 0 {
+		g.arm(next)
+	}
+}
+
+func twice(rank int, step uint64) error {
+	return &RankError{fmt.Errorf("%w: rank %d voted twice in a step", ErrLockstep, rank), step, []int{rank}}
+}
+
+// join adds rank c's vote to the open round. The last to join ends the round. join returns where the
+// votes will be.
 func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -588,68 +1025,58 @@ func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, e
 	if c.late && v.Step >= c.lateFrom && v.Step <= g.step {
 		v.Step = g.step + 1
 	}
-	c.here, c.voted, c.last, c.late = true, true, v.Step, false
-	votes = c.takeRoom(len(g.ranks))
-	votes[c.rank] = *v
-	c.votes = votes
-	if g.here++; g.here < len(g.ranks) {
-		return votes, false, nil
+	if g.votes == nil {
+		g.votes = g.takeRoom()
 	}
-	g.deal()
-	for i := range votes {
-		if votes[i].Step != v.Step {
-			lockstep := lockstepError(votes)
-			g.end(c, lockstep.Step, lockstep)
+	c.here, c.voted, c.last, c.late = true, true, v.Step, false
+	c.round++
+	c.votes = g.votes
+	c.votes[c.rank] = *v
+	if g.here++; g.here < len(g.ranks) {
+		return c.votes, false, nil
+	}
+	for i := range c.votes {
+		if c.votes[i].Step != v.Step {
+			lockstep := lockstepError(c.votes)
+			g.end(c, c.rank, lockstep.Step, lockstep)
 			return nil, true, lockstep
 		}
 	}
-	g.end(c, v.Step, nil)
-	return votes, true, nil
+	g.end(c, c.rank, v.Step, nil)
+	g.votes = nil // they belong to those who were in the round
+	return c.votes, true, nil
 }
 
-// takeRoom returns room for n votes, which its caller will keep. Small groups take a quarter less time where room for some
-// rounds is allocated at once.
-func (c *localRank) takeRoom(n int) []Vote {
+// takeRoom returns room for the votes of a round. Small groups are faster if room for some rounds is
+// allocated together.
+func (g *localGroup) takeRoom() []Vote {
 	const most = 16 // votes
-	if len(c.room) == 0 {
-		c.room = make([]Vote, n*max(most/n, 1))
+	n := len(g.ranks)
+	if len(g.room) == 0 {
+		g.room = make([]Vote, n*max(most/n, 1))
 	}
-	votes := c.room[:n:n]
-	c.room = c.room[n:]
+	votes := g.room[:n:n]
+	g.room = g.room[n:]
 	return votes
 }
 
-// deal gives each rank the votes of the others.
-func (g *localGroup) deal() {
-	for _, to := range g.ranks {
-		for i, from := range g.ranks {
-			if from != to {
-				to.votes[i] = from.votes[i]
-			}
-		}
+// end ends the open round at step. Everyone in it is woken with a copy of err, except self, who knows.
+// last is the rank whose vote came last, or -1.
+func (g *localGroup) end(self *localRank, last int, step uint64, err *RankError) {
+	ended := time.Duration(0)
+	if g.begins {
+		ended = now()
 	}
-}
-
-// end ends the open round at step: everyone in it but self, who knows, is woken with a copy of err.
-func (g *localGroup) end(self *localRank, step uint64, err *RankError) {
 	for _, c := range g.ranks {
 		if !c.here {
 			continue
 		}
-		c.here, c.last, c.votes = false, step, nil
+		c.here, c.last, c.lastRank, c.begun.deadline, c.ended = false, step, last, 0, ended
 		if c != self {
 			c.wake <- err.clone() // never blocks: a rank waits once a round, and the buffer holds one
 		}
 	}
 	g.here, g.step = 0, step
-}
-
-// clone returns a copy that its receiver may change, nil for nil.
-func (e *RankError) clone() *RankError {
-	if e == nil {
-		return nil
-	}
-	return &RankError{e.Err, e.Step, slices.Clone(e.Ranks)}
 }
 
 // wait waits for the end of the round that c has joined, and breaks it when ctx ends first.
@@ -663,27 +1090,28 @@ func (c *localRank) wait(ctx context.Context) error {
 		select {
 		case err = <-c.wake:
 		case <-done:
-			c.group.breakRound(c)
+			c.group.breakRound(c, c.round)
 			err = <-c.wake
 		}
 	}
 	if err == nil {
 		return nil
 	}
-	if ctx.Err() != nil && errors.Is(err.Err, ErrRankMissing) {
-		err.Err = fmt.Errorf("%w: %w", err.Err, context.Cause(ctx))
-	}
+	err.addCause(ctx)
 	return err
 }
 
-// breakRound ends the open round because c can't wait any longer, unless c's round has ended in the meantime: then that
-// is what counts.
-func (g *localGroup) breakRound(c *localRank) {
+// breakRound ends the open round because c can't wait any longer. If that round of c's has ended in
+// the meantime, its outcome counts.
+func (g *localGroup) breakRound(c *localRank, round uint64) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if !c.here {
-		return
+	if c.here && c.round == round {
+		g.breakOpen(c)
 	}
+}
+
+func (g *localGroup) breakOpen(c *localRank) {
 	missing := &RankError{Step: g.step} // not below what a restarted rank may have missed
 	lowest := c.last
 	for _, other := range g.ranks {
@@ -700,68 +1128,5 @@ func (g *localGroup) breakRound(c *localRank) {
 		}
 	}
 	missing.Err = fmt.Errorf("%w: rank %d stopped waiting", ErrRankMissing, c.rank)
-	g.end(nil, missing.Step, missing)
-}
-
-// exchange takes part in the group's next step and returns the agreement.
-func (r *Runner) exchange(ctx context.Context, v Vote) (*Agreement, error) {
-	if r.coordinator == nil {
-		return nil, invalidf("rank %d of %d has no coordinator to exchange votes with", r.parallel.DataParallelRank, r.parallel.DataParallelSize)
-	}
-	if !r.exchanging.TryLock() {
-		return nil, &RankError{fmt.Errorf("%w: rank %d exchanges twice at once", ErrLockstep, r.parallel.DataParallelRank), r.step.Load(), []int{r.parallel.DataParallelRank}}
-	}
-	defer r.exchanging.Unlock()
-	v.Step = r.step.Load() + 1
-	span := r.telemetry.startCoordinate(ctx, r.parallel, &v)
-	var a Agreement
-	err := error(errPanic) // of the coordinator, until it returns
-	defer func() { span.end(v.Step, &a, err) }()
-	var step uint64
-	a, step, err = r.agreeAt(span.ctx, v)
-	r.step.Store(step)
-	if err != nil {
-		return nil, err
-	}
-	return &a, nil
-}
-
-// agreeAt exchanges the vote and agrees. step is the one that the group then has behind it, also after an error.
-func (r *Runner) agreeAt(ctx context.Context, v Vote) (a Agreement, step uint64, err error) {
-	votes, err := r.askCoordinator(ctx, v)
-	step = v.Step
-	switch {
-	case errors.Is(err, ErrInvalid):
-		step-- // refused before anything was sent
-	case err == nil:
-		a, err = r.agree(v, votes)
-		step = max(step, a.Step) // later than v.Step where this rank came late to a broken step
-	}
-	if rankErr, ok := errors.AsType[*RankError](err); ok {
-		step = rankErr.Step
-	}
-	return a, step, err
-}
-
-// askCoordinator waits for the other ranks, but not for ever.
-func (r *Runner) askCoordinator(ctx context.Context, v Vote) ([]Vote, error) {
-	if r.timeout > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeoutCause(ctx, r.timeout, r.timeoutCause)
-		defer cancel()
-	}
-	return r.coordinator.Exchange(ctx, v)
-}
-
-// agree checks that the votes are those of this step, and agrees. A coordinator that mixes rounds up must not go unnoticed:
-// the ranks would run different passes.
-func (r *Runner) agree(v Vote, votes []Vote) (Agreement, error) {
-	size, rank := r.parallel.DataParallelSize, r.parallel.DataParallelRank
-	if len(votes) != size {
-		return Agreement{}, invalidf("the coordinator returned %d votes for %d ranks", len(votes), size)
-	}
-	if own := votes[rank]; own.Step < v.Step || !own.same(v) {
-		return Agreement{}, &RankError{fmt.Errorf("%w: the coordinator returned %+v as the vote of rank %d, which voted %+v", ErrLockstep, own, rank, v), v.Step, []int{rank}}
-	}
-	return Agree(votes, r.parallel.NumUBatches)
+	g.end(nil, -1, missing.Step, missing)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"reflect"
 	"slices"
@@ -12,12 +13,1491 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
-// sentinel is an error to match with errors.Is. Its word stands in error.type on spans and metrics.
+// ForwardContext is what one forward pass needs to know, everywhere in the model. Neither it nor the
+// maps it holds may be modified once it is in a context: other goroutines, and errors formatted later,
+// read them without locks.
+type ForwardContext struct {
+	// Layers holds layer objects by name, shared by all passes. See [Layer].
+	Layers map[string]any
+
+	// AttnMetadata holds attention metadata by layer: no map, one map, or one for each microbatch. The
+	// entry "" serves every layer without its own.
+	AttnMetadata []map[string]any
+
+	// SlotMapping holds slot mappings by layer, in the same shape.
+	SlotMapping []map[string]any
+
+	NumTokens         int // of this rank, padding included
+	NumTokensUnpadded int // of this rank, without padding
+	VirtualEngine     int // index of the pipeline's engine
+
+	// DP holds the token counts of the data-parallel ranks. It is nil for a rank that is alone and for
+	// a dense model.
+	DP *DPMetadata
+
+	// GraphMode is a runtime mode. In a split pass and its microbatches it is GraphNone.
+	GraphMode GraphMode
+
+	// Batch is the key of the batch's graph; the zero value is none. A microbatch has that of its pass.
+	Batch BatchDescriptor
+
+	// UBatches are the microbatches of a split pass, in the padded form of SplitUBatches. A pass that
+	// is not split, and a microbatch, have none.
+	UBatches []UBatchSlice
+
+	// Part says which requests and tokens of the batch this context covers, padding included: those of
+	// the whole pass, or those of the microbatch.
+	Part UBatchSlice
+
+	SkipCompiled bool // run the model's eager code even if a compiled one exists
+	Dummy        bool // a warm-up pass, or an idle rank that keeps step
+}
+
+// contextKey is the key of the one value that this package has in a context, a *passContext.
+type contextKey struct{}
+
+// passContext is a context inside a pass. It overrides Value alone, so cancellation below it costs no
+// goroutine. A passContext is never changed: one that differs in one thing is a copy.
+type passContext struct {
+	context.Context
+	fc               *ForwardContext // never nil
+	sizes            []int           // local sizes; nil: none
+	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
+	run              *run            // nil: not in a Runner's pass
+	inner            bool            // the forward function has been called with it, inside all middleware
+}
+
+// Value returns c itself for the package's key, and leaves every other key to the parent.
+func (c *passContext) Value(key any) any {
+	if _, ok := key.(contextKey); ok {
+		return c
+	}
+	return c.Context.Value(key)
+}
+
+// String names the parent and says that this is a pass.
+func (c *passContext) String() string { return contextString(c.Context) }
+
+// over returns c on top of ctx, which is derived from it, so that lookups stay fast below ctx.
+func (c *passContext) over(ctx context.Context) *passContext {
+	derived := *c
+	derived.Context = ctx
+	return &derived
+}
+
+// traced returns what the pass reports about itself. It is nil outside a Runner's pass, and if nobody
+// listens.
+func (c *passContext) traced() *traced {
+	if c == nil || c.run == nil {
+		return nil
+	}
+	return c.run.traced
+}
+
+// hiddenContext is a context outside all passes, whatever its parent is in.
+type hiddenContext struct{ context.Context }
+
+// Value returns nil for the package's key, whatever the parent has.
+func (c *hiddenContext) Value(key any) any {
+	if _, ok := key.(contextKey); ok {
+		return nil
+	}
+	return c.Context.Value(key)
+}
+
+// String is like that of a pass.
+func (c *hiddenContext) String() string { return contextString(c.Context) }
+
+// contextString serves the String methods. They keep fmt from printing the fields, which would race
+// with whoever writes what those point to.
+func contextString(parent context.Context) string {
+	if s, ok := parent.(fmt.Stringer); ok {
+		return s.String() + ".fwd.Pass"
+	}
+	return reflect.TypeOf(parent).String() + ".fwd.Pass"
+}
+
+// lookup returns the innermost pass that ctx is in, or nil. The first case is the common one: model
+// code is handed the pass's own context.
+func lookup(ctx context.Context) *passContext {
+	if c, ok := ctx.(*passContext); ok {
+		return c
+	}
+	return lookupOuter(ctx)
+}
+
+func lookupOuter(ctx context.Context) *passContext {
+	c, _ := ctx.Value(contextKey{}).(*passContext)
+	return c
+}
+
+// NewContext returns a context that holds fc. It hides the pass that parent is in completely, with its
+// local sizes and its microbatch. If fc is nil, it hides that pass and holds nothing. [Runner.Run] is
+// the usual way to a forward context; NewContext is for tests and for callers with a life cycle of
+// their own. It panics if parent is nil or if fc.GraphMode is not a runtime mode.
+func NewContext(parent context.Context, fc *ForwardContext) context.Context {
+	if parent == nil {
+		panic("fwd: NewContext with a nil parent")
+	}
+	if fc == nil {
+		return &hiddenContext{parent}
+	}
+	if !fc.GraphMode.ValidRuntime() {
+		panic(fmt.Sprintf("fwd: NewContext in graph mode %v, which is not a runtime mode", fc.GraphMode))
+	}
+	return &passContext{Context: parent, fc: fc}
+}
+
+// FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. Outside
+// a pass ok is false.
+func FromContext(ctx context.Context) (fc *ForwardContext, ok bool) {
+	c, direct := ctx.(*passContext) // not lookup, and written so that it is just small enough to be inlined
+	if !direct {
+		fc, ok = fromOuter(ctx)
+		return
+	}
+	return c.fc, true
+}
+
+func fromOuter(ctx context.Context) (*ForwardContext, bool) {
+	if c := lookupOuter(ctx); c != nil {
+		return c.fc, true
+	}
+	return nil, false
+}
+
+// MustFromContext is [FromContext] for code that runs only in passes. Outside a pass it panics with
+// ErrNoForwardContext.
+func MustFromContext(ctx context.Context) *ForwardContext {
+	fc, ok := FromContext(ctx)
+	if !ok {
+		panic(ErrNoForwardContext)
+	}
+	return fc
+}
+
+// AttnMetadata returns the attention metadata of a layer for the pass, or the microbatch, that ctx is
+// in: the entry of that name, or else the entry "".
+//
+// The error wraps ErrNoForwardContext outside a pass, ErrNoMetadata if the pass has none, ErrLayer if
+// there is no entry or if it is not a T, and ErrInvalid if the pass is split and ctx is in none of its
+// microbatches.
+func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
+	c := lookup(ctx)
+	if c != nil && len(c.fc.AttnMetadata) == 1 && len(c.fc.UBatches) == 0 {
+		if v, ok := entry(c.fc.AttnMetadata[0], layer).(T); ok {
+			return v, nil
+		}
+	}
+	return missing[T](c, "attention metadata", layer)
+}
+
+// MustAttnMetadata is [AttnMetadata] for layers whose Forward returns no error. It panics with the
+// error.
+func MustAttnMetadata[T any](ctx context.Context, layer string) T {
+	v, err := AttnMetadata[T](ctx, layer)
+	if err != nil {
+		panic(err)
+	}
+	return v
+}
+
+// SlotMapping returns the slot mapping of a layer. It treats names and errors as [AttnMetadata] does.
+func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
+	c := lookup(ctx)
+	if c != nil && len(c.fc.SlotMapping) == 1 && len(c.fc.UBatches) == 0 {
+		if v, ok := entry(c.fc.SlotMapping[0], layer).(T); ok {
+			return v, nil
+		}
+	}
+	return missing[T](c, "slot mapping", layer)
+}
+
+// Layer returns the layer object of that name, from Config.Layers. The error wraps ErrNoForwardContext
+// outside a pass, and ErrLayer if there is no such layer or if it is not a T.
+func Layer[T any](ctx context.Context, name string) (T, error) {
+	c := lookup(ctx)
+	if c != nil {
+		if v, ok := c.fc.Layers[name].(T); ok {
+			return v, nil
+		}
+	}
+	return missing[T](c, "layer", name)
+}
+
+// entry returns the entry of a layer, or else the one for all layers, or nil.
+func entry(m map[string]any, layer string) any {
+	if v, ok := m[layer]; ok {
+		return v
+	}
+	return m[""]
+}
+
+// AllLayers returns metadata that serves every layer: {"": v}.
+func AllLayers(v any) map[string]any { return map[string]any{"": v} }
+
+// WithMetadata returns a context in which the pass, or the microbatch, that ctx is in has this metadata
+// by layer. It is for code that knows the metadata only inside the pass. A nil map keeps what is there;
+// everything else of the pass stays, its telemetry too, and ctx itself does not change. The maps must
+// not be modified afterwards.
+//
+// It returns ErrNoForwardContext outside a pass, and an error that wraps ErrInvalid if the pass is split
+// and ctx is in none of its microbatches.
+func WithMetadata(ctx context.Context, attn, slots map[string]any) (context.Context, error) {
+	c := lookup(ctx)
+	if c == nil {
+		return nil, ErrNoForwardContext
+	}
+	if n := len(c.fc.UBatches); n > 0 {
+		return nil, invalidf("metadata for a pass that is split into %d microbatches; add it inside each microbatch", n)
+	}
+	fc := *c.fc
+	if attn != nil {
+		fc.AttnMetadata = []map[string]any{attn}
+	}
+	if slots != nil {
+		fc.SlotMapping = []map[string]any{slots}
+	}
+	derived := c.over(ctx)
+	derived.fc = &fc
+	return derived, nil
+}
+
+// ForwardFunc is the forward pass of a model, or a part of it. ctx is the context of the pass.
+type ForwardFunc func(ctx context.Context) error
+
+// Middleware wraps what runs inside a pass, so [FromContext] works in it. It is composed once, in [New].
+// It may call next more than once, with a context of the same pass. It can't run another pass of the
+// same Runner around next.
+type Middleware func(next ForwardFunc) ForwardFunc
+
+// Chain returns the middleware that applies mw in order, the first outermost. It panics if one of them
+// is nil, and the result panics if one of them returns nil.
+func Chain(mw ...Middleware) Middleware {
+	for i, m := range mw {
+		if m == nil {
+			panic(fmt.Sprintf("fwd: middleware %d of %d is nil", i, len(mw)))
+		}
+	}
+	mw = slices.Clone(mw)
+	return func(next ForwardFunc) ForwardFunc {
+		for i, m := range slices.Backward(mw) {
+			if next = m(next); next == nil {
+				panic(fmt.Sprintf("fwd: middleware %d of %d returned nil", i, len(mw)))
+			}
+		}
+		return next
+	}
+}
+
+// Config says what a [Runner] runs. The zero value is one rank alone, of a model without a name.
+type Config struct {
+	// Name is that of the model, such as "target" or "draft": fwd.name on spans and metrics. It may be
+	// empty.
+	Name string
+
+	Parallel ParallelConfig
+
+	// Layers holds layer objects by name, see [Layer]. New copies the map; all passes share the objects.
+	Layers map[string]any
+}
+
+// config is what the options set. New turns it into a Runner.
+type config struct {
+	coordinator Coordinator
+	timeout     time.Duration
+	dispatcher  *Dispatcher
+	middleware  []Middleware
+	synchronize func(context.Context) error
+	clock       func() time.Time
+	queue       *Queue
+
+	tracers    trace.TracerProvider
+	meters     metric.MeterProvider
+	stepTrace  bool
+	observers  []func(context.Context, *Record)
+	logger     *slog.Logger
+	attributes []attribute.KeyValue
+	peerName   func(rank int) string
+}
+
+// Option configures a [Runner] beyond its [Config].
+type Option interface{ apply(*config) }
+
+type optionFunc func(*config)
+
+func (f optionFunc) apply(c *config) { f(c) }
+
+// WithCoordinator sets the coordinator over which the Runner exchanges votes with the other ranks. Its
+// rank and size must be the Runner's. nil means none.
+func WithCoordinator(c Coordinator) Option {
+	return optionFunc(func(cfg *config) { cfg.coordinator = c })
+}
+
+// WithExchangeTimeout bounds how long an exchange waits for the other ranks, in addition to the pass's
+// own context. The default is 1 minute; 0 or less means no bound. One rank's timeout breaks the step
+// for all, as the end of its context does.
+func WithExchangeTimeout(d time.Duration) Option {
+	return optionFunc(func(cfg *config) { cfg.timeout = d })
+}
+
+// WithDispatcher sets the dispatcher with which Plan chooses graphs; all ranks must configure theirs
+// the same. The default, nil, plans eager passes.
+func WithDispatcher(d *Dispatcher) Option {
+	return optionFunc(func(cfg *config) { cfg.dispatcher = d })
+}
+
+// WithMiddleware wraps every forward function that Run is given, the first middleware outermost.
+// Several of these options add up. It panics if a middleware is nil; [New] panics if one returns nil.
+func WithMiddleware(mw ...Middleware) Option {
+	chain := Chain(mw...)
+	return optionFunc(func(cfg *config) { cfg.middleware = append(cfg.middleware, chain) })
+}
+
+// WithSynchronize calls f at the end of each pass, also of a failed one, before its time is taken: on a
+// device that works asynchronously, f waits for it. f gets a context of the pass that is never
+// cancelled, since the next pass uses the same buffers. An error of f fails the pass. nil means none.
+func WithSynchronize(f func(context.Context) error) Option {
+	return optionFunc(func(cfg *config) { cfg.synchronize = f })
+}
+
+// WithClock makes span times and durations follow now, for simulators. now may be called by several
+// goroutines, and may begin at any time, also the zero time; but backends don't look for spans in 1970.
+// A duration is never negative, even if the clock goes back. nil means the real time.
+func WithClock(now func() time.Time) Option { return optionFunc(func(cfg *config) { cfg.clock = now }) }
+
+// WithQueue sets the device that runs the passes, one after the other. See [Queue]. nil means none.
+func WithQueue(q *Queue) Option { return optionFunc(func(cfg *config) { cfg.queue = q }) }
+
+// A Queue is a device that runs passes in the order in which they begin, however early they are begun.
+// Durations of passes on Runners that share a Queue count from the later of their own start and the end
+// of the pass before, so the durations of pipelined passes sum to the time that went by. Spans keep
+// their own start. The zero value is ready to use, by any number of goroutines. The Runners must share
+// a clock too: [New] refuses one with [WithClock] beside one without.
+type Queue struct {
+	mu    sync.Mutex
+	clock queueClock
+	last  instant // the end of the last pass
+	used  bool    // last is set
+}
+
+type queueClock uint8
+
+const (
+	queueUnknown queueClock = iota
+	queueReal
+	queueSimulated
+)
+
+// join refuses a Runner whose clock can't be that of the others.
+func (q *Queue) join(simulated bool, p *problems) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	clock := queueReal
+	if simulated {
+		clock = queueSimulated
+	}
+	if q.clock != queueUnknown && q.clock != clock {
+		p.addf("the Queue is shared by Runners with and without WithClock; give all the same clock")
+		return
+	}
+	q.clock = clock
+}
+
+// duration returns how long the device took for a pass.
+func (q *Queue) duration(began, ended instant) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.used && began.until(q.last) > 0 {
+		began = q.last
+	}
+	d := began.until(ended)
+	if d > 0 || !q.used {
+		q.last, q.used = ended, true
+	}
+	return max(d, 0)
+}
+
+// A Runner runs the forward passes of one rank of one model. Most callers need two of its methods:
+// [Runner.Plan], then [Runner.Run], once per step. Run may be called from several goroutines. With a
+// coordinator, Plan and Run exchange votes one at a time, in the same order on every rank. A nil
+// *Runner runs passes as rank 0 of 1, without telemetry.
+type Runner struct {
+	name        string
+	parallel    ParallelConfig
+	layers      map[string]any
+	stepTrace   bool
+	coordinator Coordinator
+	local       *localRank // the coordinator, if it is one of NewLocalGroup
+	timeout     time.Duration
+	dispatcher  *Dispatcher
+	fingerprint uint64
+	handler     ForwardFunc // the middleware around the forward function of the pass in ctx; nil: none
+	synchronize func(context.Context) error
+	clock       func() time.Time
+	queue       *Queue
+	telemetry   *telemetry // nil: nobody listens, ever
+
+	timeoutCause error
+	state        *state
+}
+
+// state is what changes in a Runner. One made by WithGraphs shares it.
+type state struct {
+	mu   sync.Mutex
+	step uint64    // of the last exchange
+	open *exchange // nil: none
+
+	activity activity
+}
+
+// nilRunner does what a nil *Runner does.
+var nilRunner = &Runner{parallel: ParallelConfig{}.withDefaults(), state: new(state)}
+
+// New returns a Runner. It returns an error that wraps ErrInvalid if a count in cfg is negative, if the
+// rank is not below the size, if the coordinator is that of another rank or size, if the dispatcher has
+// capture sizes that are not multiples of TokenMultiple, or if an option is nil. All that is wrong is
+// reported together. An error of the meter provider is returned as it is. A missing coordinator is an
+// error only when Plan or Run needs one.
+func New(cfg Config, opts ...Option) (*Runner, error) {
+	c := config{timeout: time.Minute}
+	var p problems
+	for i, opt := range opts {
+		if opt == nil {
+			p.addf("option %d of %d is nil", i, len(opts))
+			continue
+		}
+		opt.apply(&c)
+	}
+	parallel := cfg.Parallel.ofCoordinator(c.coordinator)
+	parallel.check(&p)
+	r := &Runner{
+		name:         cfg.Name,
+		parallel:     parallel.withDefaults(),
+		layers:       maps.Clone(cfg.Layers),
+		stepTrace:    c.stepTrace,
+		coordinator:  c.coordinator,
+		timeout:      c.timeout,
+		synchronize:  c.synchronize,
+		clock:        c.clock,
+		queue:        c.queue,
+		timeoutCause: fmt.Errorf("no exchange within %v: %w", c.timeout, context.DeadlineExceeded),
+		state:        new(state),
+	}
+	r.local, _ = c.coordinator.(*localRank)
+	if c := c.coordinator; c != nil &&
+		(c.Rank() != r.parallel.DataParallelRank || c.Size() != r.parallel.DataParallelSize) {
+		p.addf("the coordinator is rank %d of %d, the Runner rank %d of %d",
+			c.Rank(), c.Size(), r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	}
+	if c.queue != nil {
+		c.queue.join(c.clock != nil, &p)
+	}
+	r.setDispatcher(c.dispatcher, &p)
+	if len(c.middleware) > 0 {
+		r.handler = Chain(c.middleware...)(r.runInnermost)
+	}
+	var err error
+	r.telemetry, err = newTelemetry(r, &c)
+	if err := errors.Join(p.err(), err); err != nil {
+		return nil, err
+	}
+	return r, nil
+}
+
+// ofCoordinator returns c with the rank and the size of the coordinator, if c says neither.
+func (c ParallelConfig) ofCoordinator(coordinator Coordinator) ParallelConfig {
+	if coordinator != nil && c.DataParallelSize == 0 && c.DataParallelRank == 0 {
+		c.DataParallelSize, c.DataParallelRank = coordinator.Size(), coordinator.Rank()
+	}
+	return c
+}
+
+// setDispatcher sets the dispatcher and the fingerprint that follows.
+func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
+	if d != nil {
+		d.checkMultiple(r.parallel.TokenMultiple, p)
+	}
+	r.dispatcher = d
+	r.fingerprint = r.newFingerprint()
+}
+
+// newFingerprint returns a number that stands for what must be equal on all ranks: FNV-1a over its
+// parts, each as 8 bytes, so that it is the same in every process and on every architecture.
+func (r *Runner) newFingerprint() uint64 {
+	f := fingerprint(14695981039346656037)
+	f.text(r.name)
+	c := r.parallel
+	f.ints(c.DataParallelSize, toInt(c.Dense), c.NumUBatches, c.DecodeUBatchThreshold,
+		c.PrefillUBatchThreshold, c.TokenMultiple, toInt(r.stepTrace))
+	r.dispatcher.addTo(&f)
+	return max(uint64(f), 1) // 0 means that nothing is said
+}
+
+type fingerprint uint64
+
+func (f *fingerprint) ints(list ...int) {
+	for _, n := range list {
+		for i := range 8 {
+			*f = (*f ^ fingerprint(byte(int64(n)>>(8*i)))) * 1099511628211
+		}
+	}
+}
+
+func (f *fingerprint) text(s string) {
+	f.ints(len(s))
+	for _, b := range []byte(s) {
+		f.ints(int(b))
+	}
+}
+
+func toInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// WithGraphs returns a Runner that goes on at r's step with another dispatcher; r must not be used any
+// more. All ranks must change in the same step: otherwise their fingerprints differ, and every rank's
+// next exchange returns ErrInvalid.
+//
+// It returns an error that wraps ErrInvalid if d has capture sizes that are not multiples of
+// TokenMultiple, and one that wraps ErrLockstep if an exchange is open.
+func (r *Runner) WithGraphs(d *Dispatcher) (*Runner, error) {
+	if r == nil {
+		r = nilRunner
+	}
+	if e, _ := r.state.exchanging(); e != nil && e.waiting() {
+		return nil, r.busy(e)
+	}
+	next := *r
+	var p problems
+	next.setDispatcher(d, &p)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return &next, nil
+}
+
+// Enabled reports whether anybody would see a pass: in spans, metrics, records or the log.
+func (r *Runner) Enabled(ctx context.Context) bool {
+	return r != nil && r.telemetry.listening(ctx) != 0
+}
+
+// Status is what a Runner is doing. See [Runner.Status].
+type Status struct {
+	// Step is that of the open exchange, or else of the last one; 0 means that there was none yet.
+	Step uint64
+
+	// Exchanging says that the Runner waits for votes.
+	Exchanging bool
+
+	// Waiting names the ranks whose votes have not come, if the coordinator knows them.
+	Waiting []int
+
+	// Active is the number of passes that are running.
+	Active int
+
+	// Since is when the open exchange began, or else the oldest running pass. It is zero if the Runner
+	// is idle.
+	Since time.Time
+}
+
+// Status returns what the Runner is doing. It may be called from any goroutine at any time, also while
+// a pass hangs.
+func (r *Runner) Status() Status {
+	if r == nil {
+		return Status{}
+	}
+	var s Status
+	oldest, active := r.state.activity.running()
+	if s.Active = active; active > 0 {
+		s.Since = r.timeOf(oldest)
+	}
+	e, step := r.state.exchanging()
+	if s.Step = step; e == nil {
+		return s
+	}
+	s.Step = e.vote.Step
+	if e.waiting() {
+		s.Exchanging, s.Since = true, r.timeOf(e.began)
+		if c, ok := r.coordinator.(interface{ Missing() []int }); ok {
+			s.Waiting = c.Missing()
+		}
+	}
+	return s
+}
+
+// activity is which passes of a Runner are running. There is usually one at most, which one
+// compare-and-swap notes.
+type activity struct {
+	one  atomic.Pointer[run]
+	mu   sync.Mutex
+	more map[*run]bool // those that began beside another
+}
+
+func (a *activity) add(x *run) {
+	if a.one.CompareAndSwap(nil, x) {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.more == nil {
+		a.more = make(map[*run]bool)
+	}
+	a.more[x] = true
+}
+
+func (a *activity) remove(x *run) {
+	if a.one.CompareAndSwap(x, nil) {
+		return
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	delete(a.more, x)
+}
+
+// running returns how many passes run, and when the oldest of them began.
+func (a *activity) running() (oldest instant, n int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if x := a.one.Load(); x != nil {
+		oldest, n = x.began, 1
+	}
+	for x := range a.more {
+		if n == 0 || x.began.until(oldest) > 0 {
+			oldest = x.began
+		}
+		n++
+	}
+	return oldest, n
+}
+
+// instant is a point in time, on the clock of a Runner if it has one, otherwise on the process's
+// monotonic clock, which is cheaper to read than the time of day.
+type instant struct {
+	mono  time.Duration
+	clock time.Time
+}
+
+var processStart = time.Now()
+
+// now returns the time on the process's monotonic clock.
+func now() time.Duration { return time.Since(processStart) }
+
+func (r *Runner) now() instant {
+	if r.clock != nil {
+		return instant{clock: r.clock()}
+	}
+	return instant{mono: now()}
+}
+
+// until returns the time from i to j, which is negative if j is earlier.
+func (i instant) until(j instant) time.Duration {
+	return j.mono - i.mono + j.clock.Sub(i.clock)
+}
+
+// timeOf returns the time of day.
+func (r *Runner) timeOf(i instant) time.Time {
+	if r.clock != nil {
+		return i.clock
+	}
+	return time.Now().Add(i.mono - now())
+}
+
+// Pass describes one forward pass. [Runner.Plan] makes one; a caller without Plan fills it in. After
+// Plan the caller adds the fields of the first group, and the rest belongs to the plan: a split pass
+// needs metadata for each microbatch (see [Pass.Parts]), a dummy pass needs none. Run copies the slices;
+// the maps must not be modified afterwards.
+//
+// A planned pass belongs to the Runner that planned it and runs once, also if it is copied.
+type Pass struct {
+	// AttnMetadata and SlotMapping hold metadata by layer: no map, one map, or one for each part. The
+	// entry "" serves every layer without its own, see [AllLayers].
+	AttnMetadata, SlotMapping []map[string]any
+
+	VirtualEngine int  // index of the pipeline's engine
+	SkipCompiled  bool // run the model's eager code even if a compiled one exists
+
+	// Links lead to the requests in this batch (see [trace.LinkFromContext]). A span keeps the first
+	// 128, with the caller's own of a step trace among them.
+	Links []trace.Link
+
+	// Phase says what the pass is for, in one of few words. Plan says "decode" for a uniform decode
+	// batch and "mixed" for any other, WarmUp says "warmup"; the caller may say "prefill", "verify" or
+	// whatever it distinguishes.
+	Phase string
+
+	NumTokens         int // of this rank, padding included
+	NumTokensUnpadded int // without padding; 0: NumTokens
+	NumTokensGraph    int // after graph padding, before DP padding; 0: NumTokens
+	NumReqs           int // scheduled requests; 0: not said
+
+	// NumTokensAcrossDP holds the tokens of each rank and has length DataParallelSize. If it is nil,
+	// the agreement's are taken, and without an agreement the coordinator is asked. A rank that is alone
+	// and a dense model don't need it.
+	NumTokensAcrossDP *mat.VecDense
+
+	GraphMode GraphMode // a runtime mode; GraphNone for a split pass
+	Batch     BatchDescriptor
+
+	// UBatches are the microbatches in padded form: they tile [0, NumTokens). None: not split.
+	UBatches []UBatchSlice
+
+	Dummy     bool       // a warm-up pass, or an idle rank that keeps step
+	Reason    Reason     // for GraphMode
+	Agreement *Agreement // of the step whose votes Plan has exchanged
+
+	plan *plan // nil: made by hand
+}
+
+// Parts returns what of the pass needs metadata, in order: its microbatches, or the whole pass as one.
+// A dummy pass needs none. Each is the Part of the forward context that gets the metadata. The slice
+// must not be modified.
+func (p *Pass) Parts() []UBatchSlice {
+	switch {
+	case p.Dummy:
+		return nil
+	case len(p.UBatches) > 0:
+		return p.UBatches
+	}
+	return []UBatchSlice{p.whole()}
+}
+
+// whole returns the requests and tokens of the whole pass, padding included.
+func (p *Pass) whole() UBatchSlice {
+	reqs := p.Batch.NumReqs
+	if reqs == 0 {
+		reqs = p.NumReqs
+	}
+	return UBatchSlice{Requests: Range{0, reqs}, Tokens: Range{0, p.NumTokens}}
+}
+
+// complete fills in the defaults and checks what can be checked without the other ranks.
+func (p *Pass) complete(r *Runner) error {
+	if p.NumTokensUnpadded == 0 {
+		p.NumTokensUnpadded = p.NumTokens
+	}
+	if p.NumTokensGraph == 0 {
+		p.NumTokensGraph = p.NumTokens
+	}
+	if p.Reason == ReasonUnknown && p.GraphMode == GraphNone && r.dispatcher == nil {
+		p.Reason = ReasonDisabled
+	}
+	if !p.plain() {
+		if err := p.check(); err != nil {
+			return err
+		}
+	}
+	if p.GraphMode == GraphNone {
+		return nil
+	}
+	if p.Batch == (BatchDescriptor{}) {
+		p.Batch.NumTokens = p.NumTokens
+	}
+	if len(p.UBatches) > 0 {
+		p.GraphMode, p.Reason = GraphNone, ReasonUBatch
+	}
+	return nil
+}
+
+// plain reports whether nothing is wrong with a pass that is not split: check would find the same, and
+// take longer.
+func (p *Pass) plain() bool {
+	return uint(p.NumTokens) <= maxCount && uint(p.NumReqs) <= maxCount && uint(p.VirtualEngine) <= maxCount &&
+		0 <= p.NumTokensUnpadded && p.NumTokensUnpadded <= p.NumTokensGraph && p.NumTokensGraph <= p.NumTokens &&
+		p.GraphMode <= GraphFull && int(p.Reason) < len(reasons) && p.Batch.plain() &&
+		len(p.UBatches) == 0 && len(p.AttnMetadata) <= 1 && len(p.SlotMapping) <= 1
+}
+
+func (p *Pass) check() error {
+	var bad problems
+	bad.count("NumTokens", p.NumTokens)
+	bad.count("NumReqs", p.NumReqs)
+	bad.count("VirtualEngine", p.VirtualEngine)
+	if p.NumTokensUnpadded < 0 || p.NumTokensUnpadded > p.NumTokensGraph || p.NumTokensGraph > p.NumTokens {
+		bad.addf("tokens must not decrease with padding: %d unpadded, %d after graph padding, %d in the pass",
+			p.NumTokensUnpadded, p.NumTokensGraph, p.NumTokens)
+	}
+	if !p.GraphMode.ValidRuntime() {
+		bad.addf("a pass in graph mode %v, which is not a runtime mode", p.GraphMode)
+	}
+	if int(p.Reason) >= len(reasons) {
+		bad.addf("unknown reason %v", p.Reason)
+	}
+	p.Batch.check(&bad)
+	checkUBatches(&bad, p.UBatches, p.NumTokens)
+	checkPerUBatch(&bad, "AttnMetadata", p.AttnMetadata, len(p.UBatches))
+	checkPerUBatch(&bad, "SlotMapping", p.SlotMapping, len(p.UBatches))
+	return bad.err()
+}
+
+// plan is what a planned pass and its copies share.
+type plan struct {
+	runner   *Runner
+	byHand   bool // only the exchange is the Runner's
+	used     atomic.Bool
+	wait     time.Duration // of the exchange
+	lastRank int           // whose vote came last; -1: not known
+}
+
+// belongs returns an error unless the pass is r's to run.
+func (p *Pass) belongs(r *Runner) error {
+	if p.plan == nil {
+		return nil
+	}
+	if p.plan.runner != r {
+		return invalidf("a pass that another Runner planned (%s); run it there", p.plan.runner)
+	}
+	if p.plan.used.Load() {
+		return p.usedUp()
+	}
+	return nil
+}
+
+// use makes sure that a planned pass runs once.
+func (p *Pass) use() error {
+	if p.plan != nil && p.plan.used.Swap(true) {
+		return p.usedUp()
+	}
+	return nil
+}
+
+func (p *Pass) usedUp() error {
+	return invalidf("a planned pass of %d tokens runs a second time; plan another", p.NumTokens)
+}
+
+// idle reports whether no rank has anything to run.
+func (p *Pass) idle() bool { return p.Agreement != nil && p.Agreement.Idle }
+
+// String names the model and the rank.
+func (r *Runner) String() string {
+	if r == nil {
+		r = nilRunner
+	}
+	return fmt.Sprintf("fwd.Runner %q, rank %d of %d", r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+}
+
+// run is a pass while it runs: its context with the forward context beside it in one allocation, and
+// what its end needs. It is never used again, since contexts outlive passes.
+type run struct {
+	passContext
+	value   ForwardContext
+	maps    [2]map[string]any // the metadata of a pass that is not split
+	runner  *Runner
+	forward ForwardFunc // nil: begun by Start
+	within  *passContext
+	began   instant
+	ended   atomic.Bool
+	traced  *traced // nil: nobody listens
+}
+
+// wrappedRun is a run with middleware around the forward function, and tracedRun one that somebody
+// listens to.
+type (
+	wrappedRun struct {
+		run
+		within passContext
+	}
+	tracedRun struct {
+		wrappedRun
+		traced traced
+	}
+)
+
+// newRun allocates a run with what it needs beside it.
+func (r *Runner) newRun(listening listeners) *run {
+	switch {
+	case listening != 0:
+		x := new(tracedRun)
+		x.run.within, x.run.traced = &x.wrappedRun.within, &x.traced
+		return &x.run
+	case r.handler != nil:
+		x := new(wrappedRun)
+		x.run.within = &x.within
+		return &x.run
+	}
+	return new(run)
+}
+
+// begin does everything up to the forward function: checks, DP metadata, span, context. It wants a pass
+// that belongs to r.
+func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
+	var dp *DPMetadata
+	if r.parallel.coordinated() {
+		var err error
+		if dp, err = r.dpMetadata(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	if err := p.use(); err != nil {
+		return nil, err
+	}
+	listening := r.telemetry.listening(ctx)
+	x := r.newRun(listening)
+	x.runner = r
+	x.Context, x.fc, x.run = ctx, &x.value, x
+	v := &x.value // set field by field: a literal would be built elsewhere and copied
+	v.Layers = r.layers
+	v.AttnMetadata = copyMaps(p.AttnMetadata, x.maps[0:1])
+	v.SlotMapping = copyMaps(p.SlotMapping, x.maps[1:2])
+	v.NumTokens, v.NumTokensUnpadded = p.NumTokens, p.NumTokensUnpadded
+	v.VirtualEngine = p.VirtualEngine
+	v.DP = dp
+	v.GraphMode, v.Batch = p.GraphMode, p.Batch
+	if len(p.UBatches) > 0 {
+		v.UBatches = slices.Clone(p.UBatches)
+	}
+	v.Part = p.whole()
+	v.SkipCompiled, v.Dummy = p.SkipCompiled, p.Dummy
+	x.began = r.now()
+	if listening != 0 {
+		r.telemetry.startForward(x, p, listening)
+	}
+	if r != nilRunner {
+		r.state.activity.add(x)
+	}
+	return x, nil
+}
+
+// copyMaps copies a slice of maps, into room if that is enough.
+func copyMaps(maps, room []map[string]any) []map[string]any {
+	switch len(maps) {
+	case 0:
+		return nil
+	case 1:
+		room[0] = maps[0]
+		return room[:1:1]
+	}
+	return slices.Clone(maps)
+}
+
+// dpMetadata returns the DP metadata of a pass: from its own counts, from its agreement, or from the
+// other ranks.
+func (r *Runner) dpMetadata(ctx context.Context, p *Pass) (*DPMetadata, error) {
+	if err := r.checkTokens(p); err != nil {
+		return nil, err
+	}
+	if p.NumTokensAcrossDP == nil && p.Agreement == nil {
+		if len(p.UBatches) > 0 {
+			return nil, invalidf("a pass split into %d microbatches without token counts across ranks or agreement",
+				len(p.UBatches))
+		}
+		if err := r.exchangeByHand(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	m, err := NewDPMetadata(r.parallel, p.NumTokens, p.across())
+	if err != nil || len(p.UBatches) == 0 {
+		return m, err
+	}
+	var bad problems
+	m.checkEqual(&bad)
+	return m, bad.err()
+}
+
+// checkTokens refuses a pass without tokens, for which the other ranks would wait.
+func (r *Runner) checkTokens(p *Pass) error {
+	if p.NumTokens == 0 {
+		return invalidf("rank %d of %d runs a pass without tokens; plan a dummy pass instead",
+			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	}
+	return nil
+}
+
+// across returns the token counts that the pass brings.
+func (p *Pass) across() *mat.VecDense {
+	if p.NumTokensAcrossDP == nil && p.Agreement != nil {
+		return p.Agreement.NumTokensAcrossDP
+	}
+	return p.NumTokensAcrossDP
+}
+
+// exchangeByHand exchanges the vote of a pass that nobody planned. Without graph or microbatches nothing
+// is padded, so each rank keeps the tokens it has.
+func (r *Runner) exchangeByHand(ctx context.Context, p *Pass) error {
+	e, err := r.vote(ctx, Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens, NumReqs: p.NumReqs})
+	if err != nil {
+		return err
+	}
+	if err := e.settle(); err != nil {
+		return err
+	}
+	p.Agreement = e.agreement
+	p.plan = e.plan()
+	p.plan.byHand = true
+	return nil
+}
+
+// Run runs one forward pass: it calls forward, inside the middleware, on the calling goroutine, and
+// returns its error. forward gets a context that holds the pass's forward context and its span. A pass
+// of a coordinated rank that was made by hand, without token counts and without an agreement, first
+// asks the coordinator; most callers Plan, then Run.
+//
+// Once the ranks have agreed, the pass runs even if ctx has ended, since the other ranks count on it;
+// forward sees the ended ctx. If the agreement of a planned pass says that every rank is idle, Run
+// returns nil without calling anything.
+//
+// Before the pass starts, Run returns errors that wrap ErrInvalid if forward is nil, if p is
+// contradictory, or if p was planned by another Runner or has run before; ErrTokenMismatch (see
+// [NewDPMetadata]); and the errors of the exchange, ErrRankMissing and ErrLockstep. A planned pass that
+// is refused can run later. An error of the synchronisation is joined to that of forward. A panic of
+// forward passes through, and the span is ended and shows it.
+func (r *Runner) Run(ctx context.Context, p Pass, forward ForwardFunc) error {
+	if r == nil {
+		r = nilRunner
+	}
+	if forward == nil {
+		return invalidf("a pass of %d tokens without a forward function", p.NumTokens)
+	}
+	if err := r.accept(&p); err != nil {
+		return err
+	}
+	if p.idle() {
+		return p.use()
+	}
+	x, err := r.begin(ctx, &p)
+	if err != nil {
+		return err
+	}
+	x.forward = forward
+	if x.traced == nil {
+		return x.do()
+	}
+	return x.doTraced()
+}
+
+// accept completes a pass and refuses one that r can't run.
+func (r *Runner) accept(p *Pass) error {
+	if err := p.complete(r); err != nil {
+		return err
+	}
+	return p.belongs(r)
+}
+
+// do runs the forward function and ends the pass, whichever way that goes.
+func (x *run) do() (err error) {
+	err = errPanic
+	defer func() { err = x.end(err) }()
+	return x.call()
+}
+
+// doTraced is do for a pass that somebody listens to. The span ends before the observers are told. It is
+// ended directly by defer, so that the SDK notes a panic.
+func (x *run) doTraced() (err error) {
+	t := x.traced
+	defer t.observe(x)
+	defer t.span.End(t.span.options...)
+	err = errPanic
+	defer func() { err = x.end(err) }()
+	return x.call()
+}
+
+// call calls the forward function, inside the middleware.
+func (x *run) call() error {
+	handler := x.runner.handler
+	if handler == nil {
+		return x.forward(&x.passContext)
+	}
+	*x.within = x.passContext
+	x.within.inner = true
+	return handler(&x.passContext)
+}
+
+// runInnermost is what the middleware wraps: it calls the forward function of the pass that ctx is in.
+func (r *Runner) runInnermost(ctx context.Context) error {
+	c := lookup(ctx)
+	for c != nil && (c.run == nil || c.run.runner.state != r.state || c.run.forward == nil) {
+		c = lookup(c.Context) // a middleware may have put another Runner's pass around the rest
+	}
+	switch {
+	case c == nil:
+		return fmt.Errorf("%w: a middleware called next with a context from outside the pass", ErrNoForwardContext)
+	case c.inner:
+		return invalidf("a middleware ran another pass of the same Runner around next; " +
+			"run it before or after, or with a Runner of its own")
+	case ctx == context.Context(&c.run.passContext):
+		return c.run.forward(c.run.within)
+	}
+	within := c.over(ctx)
+	within.inner = true
+	return c.run.forward(within)
+}
+
+// end waits for the device and notes how the pass ended. It does not end the span. Whatever happens in
+// the synchronisation, the outcome is noted.
+func (x *run) end(err error) error {
+	if x.runner.synchronize == nil {
+		x.note(err)
+		return err
+	}
+	outcome := errPanic
+	defer func() { x.note(outcome) }()
+	ctx := context.Context(&x.passContext)
+	if ctx.Done() != nil {
+		ctx = context.WithoutCancel(ctx)
+	}
+	switch syncErr := x.runner.synchronize(ctx); {
+	case syncErr == nil:
+	case err == nil:
+		err = syncErr
+	default:
+		err = errors.Join(err, syncErr)
+	}
+	outcome = err
+	return err
+}
+
+// note notes how the pass ended.
+func (x *run) note(outcome error) {
+	if x.runner != nilRunner {
+		x.runner.state.activity.remove(x)
+	}
+	if x.traced != nil {
+		x.traced.endForward(x, outcome)
+	}
+}
+
+// Start begins a pass that ends in another function or goroutine. It returns the pass's context, and
+// end, which ends the pass with the error that failed it, or nil. A second call of end does nothing.
+// There is no middleware. Every pass that was started must be ended.
+//
+// The errors are those of [Runner.Run], and ErrInvalid if the agreement of a planned pass says that
+// every rank is idle: look at Agreement.Idle first. With an error Start returns ctx as it was and an end
+// that does nothing, so end can be deferred before the error is looked at.
+func (r *Runner) Start(ctx context.Context, p Pass) (_ context.Context, end func(error), err error) {
+	if r == nil {
+		r = nilRunner
+	}
+	err = r.accept(&p)
+	if err == nil && p.idle() {
+		err = invalidf("every rank is idle in step %d, so nobody runs a pass; look at Agreement.Idle before Start",
+			p.Agreement.Step)
+	}
+	if err != nil {
+		return ctx, func(error) {}, err
+	}
+	x, err := r.begin(ctx, &p)
+	if err != nil {
+		return ctx, func(error) {}, err
+	}
+	return &x.passContext, x.endStarted, nil
+}
+
+// endStarted is the end function of Start.
+func (x *run) endStarted(err error) {
+	if x.ended.Swap(true) {
+		return
+	}
+	if t := x.traced; t != nil {
+		defer t.observe(x)
+		defer t.span.End(t.span.options...)
+	}
+	x.end(err)
+}
+
+// Call is [Runner.Run] for a forward function that returns something: it returns what forward returned
+// last. If forward is not called, as in a pass of which the agreement says that every rank is idle, it
+// returns the zero value. Middleware must not call next concurrently.
+func Call[T any](ctx context.Context, r *Runner, p Pass, forward func(ctx context.Context) (T, error)) (T, error) {
+	var result T
+	if forward == nil {
+		return result, r.Run(ctx, p, nil)
+	}
+	err := r.Run(ctx, p, func(ctx context.Context) (err error) {
+		result, err = forward(ctx)
+		return err
+	})
+	return result, err
+}
+
+// Report reports a pass that ran elsewhere, as in a simulator, from began to ended and with the error
+// that failed it, or nil: spans, metrics and records are those of Run. There is no context and no
+// exchange. It costs nothing when nobody listens. A planned pass is used up as by Run; one whose
+// agreement says that every rank is idle is not reported.
+//
+// Its error wraps ErrInvalid or ErrTokenMismatch if Run would refuse the pass. It is never err.
+func (r *Runner) Report(ctx context.Context, p Pass, began, ended time.Time, err error) error {
+	if r == nil {
+		r = nilRunner
+	}
+	if err := r.accept(&p); err != nil {
+		return err
+	}
+	if r.parallel.coordinated() {
+		if err := r.checkReported(&p); err != nil {
+			return err
+		}
+	}
+	if err := p.use(); err != nil || p.idle() {
+		return err
+	}
+	if listening := r.telemetry.listening(ctx); listening != 0 {
+		r.telemetry.report(ctx, r, p, began, ended, err, listening)
+	}
+	return nil
+}
+
+// checkReported checks the counts of a pass of a coordinated rank, if it has any.
+func (r *Runner) checkReported(p *Pass) error {
+	if err := r.checkTokens(p); err != nil || p.across() == nil {
+		return err
+	}
+	return checkAcross(r.parallel, p.NumTokens, p.across())
+}
+
+// exchange is one exchange of a Runner, from its vote to its outcome.
+type exchange struct {
+	runner *Runner
+	ctx    context.Context
+	vote   Vote
+	span   coordinateSpan
+	began  instant
+	local  bool          // begun at a rank of a local group, which waits without a goroutine
+	done   chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
+
+	over atomic.Bool // the outcome is there
+	mu   sync.Mutex  // held while the outcome is fetched
+
+	agreement *Agreement
+	err       error
+	wait      time.Duration
+	lastRank  int
+	panicked  any // by Exchange or an observer, in the goroutine
+}
+
+// vote opens the Runner's next exchange. It must be settled.
+func (r *Runner) vote(ctx context.Context, v Vote) (*exchange, error) {
+	if r.coordinator == nil {
+		return nil, invalidf("rank %d of %d has no coordinator; use WithCoordinator",
+			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	}
+	v.Config = r.fingerprint
+	e := &exchange{runner: r, ctx: ctx, vote: v, began: r.now(), lastRank: -1}
+	for other := r.state.openExchange(e); other != nil; other = r.state.openExchange(e) {
+		if other.waiting() {
+			return nil, r.busy(other)
+		}
+		other.settle() // it is over, but nobody has asked for the outcome
+	}
+	e.span = r.telemetry.startCoordinate(ctx, e)
+	return e, nil
+}
+
+// openExchange makes e the open exchange, unless there is one, which it returns.
+func (s *state) openExchange(e *exchange) *exchange {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open == nil {
+		s.open = e
+		e.vote.Step = s.step + 1
+		return nil
+	}
+	return s.open
+}
+
+// closeExchange notes that an exchange is over, and the step that the group has then behind it.
+func (s *state) closeExchange(e *exchange, step uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.open == e {
+		s.open, s.step = nil, step
+	}
+}
+
+// exchanging returns the open exchange, or nil, and the step of the last one.
+func (s *state) exchanging() (*exchange, uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.open, s.step
+}
+
+// busy is the error of an exchange that is begun while another is open.
+func (r *Runner) busy(open *exchange) error {
+	rank := r.parallel.DataParallelRank
+	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first", ErrLockstep, rank)
+	return &RankError{err, open.vote.Step, []int{rank}}
+}
+
+// begin starts the exchange without waiting for its outcome.
+func (e *exchange) begin() error {
+	r := e.runner
+	if err := e.vote.Validate(r.parallel.DataParallelRank); err != nil {
+		e.finish(e.vote.Step-1, nil, err)
+		return err
+	}
+	if r.local != nil {
+		e.local = true
+		r.local.begin(e.span.ctx, e.vote, r.timeout, r.timeoutCause)
+		return nil
+	}
+	e.done = make(chan struct{})
+	go func() {
+		defer close(e.done)
+		e.panicked = "fwd: the coordinator's Exchange ended its goroutine"
+		defer func() {
+			if value := recover(); value != nil {
+				e.panicked = value
+			}
+		}()
+		e.resolve()
+		e.panicked = nil
+	}()
+	return nil
+}
+
+// waiting reports whether votes are still missing.
+func (e *exchange) waiting() bool {
+	if e.local {
+		return e.runner.local.open()
+	}
+	return !e.over.Load()
+}
+
+// settle waits for the outcome. A panic of the coordinator comes out here.
+func (e *exchange) settle() error {
+	if e.done == nil {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if !e.over.Load() {
+			e.resolve()
+		}
+		return e.err
+	}
+	<-e.done
+	if e.panicked != nil {
+		panic(e.panicked)
+	}
+	return e.err
+}
+
+// resolve fetches the votes, agrees, and notes what came out.
+func (e *exchange) resolve() {
+	returned := false
+	defer func() {
+		if !returned {
+			e.finish(e.vote.Step, nil, errPanic)
+		}
+	}()
+	votes, err := e.ask()
+	returned = true
+	step := e.vote.Step
+	var a *Agreement
+	switch {
+	case err == nil:
+		a, err = e.agree(votes)
+		if a != nil {
+			step = max(step, a.Step) // later than voted if this rank came late to a broken step
+		}
+	case errors.Is(err, ErrInvalid):
+		step-- // refused before anything was sent
+	}
+	if rankErr := (*RankError)(nil); errors.As(err, &rankErr) && rankErr != nil {
+		step = rankErr.Step
+	}
+	e.finish(step, a, err)
+}
+
+// ask returns the votes of all ranks, from wherever the exchange was begun.
+func (e *exchange) ask() ([]Vote, error) {
+	r := e.runner
+	if e.local {
+		return r.local.await()
+	}
+	ctx := e.span.ctx
+	if r.timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, r.timeout, r.timeoutCause)
+		defer cancel()
+	}
+	return r.coordinator.Exchange(ctx, e.vote)
+}
+
+// agree checks that the votes are those of this step, and agrees. If a coordinator mixes rounds up, that
+// must not go unnoticed: the ranks would run different passes.
+func (e *exchange) agree(votes []Vote) (*Agreement, error) {
+	size, rank := e.runner.parallel.DataParallelSize, e.runner.parallel.DataParallelRank
+	if len(votes) != size {
+		return nil, invalidf("the coordinator returned %d votes for %d ranks", len(votes), size)
+	}
+	if own := &votes[rank]; own.Step < e.vote.Step || !own.same(&e.vote) {
+		err := fmt.Errorf("%w: the coordinator returned %+v as the vote of rank %d, which voted %+v",
+			ErrLockstep, *own, rank, e.vote)
+		return nil, &RankError{err, e.vote.Step, []int{rank}}
+	}
+	a, err := Agree(votes, e.runner.parallel.NumUBatches)
+	if err != nil {
+		return nil, err
+	}
+	return &a, nil
+}
+
+// finish notes the outcome and tells those who listen.
+func (e *exchange) finish(step uint64, a *Agreement, err error) {
+	r := e.runner
+	ended := r.now()
+	if e.local && r.clock == nil {
+		ended.mono = r.local.endedAt(ended.mono)
+	}
+	e.agreement, e.err, e.wait = a, err, max(e.began.until(ended), 0)
+	if c, ok := r.coordinator.(interface{ Last() int }); ok {
+		e.lastRank = c.Last()
+	}
+	r.state.closeExchange(e, step)
+	e.over.Store(true)
+	e.span.end(e, ended)
+}
+
+// plan returns what the passes of the exchange share.
+func (e *exchange) plan() *plan {
+	return &plan{runner: e.runner, wait: e.wait, lastRank: e.lastRank}
+}
+
+// Errors come last.
+
+// The errors of this package, matched with errors.Is. Each has a method ErrorType() string behind it, a
+// stable word for telemetry, found with errors.As.
+var (
+	// ErrNoForwardContext says that ctx is not in a pass.
+	ErrNoForwardContext error = &sentinel{"no_forward_context", "no forward context"}
+
+	// ErrNoMetadata says that the pass has no metadata; dummy passes usually have none.
+	ErrNoMetadata error = &sentinel{"no_metadata", "no metadata"}
+
+	// ErrLayer says that a layer is not known or has another type.
+	ErrLayer error = &sentinel{"layer", "layer lookup"}
+
+	// ErrNoDescriptor says that a graph cache has no key for the pass.
+	ErrNoDescriptor error = &sentinel{"no_descriptor", "no batch descriptor"}
+
+	// ErrInvalid says that an argument or a configuration is wrong.
+	ErrInvalid error = &sentinel{"invalid", "invalid"}
+
+	// ErrTokenMismatch says that a rank's tokens are not what the ranks have counted.
+	ErrTokenMismatch error = &sentinel{"token_mismatch", "token counts differ"}
+
+	// ErrLockstep says that ranks are out of step, see RankError.
+	ErrLockstep error = &sentinel{"lockstep", "ranks out of step"}
+
+	// ErrRankMissing says that a rank did not come, see RankError.
+	ErrRankMissing error = &sentinel{"rank_missing", "rank missing"}
+
+	// ErrCaptureClosed says that a graph is not known after warm-up.
+	ErrCaptureClosed error = &sentinel{"capture_closed", "capture closed after warm-up"}
+)
+
+// errPanic stands for the outcome of a function that has not returned: it panicked, or ended its
+// goroutine.
+var errPanic error = &sentinel{"panic", "panic"}
+
+// sentinel is an error to match with errors.Is.
 type sentinel struct{ word, text string }
 
 // Error returns the text, with the package's name before it.
@@ -26,21 +1506,140 @@ func (e *sentinel) Error() string { return "fwd: " + e.text }
 // ErrorType returns a stable word for telemetry, such as "token_mismatch".
 func (e *sentinel) ErrorType() string { return e.word }
 
-// The errors of this package, matched with errors.Is. Each has a method ErrorType() string, a stable word for telemetry.
-var (
-	ErrNoForwardContext = &sentinel{"no_forward_context", "no forward context"}       // ctx is not in a pass
-	ErrNoMetadata       = &sentinel{"no_metadata", "no metadata"}                     // the pass has none; dummy passes usually have none
-	ErrLayer            = &sentinel{"layer", "layer lookup"}                          // an unknown name, or another type
-	ErrNoDescriptor     = &sentinel{"no_descriptor", "no batch descriptor"}           // a graph cache has no key
-	ErrInvalid          = &sentinel{"invalid", "invalid"}                             // an argument, a configuration
-	ErrTokenMismatch    = &sentinel{"token_mismatch", "token counts differ"}          // a rank's tokens are not its entry in the counts across ranks
-	ErrLockstep         = &sentinel{"lockstep", "ranks out of step"}                  // see RankError
-	ErrRankMissing      = &sentinel{"rank_missing", "rank missing"}                   // see RankError
-	ErrCaptureClosed    = &sentinel{"capture_closed", "capture closed after warm-up"} // an unknown key
-)
+// RankError is the error of an exchange that did not come together.
+type RankError struct {
+	// Err is ErrRankMissing, ErrLockstep or ErrInvalid. It also wraps the cause of the context whose
+	// end ended the wait.
+	Err error
 
-// errPanic stands for the outcome of a function that has not returned: it panicked, or ended its goroutine.
-var errPanic = &sentinel{"panic", "panic"}
+	// Step is the group's step. The next one is Step+1.
+	Step uint64
+
+	// Ranks are missing, out of step, or configured or warming up differently from most.
+	Ranks []int
+}
+
+// Error returns the error, the step and the ranks.
+func (e *RankError) Error() string {
+	if e == nil {
+		return "fwd: a nil *RankError"
+	}
+	what := "not like the others"
+	switch {
+	case errors.Is(e.Err, ErrRankMissing):
+		what = "missing"
+	case errors.Is(e.Err, ErrLockstep):
+		what = "out of step"
+	}
+	return fmt.Sprintf("%v (step %d, %s: ranks %s)", e.Err, e.Step, what, abbreviate(e.Ranks))
+}
+
+// Unwrap returns Err.
+func (e *RankError) Unwrap() error {
+	if e == nil {
+		return nil
+	}
+	return e.Err
+}
+
+// clone returns a copy that its receiver may change; nil for nil.
+func (e *RankError) clone() *RankError {
+	if e == nil {
+		return nil
+	}
+	return &RankError{e.Err, e.Step, slices.Clone(e.Ranks)}
+}
+
+// addCause wraps why ctx ended, if it has and that may be why a rank did not come.
+func (e *RankError) addCause(ctx context.Context) {
+	if ctx.Err() != nil && errors.Is(e.Err, ErrRankMissing) {
+		e.Err = fmt.Errorf("%w: %w", e.Err, context.Cause(ctx))
+	}
+}
+
+// missing returns the error of metadata or a layer object that is not there, or is of another type.
+func missing[T any](c *passContext, what, name string) (T, error) {
+	var zero T
+	e := &lookupError{what: what, name: name, want: reflect.TypeFor[T]()}
+	if c != nil {
+		e.fc = c.fc
+	}
+	e.err = e.kind()
+	return zero, e
+}
+
+// lookupError is a miss. Hot code asks for what may not be there, so the text is put together only when
+// it is read.
+type lookupError struct {
+	err        error
+	what, name string
+	fc         *ForwardContext // nil: outside a pass
+	want       reflect.Type
+}
+
+// entries returns what was looked through, and how many maps there are.
+func (e *lookupError) entries() (maps []map[string]any) {
+	switch e.what {
+	case "layer":
+		return []map[string]any{e.fc.Layers}
+	case "slot mapping":
+		return e.fc.SlotMapping
+	}
+	return e.fc.AttnMetadata
+}
+
+func (e *lookupError) kind() error {
+	switch {
+	case e.fc == nil:
+		return ErrNoForwardContext
+	case e.what == "layer":
+		return ErrLayer
+	case len(e.fc.UBatches) > 0:
+		return ErrInvalid
+	}
+	switch n := len(e.fc.AttnMetadata); {
+	case e.what == "slot mapping":
+		return kindOf(len(e.fc.SlotMapping))
+	default:
+		return kindOf(n)
+	}
+}
+
+func kindOf(maps int) error {
+	switch maps {
+	case 0:
+		return ErrNoMetadata
+	case 1:
+		return ErrLayer
+	}
+	return ErrInvalid
+}
+
+// Unwrap returns the kind of miss.
+func (e *lookupError) Unwrap() error { return e.err }
+
+// Error puts the text together.
+func (e *lookupError) Error() string {
+	switch e.err {
+	case ErrNoForwardContext, ErrNoMetadata:
+		return fmt.Sprintf("%v: no %s of %q", e.err, e.what, e.name)
+	case ErrInvalid:
+		return fmt.Sprintf("%v: the pass is split, and ctx is in none of its microbatches: no %s of %q", e.err, e.what, e.name)
+	}
+	from := e.entries()[0]
+	value, ok := from[e.name]
+	if !ok && e.what != "layer" {
+		value, ok = from[""]
+	}
+	if ok {
+		return fmt.Sprintf("%v: the %s of %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+	}
+	where := "for it"
+	if e.what == "layer" {
+		where = "of that name in Config.Layers"
+	}
+	return fmt.Sprintf("%v: %q: no %s %s (have %s)", e.err, e.name, e.what, where, quoted(slices.Sorted(maps.Keys(from))))
+}
 
 func invalidf(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrInvalid, fmt.Sprintf(format, args...))
@@ -68,7 +1667,7 @@ func (p problems) err() error { return errors.Join(p...) }
 // bare returns the text of an error that goes into another of this package, whose name must stand once.
 func bare(err error) string { return strings.TrimPrefix(err.Error(), "fwd: ") }
 
-// abbreviate returns the first few elements of a list, and how many there are where that is not all.
+// abbreviate returns the first few elements of a list, and how many there are if that is not all.
 func abbreviate[T any](list []T) string {
 	const most = 16
 	if len(list) <= most {
@@ -77,706 +1676,21 @@ func abbreviate[T any](list []T) string {
 	return fmt.Sprintf("%v and %d more", list[:most], len(list)-most)
 }
 
-// ForwardContext is what one forward pass needs to know, everywhere in the model. It is read-only once it is in a
-// context: other goroutines read it without locks, and errors that name what is there read it later. So are the maps it
-// holds.
-type ForwardContext struct {
-	NoCompileLayers   map[string]any   // layer objects by name, shared by all passes
-	AttnMetadata      []map[string]any // attention metadata by layer: none, one map, or one per microbatch; the entry "" serves every layer without its own
-	SlotMapping       []map[string]any // the same shape
-	NumTokens         int              // of this rank, padding included
-	NumTokensUnpadded int              // without padding; 0 is 0 here, defaults are a Pass's
-	VirtualEngine     int              // index of the pipeline's engine
-	DP                *DPMetadata      // nil: one rank alone, or a dense model
-	GraphMode         GraphMode        // a runtime mode; in a microbatch GraphNone
-	Batch             BatchDescriptor  // zero: none; in a microbatch that of the whole pass
-	UBatches          []UBatchSlice    // padded form, see SplitUBatches; none: not split
-	SkipCompiled      bool             // run the model's eager code though a compiled one exists
-	Dummy             bool             // warm-up, or an idle rank keeping step
-}
-
-// contextKey is the key of the one value that this package has in a context, a *passContext.
-type contextKey struct{}
-
-// passContext is a context inside a pass. It overrides Value alone, so that cancellation below it costs no goroutine. A
-// context that differs in one thing is a copy: none is changed once it is made.
-type passContext struct {
-	context.Context
-	fc               *ForwardContext // never nil
-	sizes            []int           // local sizes; nil: none
-	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
-	run              *run            // nil: not in a Runner's pass
-}
-
-// Value returns c itself for the package's key, and leaves every other to the parent.
-func (c *passContext) Value(key any) any {
-	if _, ok := key.(contextKey); ok {
-		return c
+// quoted returns the first few names, quoted, or "none".
+func quoted(names []string) string {
+	const most = 16
+	if len(names) == 0 {
+		return "none"
 	}
-	return c.Context.Value(key)
-}
-
-// String names the parent and that this is a pass.
-func (c *passContext) String() string { return contextString(c.Context) }
-
-// hiddenContext is a context outside all passes, whatever its parent is in.
-type hiddenContext struct{ context.Context }
-
-// Value returns nil for the package's key, whatever the parent has.
-func (c *hiddenContext) Value(key any) any {
-	if _, ok := key.(contextKey); ok {
-		return nil
-	}
-	return c.Context.Value(key)
-}
-
-// String is as that of a pass.
-func (c *hiddenContext) String() string { return contextString(c.Context) }
-
-// contextString is for String methods. They keep fmt from printing the fields, which would race with whoever writes what
-// those point to.
-func contextString(parent context.Context) string {
-	if s, ok := parent.(fmt.Stringer); ok {
-		return s.String() + ".fwd.Pass"
-	}
-	return reflect.TypeOf(parent).String() + ".fwd.Pass"
-}
-
-// telemetry returns the pass's; nil, which emits nothing, outside a Runner's pass.
-func (c *passContext) telemetry() *telemetry {
-	if c == nil || c.run == nil {
-		return nil
-	}
-	return c.run.runner.telemetry
-}
-
-// lookup returns the innermost pass that ctx is in, or nil. The first case is the common one: model code is handed the
-// pass's own context.
-func lookup(ctx context.Context) *passContext {
-	if c, ok := ctx.(*passContext); ok {
-		return c
-	}
-	return lookupOuter(ctx)
-}
-
-func lookupOuter(ctx context.Context) *passContext {
-	c, _ := ctx.Value(contextKey{}).(*passContext)
-	return c
-}
-
-// NewContext returns a context that holds fc and hides whatever pass parent is in, with its local sizes and its
-// microbatch. A nil fc hides it too and holds nothing. [Runner.Run] is the usual way to a forward context; this one is for
-// tests and for callers with a life cycle of their own. It panics if parent is nil or fc.GraphMode is not a runtime mode.
-func NewContext(parent context.Context, fc *ForwardContext) context.Context {
-	if parent == nil {
-		panic("fwd: NewContext with a nil parent")
-	}
-	if fc == nil {
-		return &hiddenContext{parent}
-	}
-	if !fc.GraphMode.ValidRuntime() {
-		panic(fmt.Sprintf("fwd: NewContext in graph mode %v, which is not a runtime mode", fc.GraphMode))
-	}
-	return &passContext{Context: parent, fc: fc}
-}
-
-// FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. ok is false outside a
-// pass.
-func FromContext(ctx context.Context) (fc *ForwardContext, ok bool) {
-	c, direct := ctx.(*passContext) // not lookup, and written so that it is just small enough to be inlined
-	if !direct {
-		fc, ok = fromOuter(ctx)
-		return
-	}
-	return c.fc, true
-}
-
-func fromOuter(ctx context.Context) (*ForwardContext, bool) {
-	if c := lookupOuter(ctx); c != nil {
-		return c.fc, true
-	}
-	return nil, false
-}
-
-// MustFromContext is [FromContext] for code that runs in passes alone. It panics with ErrNoForwardContext outside one.
-func MustFromContext(ctx context.Context) *ForwardContext {
-	fc, ok := FromContext(ctx)
-	if !ok {
-		panic(ErrNoForwardContext)
-	}
-	return fc
-}
-
-// AttnMetadata returns the attention metadata of a layer for the pass, or the microbatch, that ctx is in: the entry of
-// that name, else the entry "". The error is ErrNoForwardContext; ErrNoMetadata, the pass has none; ErrLayer, there is no
-// entry or it is not a T; or ErrInvalid, the pass is split and ctx is in none of its microbatches.
-func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
-	fc, ok := FromContext(ctx)
-	if !ok {
-		return notFound[T](ErrNoForwardContext, "attention metadata", layer)
-	}
-	return perLayer[T](fc, fc.AttnMetadata, "attention metadata", layer)
-}
-
-// SlotMapping returns the slot mapping of a layer, as [AttnMetadata] does the attention metadata.
-func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
-	fc, ok := FromContext(ctx)
-	if !ok {
-		return notFound[T](ErrNoForwardContext, "slot mapping", layer)
-	}
-	return perLayer[T](fc, fc.SlotMapping, "slot mapping", layer)
-}
-
-// Layer returns the layer object of that name, from Config.NoCompileLayers. The error is ErrNoForwardContext, or ErrLayer:
-// there is none or it is not a T.
-func Layer[T any](ctx context.Context, name string) (T, error) {
-	fc, ok := FromContext(ctx)
-	if !ok {
-		return notFound[T](ErrNoForwardContext, "layer object", name)
-	}
-	value, found := fc.NoCompileLayers[name]
-	return typed[T](fc.NoCompileLayers, "layer object", name, value, found)
-}
-
-func perLayer[T any](fc *ForwardContext, maps []map[string]any, what, layer string) (T, error) {
-	switch {
-	case len(fc.UBatches) > 0 || len(maps) > 1:
-		return notFound[T](ErrInvalid, what, layer)
-	case len(maps) == 0:
-		return notFound[T](ErrNoMetadata, what, layer)
-	}
-	value, ok := maps[0][layer]
-	if !ok {
-		value, ok = maps[0][""]
-	}
-	return typed[T](maps[0], what, layer, value, ok)
-}
-
-func typed[T any](from map[string]any, what, layer string, value any, found bool) (T, error) {
-	if v, ok := value.(T); ok {
-		return v, nil
-	}
-	var zero T
-	return zero, &layerError{ErrLayer, what, layer, from, value, found, reflect.TypeFor[T]()}
-}
-
-func notFound[T any](err *sentinel, what, layer string) (T, error) {
-	var zero T
-	return zero, &layerError{err: err, what: what, layer: layer}
-}
-
-// layerError is a miss. Hot code asks for what may not be there, so the text is put together when it is read.
-type layerError struct {
-	err         *sentinel
-	what, layer string
-	from        map[string]any // where it was looked for
-	value       any
-	found       bool // value is what was found
-	want        reflect.Type
-}
-
-// Unwrap returns the sentinel.
-func (e *layerError) Unwrap() error { return e.err }
-
-// Error puts the text together.
-func (e *layerError) Error() string {
-	text := fmt.Sprintf("%v: %s of layer %q", e.err, e.what, e.layer)
-	switch {
-	case e.err == ErrInvalid:
-		return text + ": the pass is split, and ctx is in none of its microbatches"
-	case e.err != ErrLayer:
-		return text
-	case e.found:
-		return fmt.Sprintf("%s is a %T, want %v", text, e.value, e.want)
-	}
-	return fmt.Sprintf("%s is not among %s", text, abbreviate(slices.Sorted(maps.Keys(e.from))))
-}
-
-// ForwardFunc is the forward pass of a model, or a part of it. ctx is the pass's.
-type ForwardFunc func(ctx context.Context) error
-
-// Middleware wraps what runs inside a pass: [FromContext] works in it. It is composed once, in [New]; next may be called
-// more than once, with a context of the same pass.
-type Middleware func(next ForwardFunc) ForwardFunc
-
-// Chain returns the middleware that applies mw in order, the first outermost. It panics if one is nil, and what it returns
-// panics if one returns nil.
-func Chain(mw ...Middleware) Middleware {
-	for i, m := range mw {
-		if m == nil {
-			panic(fmt.Sprintf("fwd: middleware %d of %d is nil", i, len(mw)))
+	var b strings.Builder
+	for i, name := range names[:min(len(names), most)] {
+		if i > 0 {
+			b.WriteString(", ")
 		}
+		fmt.Fprintf(&b, "%.64q", name)
 	}
-	mw = slices.Clone(mw)
-	return func(next ForwardFunc) ForwardFunc {
-		for i, m := range slices.Backward(mw) {
-			if next = m(next); next == nil {
-				panic(fmt.Sprintf("fwd: middleware %d of %d returned nil", i, len(mw)))
-			}
-		}
-		return next
+	if more := len(names) - most; more > 0 {
+		fmt.Fprintf(&b, " and %d more", more)
 	}
-}
-
-// Config says what a [Runner] runs. The zero value is one rank alone of a model without a name.
-type Config struct {
-	Name            string // of the model ("target", "draft"): fwd.name on spans and metrics; may be empty
-	Parallel        ParallelConfig
-	NoCompileLayers map[string]any // copied by New; the layers themselves are shared by all passes
-}
-
-// Option configures a [Runner] beyond its [Config].
-type Option interface{ apply(*Runner) }
-
-type optionFunc func(*Runner)
-
-func (f optionFunc) apply(r *Runner) { f(r) }
-
-// WithCoordinator gives the Runner the coordinator over which it exchanges votes with the other ranks. Its rank and size
-// must be the Runner's. nil is none.
-func WithCoordinator(c Coordinator) Option { return optionFunc(func(r *Runner) { r.coordinator = c }) }
-
-// WithExchangeTimeout bounds how long an exchange waits for the other ranks, besides the pass's own context. The default
-// is 1 minute; 0 or less is no bound. One rank's timeout breaks the step for all, as the end of its context does.
-func WithExchangeTimeout(d time.Duration) Option {
-	return optionFunc(func(r *Runner) { r.timeout = d })
-}
-
-// WithDispatcher gives Plan the dispatcher that chooses graphs; those of all ranks must be configured the same. nil, the
-// default, plans eager passes.
-func WithDispatcher(d *Dispatcher) Option { return optionFunc(func(r *Runner) { r.dispatcher = d }) }
-
-// WithMiddleware wraps every forward function that Run is given, the first middleware outermost; several of these options
-// add up. It panics if a middleware is nil; [New] does if one returns nil.
-func WithMiddleware(mw ...Middleware) Option {
-	chain := Chain(mw...)
-	return optionFunc(func(r *Runner) { r.middleware = append(r.middleware, chain) })
-}
-
-// WithSynchronize calls f at the end of each pass, also of a failed one, before its time is taken: on a device that works
-// asynchronously, f waits for it. An error of f fails the pass. nil is none.
-func WithSynchronize(f func(context.Context) error) Option {
-	return optionFunc(func(r *Runner) { r.synchronize = f })
-}
-
-// WithClock makes span times and durations follow now, for simulators. nil is the real time.
-func WithClock(now func() time.Time) Option { return optionFunc(func(r *Runner) { r.clock = now }) }
-
-// A Runner runs the forward passes of one rank of one model. Run may be called from several goroutines; with a
-// coordinator, Plan and Run exchange votes one at a time, in the same order on every rank. A nil *Runner runs passes as
-// rank 0 of 1, without telemetry.
-type Runner struct {
-	name        string
-	parallel    ParallelConfig
-	layers      map[string]any
-	coordinator Coordinator
-	timeout     time.Duration
-	dispatcher  *Dispatcher
-	middleware  []Middleware
-	synchronize func(context.Context) error
-	clock       func() time.Time
-
-	tracerProvider trace.TracerProvider
-	meterProvider  metric.MeterProvider
-	stepTrace      bool
-	telemetry      *telemetry
-
-	handler      ForwardFunc // the middleware around the forward function of the pass in ctx; nil: no middleware
-	timeoutCause error
-	exchanging   sync.Mutex
-	step         atomic.Uint64 // the last exchange's; written by its holder of exchanging
-}
-
-// nilRunner does what a nil *Runner does.
-var nilRunner = &Runner{parallel: ParallelConfig{}.withDefaults()}
-
-// New returns a Runner. ErrInvalid: a negative count, a rank that is not below the size, a coordinator of another rank or
-// size, a nil option. An error of the meter provider is returned as it is. All that is wrong is reported at once. A missing
-// coordinator is an error only where Plan or Run needs one.
-func New(cfg Config, opts ...Option) (*Runner, error) {
-	r := &Runner{
-		name:     cfg.Name,
-		parallel: cfg.Parallel.withDefaults(),
-		layers:   maps.Clone(cfg.NoCompileLayers),
-		timeout:  time.Minute,
-	}
-	var p problems
-	cfg.Parallel.check(&p)
-	for i, opt := range opts {
-		if opt == nil {
-			p.addf("option %d of %d is nil", i, len(opts))
-			continue
-		}
-		opt.apply(r)
-	}
-	if c := r.coordinator; c != nil && (c.Rank() != r.parallel.DataParallelRank || c.Size() != r.parallel.DataParallelSize) {
-		p.addf("the coordinator is rank %d of %d, the Runner rank %d of %d", c.Rank(), c.Size(), r.parallel.DataParallelRank, r.parallel.DataParallelSize)
-	}
-	r.timeoutCause = fmt.Errorf("no exchange within %v: %w", r.timeout, context.DeadlineExceeded)
-	if len(r.middleware) > 0 {
-		r.handler = Chain(r.middleware...)(r.runInnermost)
-	}
-	var err error
-	r.telemetry, err = newTelemetry(r)
-	if err := errors.Join(p.err(), err); err != nil {
-		return nil, err
-	}
-	return r, nil
-}
-
-// Pass describes one forward pass. A caller fills it in, or [Runner.Plan] prepares it; after Plan the caller adds the
-// metadata, VirtualEngine, SkipCompiled and Links, and the rest belongs to the plan: a split pass needs metadata for each
-// microbatch, a dummy pass none. Run copies the slices; the maps must not be modified afterwards.
-//
-// A warm-up pass for a [Capture] c is Pass{NumTokens: c.Batch.NumTokens, GraphMode: c.Mode, Batch: c.Batch, Dummy: true}. On a
-// coordinated rank it exchanges votes like any other, so all ranks warm up in the same order.
-type Pass struct {
-	NumTokens         int              // of this rank, padding included
-	NumTokensUnpadded int              // 0: NumTokens
-	NumTokensGraph    int              // after graph padding, before DP padding; 0: NumTokens
-	NumReqs           int              // scheduled requests, for telemetry; 0: not said
-	AttnMetadata      []map[string]any // none, one map, or one per microbatch
-	SlotMapping       []map[string]any // the same shape
-	VirtualEngine     int
-	NumTokensAcrossDP *mat.VecDense // tokens of each rank, length DataParallelSize; nil: the agreement's, else ask the coordinator; unused by a rank alone or of a dense model
-	GraphMode         GraphMode     // a runtime mode
-	Reason            Reason        // for GraphMode
-	Batch             BatchDescriptor
-	UBatches          []UBatchSlice // padded form: they tile [0, NumTokens)
-	SkipCompiled      bool
-	Dummy             bool         // warm-up, or an idle rank keeping step
-	Links             []trace.Link // the requests in this batch; a span has the first 128, the caller's of a step trace among them
-	Agreement         *Agreement   // of the step that Plan has exchanged votes in
-}
-
-// complete fills in the defaults and checks what can be checked without the other ranks.
-func (p *Pass) complete() error {
-	if p.NumTokensUnpadded == 0 {
-		p.NumTokensUnpadded = p.NumTokens
-	}
-	if p.NumTokensGraph == 0 {
-		p.NumTokensGraph = p.NumTokens
-	}
-	var bad problems
-	bad.count("NumTokens", p.NumTokens)
-	bad.count("NumReqs", p.NumReqs)
-	bad.count("VirtualEngine", p.VirtualEngine)
-	if p.NumTokensUnpadded < 0 || p.NumTokensUnpadded > p.NumTokensGraph || p.NumTokensGraph > p.NumTokens {
-		bad.addf("tokens must not decrease with padding: %d unpadded, %d after graph padding, %d in the pass",
-			p.NumTokensUnpadded, p.NumTokensGraph, p.NumTokens)
-	}
-	if !p.GraphMode.ValidRuntime() {
-		bad.addf("a pass in graph mode %v, which is not a runtime mode", p.GraphMode)
-	}
-	if int(p.Reason) >= len(reasons) {
-		bad.addf("unknown reason %v", p.Reason)
-	}
-	p.Batch.check(&bad)
-	checkUBatches(&bad, p.UBatches, p.NumTokens)
-	checkPerUBatch(&bad, "AttnMetadata", p.AttnMetadata, len(p.UBatches))
-	checkPerUBatch(&bad, "SlotMapping", p.SlotMapping, len(p.UBatches))
-	if p.GraphMode != GraphNone && p.Batch == (BatchDescriptor{}) {
-		p.Batch.NumTokens = p.NumTokens
-	}
-	return bad.err()
-}
-
-// run is a pass while it runs: its context with the forward context beside it in one allocation, and what its end needs.
-// It is never used again, since contexts outlive passes.
-type run struct {
-	passContext
-	value   ForwardContext
-	maps    [2]map[string]any // the metadata of a pass that is not split
-	runner  *Runner
-	forward ForwardFunc // nil: begun by Start
-	span    timedSpan
-	measure measure
-	ended   atomic.Bool
-}
-
-// begin does everything up to the forward function: checks, DP metadata, span, context.
-func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
-	if err := p.complete(); err != nil {
-		return nil, err
-	}
-	var dp *DPMetadata
-	if r.parallel.coordinated() {
-		var err error
-		if dp, err = r.dpMetadata(ctx, p); err != nil {
-			return nil, err
-		}
-	}
-	x := &run{runner: r}
-	x.value = ForwardContext{
-		NoCompileLayers:   r.layers,
-		AttnMetadata:      copyMaps(p.AttnMetadata, x.maps[0:1]),
-		SlotMapping:       copyMaps(p.SlotMapping, x.maps[1:2]),
-		NumTokens:         p.NumTokens,
-		NumTokensUnpadded: p.NumTokensUnpadded,
-		VirtualEngine:     p.VirtualEngine,
-		DP:                dp,
-		GraphMode:         p.GraphMode,
-		Batch:             p.Batch,
-		UBatches:          slices.Clone(p.UBatches),
-		SkipCompiled:      p.SkipCompiled,
-		Dummy:             p.Dummy,
-	}
-	x.passContext = passContext{Context: ctx, fc: &x.value, run: x}
-	r.telemetry.startForward(x, p)
-	return x, nil
-}
-
-// copyMaps copies a slice of maps, into room where that is enough.
-func copyMaps(maps, room []map[string]any) []map[string]any {
-	if len(maps) == 0 {
-		return nil
-	}
-	return append(room[:0:len(room)], maps...)
-}
-
-// dpMetadata returns the DP metadata of a pass, from its own counts, from its agreement, or by asking the other ranks.
-func (r *Runner) dpMetadata(ctx context.Context, p *Pass) (*DPMetadata, error) {
-	if p.NumTokens == 0 {
-		return nil, invalidf("a data-parallel pass without tokens, for which rank %d's %d peers would wait: an idle rank runs a dummy pass",
-			r.parallel.DataParallelRank, r.parallel.DataParallelSize-1)
-	}
-	if p.NumTokensAcrossDP == nil && p.Agreement == nil {
-		if len(p.UBatches) > 0 {
-			return nil, invalidf("a pass split into %d microbatches without token counts across ranks or agreement", len(p.UBatches))
-		}
-		// Without graph or microbatches nothing is padded: each rank keeps the tokens it has.
-		a, err := r.exchange(ctx, Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens})
-		if err != nil {
-			return nil, err
-		}
-		p.Agreement = a
-	}
-	across := p.NumTokensAcrossDP
-	if across == nil {
-		across = p.Agreement.NumTokensAcrossDP
-	}
-	m, err := NewDPMetadata(r.parallel, p.NumTokens, across)
-	if err != nil || len(p.UBatches) == 0 {
-		return m, err
-	}
-	var bad problems
-	m.checkEqual(&bad)
-	return m, bad.err()
-}
-
-// Run runs one forward pass: forward gets a context in which the pass's forward context and its span are. It calls forward,
-// inside the middleware, on the calling goroutine, and returns its error.
-//
-// A pass of a coordinated rank that has neither token counts nor an agreement exchanges votes first; [Runner.Plan] does so
-// with better ones. Once that is done the pass runs even if ctx has ended, since the other ranks count on it: forward sees
-// the ended ctx.
-//
-// Before the pass starts, Run wraps ErrInvalid, ErrTokenMismatch ([NewDPMetadata]), and the errors of the exchange,
-// ErrRankMissing and ErrLockstep. An error of the synchronisation is joined to that of forward. A panic of forward passes
-// through; the span is ended and shows it.
-func (r *Runner) Run(ctx context.Context, p Pass, forward ForwardFunc) error {
-	if r == nil {
-		r = nilRunner
-	}
-	if forward == nil {
-		return invalidf("a pass of %d tokens without a forward function", p.NumTokens)
-	}
-	x, err := r.begin(ctx, &p)
-	if err != nil {
-		return err
-	}
-	x.forward = forward
-	return x.do()
-}
-
-// do runs the forward function and ends the pass, whichever way that goes.
-func (x *run) do() (err error) {
-	defer x.span.End(x.span.options...) // directly, so that the SDK notes a panic
-	err = errPanic
-	defer func() { err = x.end(err) }()
-	if handler := x.runner.handler; handler != nil {
-		err = handler(&x.passContext)
-	} else {
-		err = x.forward(&x.passContext)
-	}
-	return err
-}
-
-// runInnermost is what the middleware wraps: it runs the forward function of the pass that ctx is in. That is this Runner's
-// innermost pass: a middleware may have put another Runner's pass around the rest.
-func (r *Runner) runInnermost(ctx context.Context) error {
-	for c := lookup(ctx); c != nil; c = lookup(c.Context) {
-		if x := c.run; x != nil && x.runner == r && x.forward != nil {
-			return x.forward(ctx)
-		}
-	}
-	return fmt.Errorf("%w: a middleware called next with a context from outside the pass", ErrNoForwardContext)
-}
-
-// end waits for the device and notes how the pass ended. It does not end the span. Nothing that happens in the
-// synchronisation keeps the outcome from being noted.
-func (x *run) end(err error) error {
-	outcome := err
-	defer func() { x.runner.telemetry.endForward(x, outcome) }()
-	if synchronize := x.runner.synchronize; synchronize != nil {
-		outcome = errPanic
-		switch syncErr := synchronize(&x.passContext); {
-		case syncErr == nil:
-		case err == nil:
-			err = syncErr
-		default:
-			err = errors.Join(err, syncErr)
-		}
-		outcome = err
-	}
-	return err
-}
-
-// Start begins a pass that ends in another function or goroutine: it returns the pass's context, and end, which ends it
-// with the error that failed it, or nil. A second call of end does nothing. There is no middleware. Each started pass must
-// be ended. The errors are those of [Runner.Run]; with one, the context and end are nil.
-func (r *Runner) Start(ctx context.Context, p Pass) (_ context.Context, end func(error), err error) {
-	if r == nil {
-		r = nilRunner
-	}
-	x, err := r.begin(ctx, &p)
-	if err != nil {
-		return nil, nil, err
-	}
-	return &x.passContext, func(err error) {
-		if x.ended.Swap(true) {
-			return
-		}
-		defer x.span.End(x.span.options...)
-		x.end(err)
-	}, nil
-}
-
-// Schedule is what the scheduler decided for one step, before any padding.
-type Schedule struct {
-	NumScheduledTokens []int // per request; none: this rank is idle
-	NumActiveLoRAs     int   // distinct adapters
-	AllowUBatches      bool  // the model can run this batch as microbatches
-	ExcludeFull        bool  // attention that a full graph can't hold
-	Eager              bool  // no graph at all
-}
-
-// Plan prepares a pass: it dispatches the batch to a graph, agrees with the other ranks on the graph mode, on microbatches
-// and on the padding that follows, and splits the batch. All ranks of a model must call it once per step; an idle rank plans
-// a dummy pass of one decode request, since the others can't run without it. A rank that is alone, or of a dense model,
-// decides for itself by the same rules.
-//
-// It wraps ErrInvalid: negative counts, nothing scheduled on a rank that nobody waits for, no coordinator, ranks that are
-// configured differently; ErrRankMissing and ErrLockstep from the exchange, after which the next Plan is in step again.
-func (r *Runner) Plan(ctx context.Context, s Schedule) (Pass, error) {
-	if r == nil {
-		r = nilRunner
-	}
-	dummy := len(s.NumScheduledTokens) == 0
-	if dummy {
-		if !r.parallel.coordinated() {
-			return Pass{}, invalidf("nothing is scheduled, and no other rank waits for a dummy pass")
-		}
-		s.NumScheduledTokens, s.NumActiveLoRAs = []int{r.dispatcher.queryLen()}, 0
-	}
-	query, err := r.query(s)
-	if err != nil {
-		return Pass{}, err
-	}
-	mode, batch, reason := GraphNone, BatchDescriptor{NumTokens: query.NumTokens}, ReasonDisabled
-	if r.dispatcher != nil && !s.Eager {
-		mode, batch, reason = r.dispatcher.Dispatch(query)
-	}
-	pass := Pass{
-		NumTokensUnpadded: query.NumTokens,
-		NumTokensGraph:    batch.NumTokens,
-		NumReqs:           len(s.NumScheduledTokens),
-		Reason:            reason,
-		Dummy:             dummy,
-	}
-	vote := Vote{NumTokens: query.NumTokens, NumTokensPadded: batch.NumTokens, UBatch: r.wantsUBatches(s, query), GraphMode: mode}
-	agreed, err := r.agreed(ctx, vote, &pass)
-	if err != nil {
-		return Pass{}, err
-	}
-	if err := r.applyGraph(&pass, query, mode, agreed.GraphMode); err != nil {
-		return Pass{}, err
-	}
-	// All ranks see the same votes, so either all split or none does.
-	if n := r.parallel.NumUBatches; agreed.UBatch && pass.NumTokens >= n {
-		reqs := max(pass.Batch.NumReqs, pass.NumReqs)
-		if _, pass.UBatches, err = SplitUBatches(s.NumScheduledTokens, pass.NumTokens, reqs, n, 0); err != nil {
-			return Pass{}, err
-		}
-	}
-	return pass, nil
-}
-
-// query checks a schedule and returns what the dispatcher is asked about it.
-func (r *Runner) query(s Schedule) (DispatchQuery, error) {
-	var p problems
-	p.count("NumActiveLoRAs", s.NumActiveLoRAs)
-	sum, err := sumScheduled(s.NumScheduledTokens)
-	if err != nil {
-		p = append(p, err)
-	} else if sum == 0 {
-		p.addf("%d requests are scheduled without any tokens", len(s.NumScheduledTokens))
-	}
-	q := r.dispatcher.queryLen()
-	return DispatchQuery{
-		NumTokens:      sum,
-		UniformDecode:  !slices.ContainsFunc(s.NumScheduledTokens, func(n int) bool { return n != q }),
-		NumActiveLoRAs: s.NumActiveLoRAs,
-		ExcludeFull:    s.ExcludeFull,
-	}, p.err()
-}
-
-func (r *Runner) wantsUBatches(s Schedule, q DispatchQuery) bool {
-	threshold := r.parallel.PrefillUBatchThreshold
-	if q.UniformDecode {
-		threshold = r.parallel.DecodeUBatchThreshold
-	}
-	return s.AllowUBatches && r.parallel.NumUBatches > 1 && q.NumTokens >= threshold
-}
-
-// agreed returns what the ranks agree on, and puts this rank's share of it into the pass. A rank that nobody depends on
-// agrees with itself.
-func (r *Runner) agreed(ctx context.Context, vote Vote, pass *Pass) (*Agreement, error) {
-	if !r.parallel.coordinated() {
-		a, err := Agree([]Vote{vote}, r.parallel.NumUBatches)
-		if err != nil {
-			return nil, err
-		}
-		pass.NumTokens = int(a.NumTokensAcrossDP.AtVec(0))
-		return &a, nil
-	}
-	a, err := r.exchange(ctx, vote)
-	if err != nil {
-		return nil, err
-	}
-	pass.Agreement = a
-	pass.NumTokens = int(a.NumTokensAcrossDP.AtVec(r.parallel.DataParallelRank))
-	return a, nil
-}
-
-// applyGraph gives the pass the agreed mode and the key of the graph for its final token count, which the other ranks may
-// have raised. own is the mode that this rank voted for.
-func (r *Runner) applyGraph(pass *Pass, query DispatchQuery, own, agreed GraphMode) error {
-	pass.GraphMode = agreed
-	if agreed < own {
-		pass.Reason = ReasonDPRank
-	}
-	if agreed == GraphNone {
-		pass.Batch = BatchDescriptor{NumTokens: pass.NumTokens}
-		return nil
-	}
-	query.NumTokens = pass.NumTokens
-	query.ExcludeFull = query.ExcludeFull || agreed < GraphFull
-	mode, batch, reason := r.dispatcher.Dispatch(query)
-	if mode != agreed || batch.NumTokens != pass.NumTokens {
-		return invalidf("the ranks agreed on %v with %d tokens, for which rank %d dispatches %v with %d tokens (%v): the ranks are configured differently",
-			agreed, pass.NumTokens, r.parallel.DataParallelRank, mode, batch.NumTokens, reason)
-	}
-	pass.Batch = batch
-	return nil
+	return b.String()
 }

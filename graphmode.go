@@ -3,16 +3,15 @@ package fwd
 import (
 	"context"
 	"fmt"
-	"math"
 	"slices"
 	"strings"
 	"sync"
 )
 
-// GraphMode says which captured graphs (CUDA graphs, compiled plans) a pass or an engine uses. The zero value is
-// GraphNone. Three modes are runtime modes, ordered GraphNone < GraphPiecewise < GraphFull; the other two are
-// composite: they pair a runtime mode for pure decode batches with one for mixed batches, and only configure a
-// [Dispatcher].
+// GraphMode says which captured graphs (CUDA graphs, compiled plans) a pass or an engine uses. The zero
+// value is GraphNone. Three modes are runtime modes, ordered GraphNone < GraphPiecewise < GraphFull. The
+// other two are composite: they pair a runtime mode for pure decode batches with one for mixed batches,
+// and only configure a [Dispatcher].
 type GraphMode uint8
 
 // The graph modes. Their values and text forms are vLLM's CUDAGraphMode.
@@ -38,8 +37,8 @@ var graphModes = [...]struct {
 
 func (m GraphMode) known() bool { return int(m) < len(graphModes) }
 
-// DecodeMode returns the runtime mode for pure decode batches; m itself unless m is composite. An unknown mode has
-// no graphs: all its parts are GraphNone.
+// DecodeMode returns the runtime mode for pure decode batches, which is m itself unless m is composite.
+// An unknown mode has no graphs: all its parts are GraphNone.
 func (m GraphMode) DecodeMode() GraphMode {
 	if !m.known() {
 		return GraphNone
@@ -47,7 +46,8 @@ func (m GraphMode) DecodeMode() GraphMode {
 	return graphModes[m].decode
 }
 
-// MixedMode returns the runtime mode for batches that hold prefill; m itself unless m is composite.
+// MixedMode returns the runtime mode for batches that hold prefill, which is m itself unless m is
+// composite.
 func (m GraphMode) MixedMode() GraphMode {
 	if !m.known() {
 		return GraphNone
@@ -64,7 +64,8 @@ func (m GraphMode) SeparateRoutine() bool { return m.DecodeMode() != m.MixedMode
 // HasFullGraphs reports whether some batches run as one graph.
 func (m GraphMode) HasFullGraphs() bool { return m.MaxMode() == GraphFull }
 
-// HasPiecewiseGraphs reports whether some batches run piecewise, which asks for a model compiled in pieces.
+// HasPiecewiseGraphs reports whether some batches run piecewise, which needs a model that is compiled in
+// pieces.
 func (m GraphMode) HasPiecewiseGraphs() bool { return m.HasMode(GraphPiecewise) }
 
 // ValidRuntime reports whether a pass can run in m: m is known and not composite.
@@ -86,7 +87,7 @@ func (m GraphMode) String() string {
 	return graphModes[m].name
 }
 
-// MarshalText returns the name of m. An unknown mode is ErrInvalid.
+// MarshalText returns the name of m. For an unknown mode the error wraps ErrInvalid.
 func (m GraphMode) MarshalText() ([]byte, error) {
 	if !m.known() {
 		return nil, invalidf("%v is not a graph mode", m)
@@ -94,7 +95,7 @@ func (m GraphMode) MarshalText() ([]byte, error) {
 	return []byte(m.String()), nil
 }
 
-// UnmarshalText sets m to the mode that text names, as [ParseGraphMode] does; m is untouched by an error.
+// UnmarshalText sets m to the mode that text names, as [ParseGraphMode] does. An error leaves m as it is.
 func (m *GraphMode) UnmarshalText(text []byte) error {
 	parsed, err := ParseGraphMode(string(text))
 	if err == nil {
@@ -103,7 +104,8 @@ func (m *GraphMode) UnmarshalText(text []byte) error {
 	return err
 }
 
-// ParseGraphMode returns the mode with that name; case does not matter. Other text is ErrInvalid.
+// ParseGraphMode returns the mode with that name; case does not matter. For other text the error wraps
+// ErrInvalid.
 func ParseGraphMode(s string) (GraphMode, error) {
 	var names []string
 	for m, mode := range graphModes {
@@ -115,25 +117,28 @@ func ParseGraphMode(s string) (GraphMode, error) {
 	return GraphNone, invalidf("graph mode %.40q is none of %s", s, strings.Join(names, ", "))
 }
 
-// Reason says why a batch runs in the mode it runs in. The zero value is ReasonUnknown: nobody dispatched it.
+// Reason says why a batch runs in the mode it runs in. The zero value is ReasonUnknown.
 type Reason uint8
 
-// The reasons of a dispatch, each with the word that telemetry shows.
+// The reasons, each with the word that telemetry shows.
 const (
-	ReasonUnknown      Reason = iota // "unknown": not dispatched
+	ReasonUnknown      Reason = iota // "unplanned": nobody dispatched the batch
 	ReasonExact                      // "exact": a full graph of exactly this padded batch
 	ReasonRelaxed                    // "relaxed": a graph for any batch with this padded token count
 	ReasonDisabled                   // "disabled": graph mode NONE, no dispatcher, or eager execution was asked for
-	ReasonTooLarge                   // "too_large": more tokens than the largest capture size
+	ReasonTooLarge                   // "too_large": more tokens than the largest capture size, or requests than MaxNumSeqs
 	ReasonFullExcluded               // "full_excluded": a full graph existed, and was excluded
 	ReasonNoKey                      // "no_key": no graph is captured for such a batch
 	ReasonLoRA                       // "lora": no graph for this number of adapters, though there is one for another number
 	ReasonDPRank                     // "dp_rank": lowered by a data-parallel rank, Agreement.LowestModeRank
+	ReasonUBatch                     // "ubatch": lowered because the pass is split into microbatches
 )
 
-var reasons = [...]string{"unknown", "exact", "relaxed", "disabled", "too_large", "full_excluded", "no_key", "lora", "dp_rank"}
+var reasons = [...]string{
+	"unplanned", "exact", "relaxed", "disabled", "too_large", "full_excluded", "no_key", "lora", "dp_rank", "ubatch",
+}
 
-// String returns the reason's word, such as "too_large".
+// String returns the reason's word, such as "too_large", or "Reason(99)" for an unknown value.
 func (r Reason) String() string {
 	if int(r) >= len(reasons) {
 		return fmt.Sprintf("Reason(%d)", uint8(r))
@@ -141,51 +146,93 @@ func (r Reason) String() string {
 	return reasons[r]
 }
 
-// LoRAConfig says for which numbers of active LoRA adapters graphs are captured. By default there are graphs without
-// adapters, and graphs that serve any number of them.
+// MarshalText returns the reason's word. For an unknown value the error wraps ErrInvalid.
+func (r Reason) MarshalText() ([]byte, error) {
+	if int(r) >= len(reasons) {
+		return nil, invalidf("%v is not a reason", r)
+	}
+	return []byte(r.String()), nil
+}
+
+// UnmarshalText sets r to the reason with that word. For other text the error wraps ErrInvalid and r
+// stays as it is.
+func (r *Reason) UnmarshalText(text []byte) error {
+	i := slices.Index(reasons[:], string(text))
+	if i < 0 {
+		return invalidf("reason %.40q is none of %s", text, strings.Join(reasons[:], ", "))
+	}
+	*r = Reason(i)
+	return nil
+}
+
+// LoRAConfig says for which numbers of active LoRA adapters graphs are captured. By default there are
+// graphs without adapters, and graphs that serve any number of them.
 type LoRAConfig struct {
-	MaxLoRAs        int  // the most adapters active at once, at least 1; graphs for MaxLoRAs+1 serve any number
-	Unspecialized   bool // graphs only with adapters: batches without any use none
-	SpecializeCount bool // a graph each for 1, 2, 4, ... and MaxLoRAs+1 active adapters
+	// MaxLoRAs is the most adapters that are active in a batch, at least 1. A batch with more has no
+	// graph. Graphs for MaxLoRAs+1 serve any number up to MaxLoRAs.
+	MaxLoRAs int
+
+	// Unspecialized says that there are graphs only with adapters. A batch without any runs without a
+	// graph.
+	Unspecialized bool
+
+	// SpecializeCount says that there is a graph each for 1, 2, 4, ... and MaxLoRAs+1 active adapters.
+	SpecializeCount bool
 }
 
 // DispatcherConfig configures a [Dispatcher]. The zero value is a dispatcher that uses no graph.
 type DispatcherConfig struct {
-	Mode                  GraphMode   // may be composite
-	CaptureSizes          []int       // in tokens: ascending, unique, at least 1; needed unless Mode is GraphNone
-	MaxNumSeqs            int         // the most requests in a batch; at least 1 unless Mode is GraphNone
-	UniformDecodeQueryLen int         // tokens of each request in a decode batch: 1 + speculative tokens; 0: 1
-	LoRA                  *LoRAConfig // nil: no adapters
+	// Mode may be composite.
+	Mode GraphMode
+
+	// CaptureSizes are the token counts for which graphs are captured: ascending, unique, at least 1.
+	// They are needed unless Mode is GraphNone. See [DefaultCaptureSizes] and [Dispatcher.Gaps].
+	CaptureSizes []int
+
+	// MaxNumSeqs is the most requests in a batch that a full graph has room for: at least 1 unless Mode
+	// is GraphNone.
+	MaxNumSeqs int
+
+	// UniformDecodeQueryLen is the number of tokens of each request in a uniform decode batch: 1 + the
+	// speculative tokens. 0 means 1.
+	UniformDecodeQueryLen int
+
+	// LoRA is nil if there are no adapters.
+	LoRA *LoRAConfig
 }
 
-// A Dispatcher chooses the captured graph that a batch can use, and says why. Make one with [NewDispatcher]. It is
-// immutable: any number of goroutines may use it.
+// A Dispatcher chooses the captured graph that a batch can use, and says why. Make one with
+// [NewDispatcher]. It is immutable, so any number of goroutines may use it. A nil *Dispatcher has no
+// graphs.
 //
-// Its keys are a product: every capture size up to a bound, times every adapter count. So a dispatch looks for a size
-// and a count and never for a key. The rules are those of vLLM's CudagraphDispatcher.
+// Graphs exist for every capture size combined with every adapter count, so Dispatch looks the two up
+// separately instead of searching a set of keys. The rules are those of vLLM's CudagraphDispatcher.
 type Dispatcher struct {
 	mode      GraphMode
 	mixed     GraphMode // of mode
 	sizes     []int     // ascending
 	padded    []int32   // by token count, the capture size; short: see maxPadded
 	q         int       // uniform decode query length
-	maxDecode int64     // tokens of the largest batch with a full graph for uniform decode; 0: there is none
-	loraCases []int     // adapter counts with graphs of their own, ascending
+	maxSeqs   int
+	maxDecode int64 // tokens of the largest batch with a full graph for uniform decode; 0: there is none
+	loraCases []int // adapter counts with graphs of their own, ascending
 	lora      LoRAConfig
 }
 
 // maxPadded bounds the table of padded counts; beyond it the sizes are searched.
 const maxPadded = 1 << 13
 
-// NewDispatcher returns the dispatcher of a configuration, which it copies. ErrInvalid: a negative count, capture
-// sizes that are missing, not ascending or below 1, and sizes that are no multiple of the uniform decode query length
-// although Mode has full graphs ([RoundCaptureSizes] mends those).
+// NewDispatcher returns the dispatcher of a configuration, which it copies. It returns an error that
+// wraps ErrInvalid if a count is negative, if capture sizes are missing, not ascending or below 1, or if
+// Mode has full graphs and sizes are not multiples of the uniform decode query length
+// ([RoundCaptureSizes] mends those).
 func NewDispatcher(cfg DispatcherConfig) (*Dispatcher, error) {
 	d := &Dispatcher{
-		mode:  cfg.Mode,
-		mixed: cfg.Mode.MixedMode(),
-		sizes: slices.Clone(cfg.CaptureSizes),
-		q:     max(cfg.UniformDecodeQueryLen, 1),
+		mode:    cfg.Mode,
+		mixed:   cfg.Mode.MixedMode(),
+		sizes:   slices.Clone(cfg.CaptureSizes),
+		q:       max(cfg.UniformDecodeQueryLen, 1),
+		maxSeqs: cfg.MaxNumSeqs,
 	}
 	if err := cfg.check(d.q); err != nil {
 		return nil, err
@@ -221,7 +268,6 @@ func (cfg *DispatcherConfig) check(q int) error {
 	if cfg.Mode != GraphNone && cfg.MaxNumSeqs == 0 {
 		p.addf("graph mode %v with MaxNumSeqs 0", cfg.Mode)
 	}
-	var odd []int
 	for i, size := range cfg.CaptureSizes {
 		if size < 1 || size > maxCount {
 			p.addf("capture size %d at index %d is not in 1 to %d", size, i, maxCount)
@@ -229,17 +275,48 @@ func (cfg *DispatcherConfig) check(q int) error {
 		if i > 0 && size <= cfg.CaptureSizes[i-1] {
 			p.addf("capture sizes are not ascending: %d follows %d at index %d", size, cfg.CaptureSizes[i-1], i)
 		}
-		if size%q != 0 {
-			odd = append(odd, size)
-		}
 	}
-	if len(odd) > 0 && cfg.Mode.HasFullGraphs() {
-		p.addf("capture sizes %s are no multiples of the uniform decode query length %d", abbreviate(odd), q)
+	if cfg.Mode.HasFullGraphs() {
+		checkMultiples(&p, cfg.CaptureSizes, q, "the uniform decode query length")
 	}
 	return p.err()
 }
 
-// cases returns the adapter counts with graphs of their own, ascending; the zero LoRAConfig is "no adapters".
+// checkMultiples adds a problem if sizes are not multiples of n.
+func checkMultiples(p *problems, sizes []int, n int, what string) {
+	var odd []int
+	for _, size := range sizes {
+		if size%n != 0 {
+			odd = append(odd, size)
+		}
+	}
+	if len(odd) > 0 {
+		p.addf("capture sizes %s are not multiples of %s %d; see RoundCaptureSizes", abbreviate(odd), what, n)
+	}
+}
+
+// checkMultiple adds a problem if padding to a capture size would lose the multiple.
+func (d *Dispatcher) checkMultiple(n int, p *problems) {
+	if d.mode != GraphNone && n > 1 {
+		checkMultiples(p, d.sizes, n, "TokenMultiple")
+	}
+}
+
+// addTo adds the whole configuration to a fingerprint. No dispatcher counts as one without graphs.
+func (d *Dispatcher) addTo(f *fingerprint) {
+	if d == nil {
+		d = noGraphs
+	}
+	f.ints(int(d.mode), d.q, d.maxSeqs, d.lora.MaxLoRAs, toInt(d.lora.Unspecialized), toInt(d.lora.SpecializeCount))
+	f.ints(len(d.sizes))
+	f.ints(d.sizes...)
+}
+
+// noGraphs does what a nil *Dispatcher does.
+var noGraphs = &Dispatcher{q: 1, loraCases: []int{0}}
+
+// cases returns the adapter counts with graphs of their own, ascending; the zero LoRAConfig is "no
+// adapters".
 func (l LoRAConfig) cases() []int {
 	if l.MaxLoRAs == 0 {
 		return []int{0}
@@ -259,17 +336,24 @@ func (l LoRAConfig) cases() []int {
 // DispatchQuery describes a batch before any padding.
 type DispatchQuery struct {
 	NumTokens      int  // scheduled, all requests together
+	NumReqs        int  // scheduled requests; 0: not said
 	UniformDecode  bool // each request has the uniform decode query length
 	NumActiveLoRAs int  // distinct adapters in the batch
 	ExcludeFull    bool // a full graph can't be used, as with cascade attention
 }
 
-// Dispatch returns the runtime mode for a batch, the descriptor that is the key of the graph to replay, and the
-// reason. Without a graph the mode is GraphNone and the descriptor holds the token count alone, unpadded. It panics
-// if NumTokens or NumActiveLoRAs is negative. It allocates nothing.
+// Dispatch returns the runtime mode for a batch, the descriptor that is the key of the graph to replay,
+// and the reason. Without a graph the mode is GraphNone and the descriptor holds only the token count,
+// unpadded. A batch of more than MaxNumSeqs requests gets no full graph, and one with more than MaxLoRAs
+// active adapters gets no graph. Dispatch panics if NumTokens, NumReqs or NumActiveLoRAs is negative. It
+// allocates nothing.
 func (d *Dispatcher) Dispatch(q DispatchQuery) (GraphMode, BatchDescriptor, Reason) {
-	if q.NumTokens < 0 || q.NumActiveLoRAs < 0 {
-		panic(fmt.Sprintf("fwd: Dispatch of %d tokens with %d adapters", q.NumTokens, q.NumActiveLoRAs))
+	if q.NumTokens < 0 || q.NumReqs < 0 || q.NumActiveLoRAs < 0 {
+		panic(fmt.Sprintf("fwd: Dispatch of %d tokens of %d requests with %d adapters",
+			q.NumTokens, q.NumReqs, q.NumActiveLoRAs))
+	}
+	if d == nil {
+		d = noGraphs
 	}
 	eager := BatchDescriptor{NumTokens: q.NumTokens}
 	if d.mode == GraphNone {
@@ -289,6 +373,10 @@ func (d *Dispatcher) Dispatch(q DispatchQuery) (GraphMode, BatchDescriptor, Reas
 		return GraphNone, eager, ReasonLoRA
 	}
 	key := BatchDescriptor{NumTokens: padded, HasLoRA: loras > 0, NumActiveLoRAs: loras}
+	excluded := ReasonFullExcluded
+	if !q.ExcludeFull && q.NumReqs > d.maxSeqs {
+		q.ExcludeFull, excluded = true, ReasonTooLarge
+	}
 	switch {
 	case full && !q.ExcludeFull && exact:
 		key.NumReqs, key.Uniform = padded/d.q, true
@@ -296,11 +384,11 @@ func (d *Dispatcher) Dispatch(q DispatchQuery) (GraphMode, BatchDescriptor, Reas
 	case full && !q.ExcludeFull:
 		return GraphFull, key, ReasonRelaxed
 	case d.mixed == GraphPiecewise && full:
-		return GraphPiecewise, key, ReasonFullExcluded
+		return GraphPiecewise, key, excluded
 	case d.mixed == GraphPiecewise:
 		return GraphPiecewise, key, ReasonRelaxed
 	}
-	return GraphNone, eager, ReasonFullExcluded
+	return GraphNone, eager, excluded
 }
 
 // pad returns the smallest capture size that holds n tokens, if one does.
@@ -318,19 +406,28 @@ func (d *Dispatcher) pad(n int) (int, bool) {
 // hasDecodeKey reports whether full graphs of uniform decode batches are captured for this size.
 func (d *Dispatcher) hasDecodeKey(size int) bool { return size >= d.q && int64(size) <= d.maxDecode }
 
-// adapters returns the adapter count whose graphs serve k active adapters, and whether such graphs exist.
+// adapters returns the adapter count whose graphs serve k active adapters, and whether such graphs
+// exist.
 func (d *Dispatcher) adapters(k int) (int, bool) {
 	if k == 0 {
 		return 0, d.loraCases[0] == 0
 	}
-	if !d.lora.SpecializeCount && d.lora.MaxLoRAs > 0 {
+	if k > d.lora.MaxLoRAs { // also without adapters
+		return k, false
+	}
+	if !d.lora.SpecializeCount {
 		return d.lora.MaxLoRAs + 1, true
 	}
 	i, _ := slices.BinarySearch(d.loraCases, k)
-	if i == len(d.loraCases) {
-		return k, false
-	}
 	return d.loraCases[i], true
+}
+
+// fewestLoRAs returns the smallest number of active adapters that has graphs.
+func (d *Dispatcher) fewestLoRAs() int {
+	if d == nil {
+		return 0
+	}
+	return min(d.loraCases[0], 1)
 }
 
 // Capture is a graph that warm-up captures: a runtime mode and the key of the batch.
@@ -339,9 +436,13 @@ type Capture struct {
 	Batch BatchDescriptor
 }
 
-// Captures returns every graph that Dispatch can answer with, in the order in which to capture them: piecewise before
-// full, and the largest first, so that the smaller ones fit into the memory that the larger ones have claimed.
+// Captures returns every graph that Dispatch can answer with, in the order in which to capture them:
+// piecewise before full, and the largest first, so that the smaller ones fit into the memory that the
+// larger ones have claimed.
 func (d *Dispatcher) Captures() []Capture {
+	if d == nil {
+		return nil
+	}
 	var captures []Capture
 	for _, mode := range []GraphMode{GraphPiecewise, GraphFull} {
 		for _, size := range slices.Backward(d.sizes) {
@@ -360,6 +461,71 @@ func (d *Dispatcher) Captures() []Capture {
 	return captures
 }
 
+// Gap is a range of token counts for which a batch gets less than the configured mode promises.
+type Gap struct {
+	// Tokens holds the token counts of the batches, without padding. Of uniform decode batches only the
+	// multiples of the query length count.
+	Tokens Range
+
+	// Decode says that these are uniform decode batches; otherwise they are mixed ones.
+	Decode bool
+
+	// Mode is what such a batch gets, and Reason why.
+	Mode   GraphMode
+	Reason Reason
+}
+
+// String returns the gap as "uniform decode batches of 41 to 42 tokens run in NONE: too_large".
+func (g Gap) String() string {
+	kind := "mixed"
+	if g.Decode {
+		kind = "uniform decode"
+	}
+	return fmt.Sprintf("%s batches of %d to %d tokens run in %v: %v",
+		kind, g.Tokens.Start, g.Tokens.Stop-1, g.Mode, g.Reason)
+}
+
+// Gaps returns where a batch gets less than the configured mode promises, so that an engine can tell at
+// its start. First come uniform decode batches of q, 2q, ... q·MaxNumSeqs tokens, with q the query
+// length, which are promised the mode's decode mode; then mixed ones of 1 to the larger of q·MaxNumSeqs
+// and the largest capture size, which are promised its mixed mode. All have the fewest active adapters
+// that have graphs. Neighbours with the same mode and reason are one range.
+func (d *Dispatcher) Gaps() []Gap {
+	if d == nil || d.mode == GraphNone {
+		return nil
+	}
+	largest := int(min(int64(d.q)*int64(d.maxSeqs), maxCount))
+	return append(d.gaps(true, d.q, largest), d.gaps(false, 1, max(largest, d.sizes[len(d.sizes)-1]))...)
+}
+
+// gaps returns the gaps among batches of step, 2·step, ... tokens up to largest. Batches that pad to the
+// same size get the same answer, so one of them is asked for all.
+func (d *Dispatcher) gaps(decode bool, step, largest int) (gaps []Gap) {
+	promised := d.mixed
+	if decode {
+		promised = d.mode.DecodeMode()
+	}
+	next := step // the smallest batch not looked at yet
+	for _, size := range append(slices.Clone(d.sizes), largest) {
+		last := min(size, largest) / step * step
+		if last < next {
+			continue
+		}
+		mode, _, reason := d.Dispatch(DispatchQuery{NumTokens: last, UniformDecode: decode, NumActiveLoRAs: d.fewestLoRAs()})
+		if mode < promised {
+			gap := Gap{Range{next, last + 1}, decode, mode, reason}
+			if n := len(gaps); n > 0 && gaps[n-1].Mode == mode && gaps[n-1].Reason == reason &&
+				gaps[n-1].Tokens.Stop-1+step == next {
+				gaps[n-1].Tokens.Stop = gap.Tokens.Stop
+			} else {
+				gaps = append(gaps, gap)
+			}
+		}
+		next = last + step
+	}
+	return gaps
+}
+
 // queryLen returns the uniform decode query length; 1 without a dispatcher.
 func (d *Dispatcher) queryLen() int {
 	if d == nil {
@@ -368,14 +534,15 @@ func (d *Dispatcher) queryLen() int {
 	return d.q
 }
 
-// DefaultCaptureSizes returns vLLM's capture sizes up to max tokens: 1, 2, 4, then every 8th below 256, then every
-// 16th. A max below 1 has none, and a max between two sizes is not itself one. It panics if max is above 2^24, which no batch reaches: the list would fill the memory.
+// DefaultCaptureSizes returns vLLM's capture sizes up to max tokens, and max itself: 1, 2, 4, then every
+// 8th below 256, then every 16th. If max is below 1, there are none. It panics if max is above 2^24,
+// which no batch reaches: the list would fill the memory.
 func DefaultCaptureSizes(max int) []int {
 	if max > maxListed {
 		panic(fmt.Sprintf("fwd: DefaultCaptureSizes(%d): more than %d tokens", max, maxListed))
 	}
 	var sizes []int
-	for size := 1; size <= max; {
+	for size := 1; size < max; {
 		sizes = append(sizes, size)
 		switch {
 		case size < 8:
@@ -386,11 +553,15 @@ func DefaultCaptureSizes(max int) []int {
 			size += 16
 		}
 	}
+	if max >= 1 {
+		sizes = append(sizes, max)
+	}
 	return sizes
 }
 
-// RoundCaptureSizes returns sizes rounded up to multiples: ascending, unique and none above the largest of sizes, which
-// it leaves unchanged. ErrInvalid: a multiple or size below 1, and sizes of which none is left. No sizes stay no sizes.
+// RoundCaptureSizes returns sizes rounded up to multiples, ascending and unique. Those that would be
+// above the largest of sizes are left out; sizes itself does not change. It returns an error that wraps
+// ErrInvalid if multiple or a size is below 1, or if no size is left. No sizes stay no sizes.
 func RoundCaptureSizes(sizes []int, multiple int) ([]int, error) {
 	if multiple < 1 {
 		return nil, invalidf("multiple is %d, want at least 1", multiple)
@@ -416,70 +587,84 @@ func RoundCaptureSizes(sizes []int, multiple int) ([]int, error) {
 	return slices.Compact(rounded), nil
 }
 
-// Graph is something captured that can run again: a CUDA graph, a compiled plan. Replay runs it for the pass in ctx.
-// As with CUDA graphs, inputs and outputs lie in buffers that outlive a pass; the caller fills and reads them.
-type Graph interface {
-	Replay(ctx context.Context) error
-}
-
-// CaptureFunc captures forward for the batches that key describes. It may call forward any number of times with ctx.
-type CaptureFunc func(ctx context.Context, key BatchDescriptor, forward ForwardFunc) (Graph, error)
-
-// A GraphCache gives one forward function graphs for one runtime mode: the first pass with a key captures, the later
-// ones replay. Make one with [NewGraphCache]. It may be used by any number of goroutines; passes that meet an unknown key at once capture it once.
-// A graph stays for the life of the cache, one for each key; [GraphCache.CloseCapture] after warm-up bounds their number.
+// A GraphCache gives one forward function graphs for one runtime mode: the first pass with a key
+// captures, later ones replay. Make one with [NewGraphCache]. It may be used by any number of goroutines.
+// Passes that meet an unknown key concurrently capture it once. A graph stays for the life of the cache,
+// one for each key; [GraphCache.CloseCapture] after warm-up bounds their number.
 //
-// Caches nest: an engine with both modes has a full cache around its whole forward function, which calls piecewise caches
-// around its parts; in a pass of one mode the caches of the other just call their function. What a graph reads and writes
-// lies in buffers of the caller's, and passes that replay the same graph at once share them.
+// Passes that replay the same graph concurrently take turns, because they share its buffers: as with
+// CUDA graphs, inputs and outputs lie in buffers that outlive a pass, which the caller fills and reads.
+// A replay that enters its own graph again would wait for itself, so it must not.
+//
+// Caches nest: an engine with both modes has a full cache around its whole forward function, which calls
+// piecewise caches around its parts. In a pass of one mode the caches of the other just call their
+// function.
 type GraphCache struct {
 	mode    GraphMode
 	forward ForwardFunc
-	capture CaptureFunc
+	capture func(ctx context.Context, key BatchDescriptor) (ForwardFunc, error)
 
 	mu        sync.RWMutex
-	graphs    map[BatchDescriptor]Graph
+	graphs    map[BatchDescriptor]*graph
 	capturing map[BatchDescriptor]*capturing
 	closed    bool
 }
 
-// capturing is a capture in progress. Its result is there once done is closed.
-type capturing struct {
-	done  chan struct{}
-	graph Graph
-	err   error
-	retry bool // it failed because the capturing pass was cancelled, which says nothing to the others
+// graph is a captured graph.
+type graph struct {
+	replay ForwardFunc
+	turn   chan struct{} // holds a value while a pass replays
 }
 
-// NewGraphCache returns an empty cache for passes in mode. ErrInvalid: a mode that is not GraphPiecewise or GraphFull, a
-// nil function.
-func NewGraphCache(mode GraphMode, forward ForwardFunc, capture CaptureFunc) (*GraphCache, error) {
+// capturing is a capture in progress. Its result is there once done is closed.
+type capturing struct {
+	within *capturing // the capture, by the same cache, inside of which this one happens; nil: none
+	done   chan struct{}
+	graph  *graph
+	err    error
+	retry  bool // it failed because the capturing pass was cancelled, which says nothing to the others
+}
+
+// captureKey is the context key of a cache's innermost capture.
+type captureKey struct{ cache *GraphCache }
+
+// NewGraphCache returns an empty cache for passes in mode. forward is what runs without a graph. capture
+// captures it for the batches that key describes, and returns what replays it for the pass in ctx: a
+// CUDA graph, a compiled plan. It may call forward any number of times with its ctx.
+//
+// NewGraphCache returns an error that wraps ErrInvalid if mode is not GraphPiecewise or GraphFull, or if
+// a function is nil.
+func NewGraphCache(mode GraphMode, forward ForwardFunc,
+	capture func(ctx context.Context, key BatchDescriptor) (replay ForwardFunc, err error)) (*GraphCache, error) {
 	var p problems
 	if mode == GraphNone || !mode.ValidRuntime() {
 		p.addf("a graph cache for mode %v, want PIECEWISE or FULL", mode)
 	}
 	if forward == nil || capture == nil {
-		p.addf("a graph cache without forward function (nil: %t) or capture function (nil: %t)", forward == nil, capture == nil)
+		p.addf("a graph cache without forward function (nil: %t) or capture function (nil: %t)",
+			forward == nil, capture == nil)
 	}
 	if err := p.err(); err != nil {
 		return nil, err
 	}
 	return &GraphCache{
 		mode: mode, forward: forward, capture: capture,
-		graphs: make(map[BatchDescriptor]Graph), capturing: make(map[BatchDescriptor]*capturing),
+		graphs: make(map[BatchDescriptor]*graph), capturing: make(map[BatchDescriptor]*capturing),
 	}, nil
 }
 
-// Forward runs the pass in ctx. It calls the forward function where the pass's graph mode is not the cache's, where
-// the pass is split into microbatches and where there is no pass. Else it replays the graph of the pass's descriptor,
-// capturing it before that if it is not known yet.
+// Forward runs the pass in ctx. It calls the forward function if there is no pass, if the pass's graph
+// mode is not the cache's, if the pass is split into microbatches, or if it has SkipCompiled. Otherwise
+// it replays the graph of the pass's descriptor, and captures it before that if it is not known yet.
 //
-// It returns the errors of the forward function, the capture and the replay, and wraps: ErrNoDescriptor, the pass has
-// none; ErrCaptureClosed, the key is unknown after CloseCapture; ErrInvalid, the capture returned no graph; the cause
-// of ctx, which ended while another pass captured the key.
+// It returns the errors of the forward function, the capture and the replay. It also returns errors that
+// wrap ErrNoDescriptor if the pass has no descriptor; ErrCaptureClosed if the key is unknown after
+// CloseCapture; ErrInvalid if the descriptor's HasLoRA and NumActiveLoRAs disagree, if the capture
+// returned no replay function, or if a capture asks for the key that it captures; and the cause of ctx
+// if it ends while another pass captures or replays the graph.
 func (c *GraphCache) Forward(ctx context.Context) error {
 	pass := lookup(ctx)
-	if pass == nil || pass.fc.GraphMode != c.mode || len(pass.fc.UBatches) > 0 {
+	if pass == nil || pass.fc.GraphMode != c.mode || len(pass.fc.UBatches) > 0 || pass.fc.SkipCompiled {
 		return c.forward(ctx)
 	}
 	key := pass.fc.Batch
@@ -487,41 +672,63 @@ func (c *GraphCache) Forward(ctx context.Context) error {
 		return fmt.Errorf("%w: a pass of %d tokens in graph mode %v", ErrNoDescriptor, pass.fc.NumTokens, c.mode)
 	}
 	c.mu.RLock()
-	graph := c.graphs[key]
+	g := c.graphs[key]
 	c.mu.RUnlock()
-	if graph == nil {
+	if g == nil {
 		var err error
-		if graph, err = c.captured(ctx, pass, key); err != nil {
+		if g, err = c.captured(ctx, pass, key); err != nil {
 			return err
 		}
 	}
-	pass.telemetry().event(ctx, eventReplay)
-	return graph.Replay(ctx)
+	if err := g.take(ctx); err != nil {
+		return fmt.Errorf("fwd: waiting for another pass to replay %+v: %w", key, err)
+	}
+	defer g.giveBack()
+	pass.traced().event(ctx, eventReplay)
+	return g.replay(ctx)
 }
 
-// captured returns the graph of a key that was not known a moment ago: by capturing it, or by waiting for the pass that
-// does.
-func (c *GraphCache) captured(ctx context.Context, pass *passContext, key BatchDescriptor) (Graph, error) {
-	for {
-		c.mu.Lock()
-		if graph := c.graphs[key]; graph != nil {
-			c.mu.Unlock()
-			return graph, nil
-		}
-		flight, ok := c.capturing[key]
-		if !ok && c.closed {
-			c.mu.Unlock()
-			return nil, fmt.Errorf("%w: graph mode %v, key %+v", ErrCaptureClosed, c.mode, key)
-		}
-		if !ok {
-			flight = &capturing{done: make(chan struct{})}
-			c.capturing[key] = flight
-		}
-		c.mu.Unlock()
+// take waits for this pass's turn. A pass that needs not wait runs whatever its ctx says.
+func (g *graph) take(ctx context.Context) error {
+	select {
+	case g.turn <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case g.turn <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
 
-		if !ok {
+func (g *graph) giveBack() { <-g.turn }
+
+// captured returns the graph of a key that was not known a moment ago: by capturing it, or by waiting
+// for the pass that does.
+func (c *GraphCache) captured(ctx context.Context, pass *passContext, key BatchDescriptor) (*graph, error) {
+	var bad problems
+	if key.check(&bad); len(bad) > 0 {
+		return nil, bad.err()
+	}
+	within, _ := ctx.Value(captureKey{c}).(*capturing)
+	for {
+		g, flight, ours, err := c.join(key, within)
+		switch {
+		case g != nil:
+			return g, nil
+		case err != nil:
+			pass.traced().captureRefused(ctx, err)
+			return nil, err
+		case ours:
 			c.fly(ctx, pass, key, flight)
 			return flight.graph, flight.err
+		}
+		for outer := within; outer != nil; outer = outer.within {
+			if outer == flight {
+				return nil, invalidf("the capture of %+v asks its own cache for the same key", key)
+			}
 		}
 		select {
 		case <-flight.done:
@@ -532,6 +739,25 @@ func (c *GraphCache) captured(ctx context.Context, pass *passContext, key BatchD
 			return flight.graph, flight.err
 		}
 	}
+}
+
+// join returns the graph of a key if it is known by now, or else the capture that is in progress, or
+// else a new one, which is ours.
+func (c *GraphCache) join(key BatchDescriptor, within *capturing) (g *graph, flight *capturing, ours bool, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if g := c.graphs[key]; g != nil {
+		return g, nil, false, nil
+	}
+	if flight := c.capturing[key]; flight != nil {
+		return nil, flight, false, nil
+	}
+	if c.closed {
+		return nil, nil, false, fmt.Errorf("%w: graph mode %v, key %+v", ErrCaptureClosed, c.mode, key)
+	}
+	flight = &capturing{within: within, done: make(chan struct{})}
+	c.capturing[key] = flight
+	return nil, flight, true, nil
 }
 
 // fly captures key and settles flight. A panic of the capture goes on; those who wait get an error.
@@ -546,19 +772,21 @@ func (c *GraphCache) fly(ctx context.Context, pass *passContext, key BatchDescri
 		c.mu.Unlock()
 		close(flight.done)
 	}()
-	flight.graph, flight.err = c.capture(ctx, key, c.forward)
-	if flight.err == nil && flight.graph == nil {
-		flight.err = invalidf("the capture of %+v returned no graph", key)
+	replay, err := c.capture(pass.over(context.WithValue(ctx, captureKey{c}, flight)), key)
+	if err == nil && replay == nil {
+		err = invalidf("the capture of %+v returned no replay function", key)
 	}
-	if flight.err != nil {
-		flight.graph, flight.retry = nil, ctx.Err() != nil
+	if flight.err = err; err != nil {
+		flight.retry = ctx.Err() != nil
 		return
 	}
-	pass.telemetry().event(ctx, eventCapture)
+	flight.graph = &graph{replay: replay, turn: make(chan struct{}, 1)}
+	pass.traced().event(ctx, eventCapture)
 }
 
-// CloseCapture ends warm-up: from now on an unknown key is ErrCaptureClosed, since a capture in the middle of serving
-// would stall the pass and, on real devices, every stream. A capture that is in progress ends normally.
+// CloseCapture ends warm-up: from now on an unknown key is ErrCaptureClosed, since a capture in the
+// middle of serving would stall the pass and, on real devices, every stream. A capture that is in
+// progress ends normally.
 func (c *GraphCache) CloseCapture() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -571,10 +799,3 @@ func (c *GraphCache) Len() int {
 	defer c.mu.RUnlock()
 	return len(c.graphs)
 }
-
-const (
-	// maxCount is the largest count of tokens, requests and the like: what a rank of the reference system can say.
-	maxCount = math.MaxInt32
-	// maxListed bounds the lists that are made on request, so that a wrong argument can't exhaust the memory.
-	maxListed = 1 << 24
-)

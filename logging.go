@@ -3,77 +3,130 @@ package fwd
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"math/bits"
+	"reflect"
+	"runtime"
+	"runtime/pprof"
 	"slices"
+	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
+	"weak"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/metric"
-	semconv "go.opentelemetry.io/otel/semconv/v1.41.0"
+	metricnoop "go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
+	"gonum.org/v1/gonum/mat"
 )
 
 // ScopeName is the instrumentation scope of this package's tracer and meter.
 const ScopeName = "github.com/forwardctx/fwd"
 
-// Version is the version of this module, and of the instrumentation scope.
-const Version = "0.1.0"
+// Version is the version of this module and of the instrumentation scope.
+const Version = "0.1.0-dev"
 
-// WithTracerProvider sets where spans go. The default, also for nil, is the global provider.
+// WithTracerProvider sets where spans go. The default, also for nil, is the global provider; nothing is
+// emitted until that has an SDK behind it.
 func WithTracerProvider(p trace.TracerProvider) Option {
-	return optionFunc(func(r *Runner) {
+	return optionFunc(func(cfg *config) {
 		if p != nil {
-			r.tracerProvider = p
+			cfg.tracers = p
 		}
 	})
 }
 
-// WithMeterProvider sets where metrics go. The default, also for nil, is the global provider.
+// WithMeterProvider sets where metrics go. The default, also for nil, is the global provider; nothing is
+// recorded until that has an SDK behind it.
 func WithMeterProvider(p metric.MeterProvider) Option {
-	return optionFunc(func(r *Runner) {
+	return optionFunc(func(cfg *config) {
 		if p != nil {
-			r.meterProvider = p
+			cfg.meters = p
 		}
 	})
 }
 
-// WithStepTrace puts a step into one trace across all DP ranks, which must all have this option: the step hangs on the
-// fwd.coordinate span of rank 0, itself under rank 0's caller. The other ranks' coordinate spans and all forward spans
-// are its children, each with a link to its own caller's span. Rank 0's sampling decides for all. Where rank 0 has no valid
-// span, or the exchange fails, each span stays in its caller's trace.
-func WithStepTrace() Option { return optionFunc(func(r *Runner) { r.stepTrace = true }) }
+// WithStepTrace puts a step into one trace across all DP ranks, which must all have this option. All
+// spans of the step become children of rank 0's fwd.coordinate span, which stays under its own caller.
+// Each is linked to its own caller's span. Rank 0's sampling decides for all. If rank 0 has no valid
+// span, or if the exchange fails, each span stays in its caller's trace.
+func WithStepTrace() Option { return optionFunc(func(cfg *config) { cfg.stepTrace = true }) }
 
-// Attribute keys, on spans and metrics.
+// WithObserver calls f after each pass and after each failed exchange. It runs on the goroutine that ran
+// the pass or that exchanged, after the span has ended, also if the pass panics; its own panic passes
+// through like that of the forward function. f may keep a copy of the Record, not the pointer. Several
+// of these options add up; nil means none.
+func WithObserver(f func(context.Context, *Record)) Option {
+	return optionFunc(func(cfg *config) {
+		if f != nil {
+			cfg.observers = append(cfg.observers, f)
+		}
+	})
+}
+
+// WithLogger logs failed passes, failed exchanges, late returns to the group and refused captures at
+// level Warn, and every pass at Debug. The default, nil, logs nothing.
+func WithLogger(l *slog.Logger) Option { return optionFunc(func(cfg *config) { cfg.logger = l }) }
+
+// WithAttributes adds attributes to all spans and metrics of the Runner, such as which replica it is.
+// The package's own attributes win over one of the same name. Several of these options add up.
+func WithAttributes(attrs ...attribute.KeyValue) Option {
+	attrs = slices.Clone(attrs)
+	return optionFunc(func(cfg *config) { cfg.attributes = append(cfg.attributes, attrs...) })
+}
+
+// WithPeerName says under which service.name a rank is known, for spans that wait for it. The default,
+// also for nil, is "rank N".
+func WithPeerName(name func(rank int) string) Option {
+	return optionFunc(func(cfg *config) { cfg.peerName = name })
+}
+
+// Attribute keys, on spans, metrics, records and profiles.
 const (
-	keyName           = attribute.Key("fwd.name")
-	keyNumTokens      = attribute.Key("fwd.num_tokens")
-	keyUnpadded       = attribute.Key("fwd.num_tokens_unpadded")
-	keyNumReqs        = attribute.Key("fwd.num_reqs")
-	keyBatchReqs      = attribute.Key("fwd.batch.num_reqs")
-	keyBatchLoRAs     = attribute.Key("fwd.batch.num_active_loras")
-	keyBatchUniform   = attribute.Key("fwd.batch.uniform")
-	keyBatchBucket    = attribute.Key("fwd.batch.bucket")
-	keyVirtualEngine  = attribute.Key("fwd.virtual_engine")
-	keyUBatches       = attribute.Key("fwd.ubatches")
-	keyUBatchIndex    = attribute.Key("fwd.ubatch.index")
-	keyStep           = attribute.Key("fwd.step")
-	keyRank           = attribute.Key("fwd.dp.rank")
-	keySize           = attribute.Key("fwd.dp.size")
-	keyMaxTokens      = attribute.Key("fwd.dp.max_tokens")
-	keyMaxTokensRank  = attribute.Key("fwd.dp.max_tokens_rank")
-	keyLowestModeRank = attribute.Key("fwd.dp.lowest_mode_rank")
-	keyPaddingGraph   = attribute.Key("fwd.padding.graph")
-	keyPaddingDP      = attribute.Key("fwd.padding.dp")
-	keyPaddingKind    = attribute.Key("fwd.padding.kind")
-	keyGraphMode      = attribute.Key("fwd.graph.mode")
-	keyGraphReason    = attribute.Key("fwd.graph.reason")
-	keyGraphEvent     = attribute.Key("fwd.graph.event")
-	keyDummy          = attribute.Key("fwd.dummy")
+	keyName            = attribute.Key("fwd.name")
+	keyPhase           = attribute.Key("fwd.phase")
+	keyNumTokens       = attribute.Key("fwd.num_tokens")
+	keyUnpadded        = attribute.Key("fwd.num_tokens_unpadded")
+	keyNumReqs         = attribute.Key("fwd.num_reqs")
+	keyBatchReqs       = attribute.Key("fwd.batch.num_reqs")
+	keyBatchLoRAs      = attribute.Key("fwd.batch.num_active_loras")
+	keyBatchUniform    = attribute.Key("fwd.batch.uniform")
+	keyBatchBucket     = attribute.Key("fwd.batch.bucket")
+	keyVirtualEngine   = attribute.Key("fwd.virtual_engine")
+	keyUBatches        = attribute.Key("fwd.ubatches")
+	keyUBatchIndex     = attribute.Key("fwd.ubatch.index")
+	keyStep            = attribute.Key("fwd.step")
+	keyRank            = attribute.Key("fwd.dp.rank")
+	keySize            = attribute.Key("fwd.dp.size")
+	keyPeerRank        = attribute.Key("fwd.dp.peer_rank")
+	keyLastRank        = attribute.Key("fwd.dp.last_rank")
+	keyMissingRanks    = attribute.Key("fwd.dp.missing_ranks")
+	keyMaxTokens       = attribute.Key("fwd.dp.max_tokens")
+	keyMaxTokensRank   = attribute.Key("fwd.dp.max_tokens_rank")
+	keyLowestModeRank  = attribute.Key("fwd.dp.lowest_mode_rank")
+	keyLowestModeRanks = attribute.Key("fwd.dp.lowest_mode_ranks")
+	keyIdleRanks       = attribute.Key("fwd.idle_ranks")
+	keyPaddingGraph    = attribute.Key("fwd.padding.graph")
+	keyPaddingDP       = attribute.Key("fwd.padding.dp")
+	keyPaddingRatio    = attribute.Key("fwd.padding.ratio")
+	keyPaddingKind     = attribute.Key("fwd.padding.kind")
+	keyGraphMode       = attribute.Key("fwd.graph.mode")
+	keyGraphReason     = attribute.Key("fwd.graph.reason")
+	keyGraphEvent      = attribute.Key("fwd.graph.event")
+	keyDummy           = attribute.Key("fwd.dummy")
+	keyWaitTime        = attribute.Key("fwd.wait_time")
+	keyWaitKind        = attribute.Key("fwd.wait.kind")
+	keyErrorType       = attribute.Key("error.type")
 )
+
+// other is the word for what is beyond a bound.
+const other = "_OTHER"
 
 // What a graph event counts.
 const (
@@ -82,85 +135,208 @@ const (
 	eventEager
 )
 
+// Bounds, so that no attribute set grows without one. Together they keep an instrument below 1,500
+// attribute sets, of which the SDK keeps 2,000.
 const (
-	maxLinks      = 128 // on a span: a batch has many parents
-	maxErrorTypes = 64  // words of error.type on one Runner, so that no attribute set grows without bound
+	maxLinks       = 128  // on a span: a batch has many parents
+	maxErrorTypes  = 64   // words of the callers for error.type
+	maxPhases      = 8    // words of the callers for fwd.phase
+	maxBuckets     = 64   // capture sizes that are buckets of their own
+	maxOptions     = 1024 // attribute sets with all attributes, of one instrument
+	maxListedRanks = 8    // in fwd.dp.lowest_mode_ranks
 )
 
-// telemetry is a Runner's tracer and instruments. All options of metrics are made once for each attribute set, so that
-// recording allocates nothing. A nil *telemetry emits nothing.
+// listeners says who wants to know about a pass.
+type listeners uint8
+
+const (
+	listenSpans listeners = 1 << iota
+	listenMetrics
+	listenRecords
+)
+
+// telemetry is a Runner's tracer, instruments and observers. All options of metrics are made once for
+// each attribute set, so that recording allocates nothing. A nil *telemetry has no listeners.
 type telemetry struct {
-	tracer    trace.Tracer
+	name      string
+	parallel  ParallelConfig
 	clock     func() time.Time // nil: the real time, which spans take themselves
 	stepTrace bool
+	peerName  func(rank int) string
+	observers []func(context.Context, *Record)
+	logger    *slog.Logger
+	common    []attribute.KeyValue // on all spans
+
+	tracer trace.Tracer // nil: none
+	meters bool         // there are instruments
+
+	// The global providers of which it was not yet known, in New, whether an SDK comes behind them.
+	// Nothing is emitted while they are still the global ones.
+	pendingTracers trace.TracerProvider
+	pendingMeters  metric.MeterProvider
 
 	duration, coordinate metric.Float64Histogram
 	tokens               metric.Int64Histogram
 	padding, events      metric.Int64Counter
+	waitTime             metric.Float64Counter
 
-	durations    optionCache[durationKey]
-	waits        optionCache[string]
-	tokenOptions [GraphFull + 1][2][]metric.RecordOption // by mode and dummy
-	paddingGraph []metric.AddOption
-	paddingDP    []metric.AddOption
-	eventOptions [3][]metric.AddOption
+	durations      optionCache[durationKey]
+	waits          optionCache[string]
+	waitTimes      optionCache[waitKey]
+	tokenOptions   [GraphFull + 1][2][]metric.RecordOption // by mode and dummy
+	paddingOptions [2][2][]metric.AddOption                // by kind (graph, dp) and dummy
+	eventOptions   [3][]metric.AddOption
 
-	mu         sync.Mutex
-	errorTypes map[string]bool
+	errorTypes, phases words
 }
 
-// durationKey is the attribute set of fwd.forward.duration. Token counts enter it by their bucket alone.
-type durationKey struct {
-	mode      GraphMode
-	reason    Reason
-	dummy     bool
-	bucket    int64
-	errorType string // empty: none
-}
-
-func newTelemetry(r *Runner) (*telemetry, error) {
-	tracers, meters := r.tracerProvider, r.meterProvider
+// newTelemetry returns the telemetry of a Runner, or nil if there will never be a listener.
+func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
+	t := &telemetry{
+		name: r.name, parallel: r.parallel, clock: r.clock, stepTrace: cfg.stepTrace,
+		observers: cfg.observers, logger: cfg.logger, common: cfg.attributes, peerName: cfg.peerName,
+	}
+	t.errorTypes.most, t.phases.most = maxErrorTypes, maxPhases
+	if t.peerName == nil {
+		t.peerName = func(rank int) string { return "rank " + strconv.Itoa(rank) }
+	}
+	tracers, meters := cfg.tracers, cfg.meters
 	if tracers == nil {
 		tracers = otel.GetTracerProvider()
 	}
 	if meters == nil {
 		meters = otel.GetMeterProvider()
 	}
-	t := &telemetry{
-		tracer:     tracers.Tracer(ScopeName, trace.WithInstrumentationVersion(Version)),
-		clock:      r.clock,
-		stepTrace:  r.stepTrace,
-		errorTypes: make(map[string]bool),
-	}
-	t.durations.attributes = func(k durationKey) []attribute.KeyValue { return k.attributes(r.name) }
-	t.waits.attributes = errorTypeAttributes
-	for mode := range t.tokenOptions {
-		for dummy := range t.tokenOptions[mode] {
-			t.tokenOptions[mode][dummy] = recordOptions(keyGraphMode.String(GraphMode(mode).String()), keyDummy.Bool(dummy == 1))
+	if _, none := tracers.(noop.TracerProvider); !none {
+		t.tracer = tracers.Tracer(ScopeName, trace.WithInstrumentationVersion(Version))
+		if isPending(tracers) {
+			t.pendingTracers = tracers
 		}
 	}
-	t.paddingGraph, t.paddingDP = addOptions(keyPaddingKind.String("graph")), addOptions(keyPaddingKind.String("dp"))
-	for event, word := range [...]string{eventCapture: "capture", eventReplay: "replay", eventEager: "eager"} {
-		t.eventOptions[event] = addOptions(keyGraphEvent.String(word))
+	if _, none := meters.(metricnoop.MeterProvider); !none {
+		t.meters = true
+		if isPending(meters) {
+			t.pendingMeters = meters
+		}
+		if err := t.makeInstruments(r, meters.Meter(ScopeName, metric.WithInstrumentationVersion(Version))); err != nil {
+			return nil, err
+		}
 	}
-	return t, t.makeInstruments(meters.Meter(ScopeName, metric.WithInstrumentationVersion(Version)))
+	if t.tracer == nil && !t.meters && len(t.observers) == 0 && t.logger == nil {
+		return nil, nil
+	}
+	return t, nil
 }
 
-func (t *telemetry) makeInstruments(meter metric.Meter) error {
-	seconds := metric.WithExplicitBucketBoundaries(doublings(0.0005, 14)...)
-	var errs [5]error
+// isPending reports whether a provider is OpenTelemetry's global one, which passes everything on to the
+// SDK that the program sets later, if it does.
+func isPending(provider any) bool {
+	t := reflect.TypeOf(provider)
+	return t.Kind() == reflect.Pointer && t.Elem().PkgPath() == "go.opentelemetry.io/otel/internal/global"
+}
+
+// listening says who wants to know about a pass in ctx.
+func (t *telemetry) listening(ctx context.Context) (l listeners) {
+	if t == nil {
+		return 0
+	}
+	if t.tracer != nil && (t.pendingTracers == nil || otel.GetTracerProvider() != t.pendingTracers) {
+		l |= listenSpans
+	}
+	if t.meters && (t.pendingMeters == nil || otel.GetMeterProvider() != t.pendingMeters) &&
+		(t.duration.Enabled(ctx) || t.tokens.Enabled(ctx) || t.padding.Enabled(ctx) || t.events.Enabled(ctx) ||
+			t.coordinate.Enabled(ctx) || t.waitTime.Enabled(ctx)) {
+		l |= listenMetrics
+	}
+	if len(t.observers) > 0 || t.logger != nil && t.logger.Enabled(ctx, slog.LevelWarn) {
+		l |= listenRecords
+	}
+	return l
+}
+
+func (t *telemetry) makeInstruments(r *Runner, meter metric.Meter) error {
+	seconds := metric.WithExplicitBucketBoundaries(doublings(0.00001, 24)...)
+	var active metric.Int64ObservableUpDownCounter
+	var errs [7]error
 	t.duration, errs[0] = meter.Float64Histogram("fwd.forward.duration", metric.WithUnit("s"), seconds,
-		metric.WithDescription("Duration of forward passes, without waiting for other ranks."))
+		metric.WithDescription("Duration of forward passes, without the exchange of votes."))
 	t.tokens, errs[1] = meter.Int64Histogram("fwd.forward.tokens", metric.WithUnit("{token}"),
-		metric.WithExplicitBucketBoundaries(doublings(1, 17)...),
+		metric.WithExplicitBucketBoundaries(doublings(1, 21)...),
 		metric.WithDescription("Tokens of forward passes, without padding."))
 	t.padding, errs[2] = meter.Int64Counter("fwd.padding", metric.WithUnit("{token}"),
-		metric.WithDescription("Tokens computed for nothing but the shape of the batch."))
+		metric.WithDescription("Tokens computed only for the shape of the batch."))
 	t.coordinate, errs[3] = meter.Float64Histogram("fwd.coordinate.duration", metric.WithUnit("s"), seconds,
-		metric.WithDescription("Duration of exchanges: waiting for other ranks."))
+		metric.WithDescription("Duration of exchanges: waiting for the votes of other ranks."))
 	t.events, errs[4] = meter.Int64Counter("fwd.graph.events", metric.WithUnit("{event}"),
 		metric.WithDescription("Graphs captured and replayed, and passes without one."))
-	return errors.Join(errs[:]...)
+	t.waitTime, errs[5] = meter.Float64Counter("fwd.wait.time", metric.WithUnit("s"),
+		metric.WithDescription("Time spent waiting for a rank, in exchanges and inside passes."))
+	active, errs[6] = meter.Int64ObservableUpDownCounter("fwd.forward.active", metric.WithUnit("{pass}"),
+		metric.WithDescription("Forward passes that are running."))
+	if err := errors.Join(errs[:]...); err != nil {
+		return err
+	}
+	t.makeOptions()
+	return t.observeActive(r, meter, active)
+}
+
+// makeOptions makes the options of all attribute sets that are known beforehand.
+func (t *telemetry) makeOptions() {
+	named := slices.Clone(t.common)
+	if t.name != "" {
+		named = append(named, keyName.String(t.name))
+	}
+	ranked := slices.Clone(named)
+	if t.parallel.DataParallelSize != 1 {
+		ranked = append(ranked, keyRank.Int(t.parallel.DataParallelRank))
+	}
+	set := func(base []attribute.KeyValue, attrs ...attribute.KeyValue) metric.MeasurementOption {
+		return metric.WithAttributeSet(attribute.NewSet(slices.Concat(base, attrs)...))
+	}
+	t.durations.make = func(k durationKey) metric.MeasurementOption { return set(ranked, k.attributes()...) }
+	t.waits.make = func(word string) metric.MeasurementOption { return set(ranked, errorTypeAttributes(word)...) }
+	t.waitTimes.make = func(k waitKey) metric.MeasurementOption { return set(named, k.attributes()...) }
+	for mode := range t.tokenOptions {
+		for dummy := range 2 {
+			t.tokenOptions[mode][dummy] = []metric.RecordOption{
+				set(ranked, keyGraphMode.String(GraphMode(mode).String()), keyDummy.Bool(dummy == 1))}
+		}
+	}
+	for kind, word := range []string{"graph", "dp"} {
+		for dummy := range 2 {
+			t.paddingOptions[kind][dummy] = []metric.AddOption{
+				set(ranked, keyPaddingKind.String(word), keyDummy.Bool(dummy == 1))}
+		}
+	}
+	for event, word := range [...]string{eventCapture: "capture", eventReplay: "replay", eventEager: "eager"} {
+		t.eventOptions[event] = []metric.AddOption{set(ranked, keyGraphEvent.String(word))}
+	}
+}
+
+// observeActive registers the callback that counts running passes. It holds the Runner's state weakly,
+// and is unregistered once nobody else holds it.
+func (t *telemetry) observeActive(r *Runner, meter metric.Meter, active metric.Int64Observable) error {
+	attrs := slices.Clone(t.common)
+	if t.name != "" {
+		attrs = append(attrs, keyName.String(t.name))
+	}
+	if t.parallel.DataParallelSize != 1 {
+		attrs = append(attrs, keyRank.Int(t.parallel.DataParallelRank))
+	}
+	option := metric.WithAttributeSet(attribute.NewSet(attrs...))
+	state := weak.Make(r.state)
+	registration, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
+		if state := state.Value(); state != nil {
+			_, n := state.activity.running()
+			o.ObserveInt64(active, int64(n), option)
+		}
+		return nil
+	}, active)
+	if err != nil {
+		return err
+	}
+	runtime.AddCleanup(r.state, func(registration metric.Registration) { _ = registration.Unregister() }, registration)
+	return nil
 }
 
 // doublings returns first·2^k for k = 0..n-1.
@@ -173,48 +349,57 @@ func doublings(first float64, n int) []float64 {
 	return bounds
 }
 
-func recordOptions(attrs ...attribute.KeyValue) []metric.RecordOption {
-	return []metric.RecordOption{metric.WithAttributeSet(attribute.NewSet(attrs...))}
+// durationKey is the attribute set of fwd.forward.duration. Token counts enter it by their bucket alone.
+type durationKey struct {
+	phase     string
+	mode      GraphMode
+	reason    Reason
+	dummy     bool
+	bucket    int64 // below 0: none
+	errorType string
 }
 
-func addOptions(attrs ...attribute.KeyValue) []metric.AddOption {
-	return []metric.AddOption{metric.WithAttributeSet(attribute.NewSet(attrs...))}
+// coarse returns the key that stands for k once there are too many.
+func (k durationKey) coarse() durationKey {
+	k.phase, k.bucket = other, -1
+	return k
 }
 
-// optionCache makes the record options of an attribute set once.
-type optionCache[K comparable] struct {
-	attributes func(K) []attribute.KeyValue
-
-	mu      sync.RWMutex
-	options map[K][]metric.RecordOption
-}
-
-func (c *optionCache[K]) get(key K) []metric.RecordOption {
-	c.mu.RLock()
-	options, ok := c.options[key]
-	c.mu.RUnlock()
-	if ok {
-		return options
-	}
-	options = recordOptions(c.attributes(key)...)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.options == nil {
-		c.options = make(map[K][]metric.RecordOption)
-	}
-	c.options[key] = options
-	return options
-}
-
-func (k durationKey) attributes(name string) []attribute.KeyValue {
+func (k durationKey) attributes() []attribute.KeyValue {
 	attrs := append(errorTypeAttributes(k.errorType),
 		keyGraphMode.String(k.mode.String()),
 		keyGraphReason.String(k.reason.String()),
-		keyBatchBucket.Int64(k.bucket),
 		keyDummy.Bool(k.dummy),
 	)
-	if name != "" {
-		attrs = append(attrs, keyName.String(name))
+	if k.bucket >= 0 {
+		attrs = append(attrs, keyBatchBucket.Int64(k.bucket))
+	}
+	if k.phase != "" {
+		attrs = append(attrs, keyPhase.String(k.phase))
+	}
+	return attrs
+}
+
+// waitKey is the attribute set of fwd.wait.time.
+type waitKey struct {
+	rank    int // below 0: too many to tell apart
+	forward bool
+}
+
+// Kinds of waits.
+const (
+	waitCoordinate = "coordinate"
+	waitForward    = "forward"
+)
+
+func (k waitKey) attributes() []attribute.KeyValue {
+	kind := waitCoordinate
+	if k.forward {
+		kind = waitForward
+	}
+	attrs := []attribute.KeyValue{keyWaitKind.String(kind)}
+	if k.rank >= 0 {
+		attrs = append(attrs, keyPeerRank.Int(k.rank))
 	}
 	return attrs
 }
@@ -223,84 +408,169 @@ func errorTypeAttributes(word string) []attribute.KeyValue {
 	if word == "" {
 		return nil
 	}
-	return []attribute.KeyValue{semconv.ErrorTypeKey.String(word)}
+	return []attribute.KeyValue{keyErrorType.String(word)}
 }
 
-// errorType returns the word for error.type: that of an ErrorType method where err has one, else the type of err. It is
-// empty for nil, and one word stands for all beyond the first few.
-func (t *telemetry) errorType(err error) string {
-	if t == nil || err == nil {
-		return ""
+// optionCache makes the options of an attribute set once, for a bounded number of sets.
+type optionCache[K comparable] struct {
+	make func(K) metric.MeasurementOption
+
+	mu      sync.RWMutex
+	options map[K]measurementOptions
+}
+
+// measurementOptions are the same attribute set as an option of both kinds of instruments.
+type measurementOptions struct {
+	record []metric.RecordOption
+	add    []metric.AddOption
+}
+
+// get returns the options of a key; if there are too many, those of coarse, of which there are few.
+func (c *optionCache[K]) get(key, coarse K) measurementOptions {
+	c.mu.RLock()
+	options, ok := c.options[key]
+	full := len(c.options) >= maxOptions
+	if !ok && full {
+		options, ok = c.options[coarse]
 	}
-	word := semconv.ErrorType(err).Value.AsString()
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if !t.errorTypes[word] {
-		if len(t.errorTypes) == maxErrorTypes {
-			return semconv.ErrorTypeOther.Value.AsString()
-		}
-		t.errorTypes[word] = true
+	c.mu.RUnlock()
+	if ok {
+		return options
 	}
+	if full {
+		key = coarse
+	}
+	option := c.make(key)
+	options = measurementOptions{[]metric.RecordOption{option}, []metric.AddOption{option}}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.options == nil {
+		c.options = make(map[K]measurementOptions)
+	}
+	c.options[key] = options
+	return options
+}
+
+// words is a bounded set of words.
+type words struct {
+	most int
+
+	mu    sync.Mutex
+	known map[string]bool
+}
+
+// bound returns word, or the one word for all that come after the first few.
+func (w *words) bound(word string) string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.known[word] {
+		return word
+	}
+	if len(w.known) >= w.most {
+		return other
+	}
+	if w.known == nil {
+		w.known = make(map[string]bool)
+	}
+	w.known[word] = true
 	return word
 }
 
-func (t *telemetry) now() time.Time {
-	if t.clock != nil {
-		return t.clock()
+// ownErrorTypes always have their place, whatever words the callers have.
+var ownErrorTypes = func() map[string]bool {
+	own := make(map[string]bool)
+	for _, err := range []error{
+		ErrNoForwardContext, ErrNoMetadata, ErrLayer, ErrNoDescriptor, ErrInvalid, ErrTokenMismatch,
+		ErrLockstep, ErrRankMissing, ErrCaptureClosed, errPanic, context.Canceled, context.DeadlineExceeded,
+	} {
+		own[errorWord(err)] = true
 	}
-	return time.Now()
+	return own
+}()
+
+// errorType returns the word for error.type, which is empty for nil.
+func (t *telemetry) errorType(err error) string {
+	if err == nil {
+		return ""
+	}
+	word := errorWord(err)
+	if ownErrorTypes[word] {
+		return word
+	}
+	return t.errorTypes.bound(word)
 }
 
-// timedSpan is a span whose end follows the clock. It is ended by span.End(span.options...), deferred directly, since the
-// SDK sees a panic only there.
+// errorWord returns what an ErrorType method says if err has one, or else the type of err. A nil pointer
+// in an error, whose methods may panic, is a type too.
+func errorWord(err error) (word string) {
+	defer func() {
+		if recover() != nil {
+			word = fmt.Sprintf("%T", err)
+		}
+	}()
+	var typed interface{ ErrorType() string }
+	if errors.As(err, &typed) {
+		if word := typed.ErrorType(); word != "" {
+			return word
+		}
+	}
+	return fmt.Sprintf("%T", err)
+}
+
+// phase returns the bounded word for a phase.
+func (t *telemetry) phase(word string) string {
+	switch word {
+	case "", phaseDecode, phaseMixed, phaseWarmUp:
+		return word
+	}
+	return t.phases.bound(word)
+}
+
+// timedSpan is a span whose times may be given. It is ended by span.End(span.options...), deferred
+// directly, since the SDK sees a panic only there.
 type timedSpan struct {
 	trace.Span
-	clock   func() time.Time
 	options []trace.SpanEndOption // nil: the span takes the real time; else one, set by finish
 }
 
-// start starts a span. began is its start where that is not now; the zero time is now.
-func (t *telemetry) start(ctx context.Context, name string, began time.Time, options ...trace.SpanStartOption) (context.Context, timedSpan) {
-	if t == nil {
-		return ctx, timedSpan{Span: noop.Span{}}
-	}
-	span := timedSpan{clock: t.clock}
-	if t.clock != nil {
-		if began.IsZero() {
-			began = t.clock()
-		}
-		span.options = []trace.SpanEndOption{trace.WithTimestamp(began)}
-	}
-	if !began.IsZero() {
-		options = append(options, trace.WithTimestamp(began))
+// noSpan stands for a span that nobody wants.
+var noSpan = timedSpan{Span: noop.Span{}}
+
+// start starts a span. began is its start if that is not now; the zero time means now. If there is a
+// clock, or timed is set, the end must be given to finish.
+func (t *telemetry) start(ctx context.Context, name string, began time.Time, timed bool,
+	options ...trace.SpanStartOption) (context.Context, timedSpan) {
+	var span timedSpan
+	if timed {
+		span.options = []trace.SpanEndOption{at(began)}
+		options = append(options, at(began))
 	}
 	ctx, span.Span = t.tracer.Start(ctx, name, options...)
 	return ctx, span
 }
 
-// finish takes the end time and shows the outcome; word is err's error.type. It returns the end time where a clock is set,
-// so that it is read once.
-func (s *timedSpan) finish(err error, word string) (ended time.Time) {
-	if s.clock != nil {
-		ended = s.clock()
-		s.options[0] = trace.WithTimestamp(ended)
+// at returns the option of a span that starts or ends at a time. A span that is given the zero time
+// takes the real time, so a clock that begins there is a nanosecond late.
+func at(now time.Time) trace.SpanEventOption {
+	if now.IsZero() {
+		now = now.Add(1)
+	}
+	return trace.WithTimestamp(now)
+}
+
+// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type.
+func (s *timedSpan) finish(ended time.Time, err error, word string) {
+	if s.options != nil {
+		s.options[0] = at(ended)
 	}
 	if err != nil && s.IsRecording() {
-		s.SetAttributes(semconv.ErrorTypeKey.String(word))
-		s.SetStatus(codes.Error, err.Error())
+		s.SetAttributes(keyErrorType.String(word))
+		s.SetStatus(codes.Error, fmt.Sprint(err)) // not err.Error(), which may panic
 	}
-	return ended
 }
 
-// record records the seconds since began. ended is what finish returned.
-func (t *telemetry) record(ctx context.Context, h metric.Float64Histogram, began, ended time.Time, options []metric.RecordOption) {
-	if ended.IsZero() {
-		ended = time.Now()
-	}
-	h.Record(ctx, ended.Sub(began).Seconds(), options...)
-}
-
-// recordable returns a context to record with: the measurements of a pass whose context has ended count too.
+// recordable returns a context to record with: the measurements of a pass whose context has ended count
+// too.
 func recordable(ctx context.Context) context.Context {
 	if ctx.Err() != nil {
 		return context.WithoutCancel(ctx)
@@ -308,33 +578,48 @@ func recordable(ctx context.Context) context.Context {
 	return ctx
 }
 
-// measure is what of a pass goes into metrics at its end.
-type measure struct {
-	began                             time.Time
-	key                               durationKey
-	unpadded, paddingGraph, paddingDP int64
+// traced is what a pass reports about itself.
+type traced struct {
+	telemetry *telemetry
+	spans     bool
+	metrics   bool
+	planned   bool
+	span      timedSpan
+	bucket    int64
+	record    Record
+	waited    atomic.Int64 // ns
 }
 
-// startForward starts the span of a pass, with the forward context's values, and puts it into the pass's context.
-func (t *telemetry) startForward(x *run, p *Pass) {
-	if t == nil {
-		x.span = timedSpan{Span: noop.Span{}}
-		return
-	}
-	x.measure = measure{
-		key:          durationKey{mode: p.GraphMode, reason: p.Reason, dummy: p.Dummy, bucket: x.runner.bucket(p)},
-		unpadded:     int64(p.NumTokensUnpadded),
-		paddingGraph: int64(p.NumTokensGraph - p.NumTokensUnpadded),
-		paddingDP:    int64(p.NumTokens - p.NumTokensGraph),
-	}
-	var began time.Time // of the span: it takes the real time itself
+// startForward starts the span of a pass, with the forward context's values, and puts it into the pass's
+// context.
+func (t *telemetry) startForward(x *run, p *Pass, l listeners) {
+	var began time.Time // spans without a clock take the real time themselves
 	if t.clock != nil {
-		began = t.clock()
-		x.measure.began = began
-	} else if t.duration.Enabled(x.passContext.Context) {
-		x.measure.began = time.Now()
+		began = x.began.clock
 	}
-	ctx, links := t.stepParent(x.passContext.Context, p.Agreement)
+	maxTokens := -1
+	if x.value.DP != nil {
+		maxTokens = x.value.DP.MaxTokensAcrossDP()
+	}
+	x.Context = x.traced.start(x.Context, t, x.runner, p, l, began, t.clock != nil, maxTokens)
+	if t.clock == nil && l&listenRecords != 0 {
+		x.traced.record.Began = x.runner.timeOf(x.began)
+	}
+}
+
+// start fills in the record of a pass and starts its span. maxTokens is the most that a rank runs, or -1.
+func (x *traced) start(ctx context.Context, t *telemetry, r *Runner, p *Pass, l listeners,
+	began time.Time, timed bool, maxTokens int) context.Context {
+	x.telemetry, x.spans, x.metrics = t, l&listenSpans != 0, l&listenMetrics != 0
+	x.planned = p.plan != nil && !p.plan.byHand
+	x.bucket = r.bucket(p)
+	x.record.fill(r, p)
+	x.record.Began = began
+	x.span = noSpan
+	if !x.spans {
+		return ctx
+	}
+	parent, links := t.stepParent(ctx, p.Agreement)
 	if len(p.Links) > 0 {
 		links = append(links, p.Links[:min(len(p.Links), maxLinks-len(links))]...)
 	}
@@ -342,14 +627,15 @@ func (t *telemetry) startForward(x *run, p *Pass) {
 	if len(links) > 0 {
 		options = []trace.SpanStartOption{trace.WithLinks(links...)}
 	}
-	x.passContext.Context, x.span = t.start(ctx, "fwd.forward", began, options...)
+	ctx, x.span = t.start(parent, "fwd.forward", began, timed, options...)
 	if x.span.IsRecording() {
-		x.span.SetAttributes(x.attributes(p)...)
+		x.span.SetAttributes(x.attributes(p, maxTokens)...)
 	}
+	return ctx
 }
 
-// stepParent returns the context under which a span of the step belongs: that of rank 0's coordinate span, with a link to
-// the caller's own span, or else ctx itself.
+// stepParent returns the context under which a span of the step belongs: that of rank 0's coordinate
+// span, with a link to the caller's own span, or else ctx itself.
 func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Context, []trace.Link) {
 	if !t.stepTrace || a == nil || !a.SpanContext.IsValid() {
 		return ctx, nil
@@ -362,50 +648,71 @@ func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Conte
 }
 
 // attributes returns those of the fwd.forward span. What does not apply is left out.
-func (x *run) attributes(p *Pass) []attribute.KeyValue {
-	attrs := make([]attribute.KeyValue, 0, 24)
+func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
+	t, a := x.telemetry, p.Agreement
+	attrs := make([]attribute.KeyValue, 0, 32)
+	attrs = append(attrs, t.common...)
 	attrs = append(attrs,
 		keyNumTokens.Int(p.NumTokens),
 		keyUnpadded.Int(p.NumTokensUnpadded),
-		keyVirtualEngine.Int(p.VirtualEngine),
-		keyPaddingGraph.Int64(x.measure.paddingGraph),
-		keyPaddingDP.Int64(x.measure.paddingDP),
 		keyGraphMode.String(p.GraphMode.String()),
 		keyGraphReason.String(p.Reason.String()),
 		keyDummy.Bool(p.Dummy),
 	)
-	if x.runner.name != "" {
-		attrs = append(attrs, keyName.String(x.runner.name))
+	if t.name != "" {
+		attrs = append(attrs, keyName.String(t.name))
+	}
+	if p.Phase != "" {
+		attrs = append(attrs, keyPhase.String(p.Phase))
+	}
+	if p.VirtualEngine > 0 {
+		attrs = append(attrs, keyVirtualEngine.Int(p.VirtualEngine))
 	}
 	if p.NumReqs > 0 {
 		attrs = append(attrs, keyNumReqs.Int(p.NumReqs))
 	}
-	if p.Batch != (BatchDescriptor{}) {
-		attrs = append(attrs, keyBatchUniform.Bool(p.Batch.Uniform))
-	}
-	if p.Batch.NumReqs > 0 {
-		attrs = append(attrs, keyBatchReqs.Int(p.Batch.NumReqs))
-	}
-	if p.Batch.HasLoRA || p.Batch.NumActiveLoRAs > 0 {
-		attrs = append(attrs, keyBatchLoRAs.Int(p.Batch.NumActiveLoRAs))
-	}
+	attrs = p.Batch.appendAttributes(attrs)
 	if n := len(p.UBatches); n > 0 {
 		attrs = append(attrs, keyUBatches.Int(n))
 	}
-	attrs = x.runner.parallel.appendAttributes(attrs)
-	if dp := x.value.DP; dp != nil {
-		attrs = append(attrs, keyMaxTokens.Int(dp.MaxTokensAcrossDP()))
+	if x.planned || p.NumTokens > p.NumTokensUnpadded {
+		attrs = append(attrs,
+			keyPaddingGraph.Int(p.NumTokensGraph-p.NumTokensUnpadded),
+			keyPaddingDP.Int(p.NumTokens-p.NumTokensGraph),
+			keyPaddingRatio.Float64(float64(p.NumTokens-p.NumTokensUnpadded)/float64(max(p.NumTokens, 1))))
 	}
-	if a := p.Agreement; a != nil {
+	attrs = t.parallel.appendAttributes(attrs)
+	if maxTokens >= 0 {
+		attrs = append(attrs, keyMaxTokens.Int(maxTokens))
+	}
+	if a != nil {
 		attrs = append(attrs, keyStep.Int64(int64(a.Step)))
 		attrs = a.appendAttributes(attrs)
+		attrs = a.appendRanks(attrs)
+	}
+	return attrs
+}
+
+func (d *BatchDescriptor) appendAttributes(attrs []attribute.KeyValue) []attribute.KeyValue {
+	if *d == (BatchDescriptor{}) {
+		return attrs
+	}
+	attrs = append(attrs, keyBatchUniform.Bool(d.Uniform))
+	if d.NumReqs > 0 {
+		attrs = append(attrs, keyBatchReqs.Int(d.NumReqs))
+	}
+	if d.HasLoRA {
+		attrs = append(attrs, keyBatchLoRAs.Int(d.NumActiveLoRAs))
 	}
 	return attrs
 }
 
 func (c ParallelConfig) appendAttributes(attrs []attribute.KeyValue) []attribute.KeyValue {
+	if c.DataParallelSize != 1 {
+		attrs = append(attrs, keyRank.Int(c.DataParallelRank))
+	}
 	if c.DataParallelSize > 1 {
-		attrs = append(attrs, keyRank.Int(c.DataParallelRank), keySize.Int(c.DataParallelSize))
+		attrs = append(attrs, keySize.Int(c.DataParallelSize))
 	}
 	return attrs
 }
@@ -418,11 +725,32 @@ func (a *Agreement) appendAttributes(attrs []attribute.KeyValue) []attribute.Key
 	return attrs
 }
 
-// bucket returns the batch size of a pass for metrics: the capture size where Plan dispatched it to a graph, else the next
-// power of two. So there are few.
+// appendRanks adds how many ranks are idle, and the first few that lowered the mode.
+func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue {
+	idle := 0
+	var lowest []int
+	for rank := range a.Votes {
+		v := &a.Votes[rank]
+		if v.Idle {
+			idle++
+		} else if a.LowestModeRank >= 0 && v.GraphMode == a.GraphMode && len(lowest) < maxListedRanks {
+			lowest = append(lowest, rank)
+		}
+	}
+	if idle > 0 {
+		attrs = append(attrs, keyIdleRanks.Int(idle))
+	}
+	if len(lowest) > 0 {
+		attrs = append(attrs, keyLowestModeRanks.IntSlice(lowest))
+	}
+	return attrs
+}
+
+// bucket returns the batch size of a pass for metrics, of which there are few: the capture size if Plan
+// dispatched the pass to a graph and there are not too many, or else the next power of two.
 func (r *Runner) bucket(p *Pass) int64 {
-	if p.GraphMode != GraphNone && p.Reason != ReasonUnknown && r.dispatcher != nil {
-		if _, ok := slices.BinarySearch(r.dispatcher.sizes, p.Batch.NumTokens); ok {
+	if d := r.dispatcher; d != nil && len(d.sizes) <= maxBuckets && p.GraphMode != GraphNone && p.Reason != ReasonUnknown {
+		if _, ok := slices.BinarySearch(d.sizes, p.Batch.NumTokens); ok {
 			return int64(p.Batch.NumTokens)
 		}
 	}
@@ -432,103 +760,423 @@ func (r *Runner) bucket(p *Pass) int64 {
 	return 1 << bits.Len64(uint64(p.NumTokens-1))
 }
 
-// endForward records the end of a pass. It does not end the span.
-func (t *telemetry) endForward(x *run, err error) {
-	if t == nil {
-		return
+// endForward notes the end of a pass. It does not end the span.
+func (x *traced) endForward(run *run, err error) {
+	r := run.runner
+	ended := r.now()
+	duration := max(run.began.until(ended), 0)
+	if r.queue != nil {
+		duration = r.queue.duration(run.began, ended)
 	}
+	x.end(recordable(&run.passContext), ended.clock, duration, err)
+}
+
+// end notes the end of a pass that took so long. ended is for a timed span.
+func (x *traced) end(ctx context.Context, ended time.Time, duration time.Duration, err error) {
+	t, rec := x.telemetry, &x.record
 	word := t.errorType(err)
-	ended := x.span.finish(err, word)
-	ctx := recordable(&x.passContext)
-	m := &x.measure
-	if !m.began.IsZero() && t.duration.Enabled(ctx) {
-		m.key.errorType = word
-		t.record(ctx, t.duration, m.began, ended, t.durations.get(m.key))
+	rec.Duration, rec.Err, rec.Waited = duration, err, time.Duration(x.waited.Load())
+	if x.spans {
+		if rec.Waited > 0 && x.span.IsRecording() {
+			x.span.SetAttributes(keyWaitTime.Float64(rec.Waited.Seconds()))
+		}
+		x.span.finish(ended, err, word)
+	}
+	if x.metrics {
+		x.measure(ctx, word)
+	}
+}
+
+// measure records the metrics of a pass.
+func (x *traced) measure(ctx context.Context, errorType string) {
+	t, rec := x.telemetry, &x.record
+	dummy := toInt(rec.Dummy)
+	if t.duration.Enabled(ctx) {
+		key := durationKey{t.phase(rec.Phase), rec.GraphMode, rec.Reason, rec.Dummy, x.bucket, errorType}
+		t.duration.Record(ctx, rec.Duration.Seconds(), t.durations.get(key, key.coarse()).record...)
 	}
 	if t.tokens.Enabled(ctx) {
-		dummy := 0
-		if m.key.dummy {
-			dummy = 1
-		}
-		t.tokens.Record(ctx, m.unpadded, t.tokenOptions[m.key.mode][dummy]...)
+		t.tokens.Record(ctx, int64(rec.NumTokensUnpadded), t.tokenOptions[rec.GraphMode][dummy]...)
 	}
-	if m.paddingGraph > 0 {
-		t.padding.Add(ctx, m.paddingGraph, t.paddingGraph...)
+	if n := rec.NumTokensGraph - rec.NumTokensUnpadded; n > 0 {
+		t.padding.Add(ctx, int64(n), t.paddingOptions[0][dummy]...)
 	}
-	if m.paddingDP > 0 {
-		t.padding.Add(ctx, m.paddingDP, t.paddingDP...)
+	if n := rec.NumTokens - rec.NumTokensGraph; n > 0 {
+		t.padding.Add(ctx, int64(n), t.paddingOptions[1][dummy]...)
 	}
-	if m.key.mode == GraphNone {
-		t.event(ctx, eventEager)
+	if rec.GraphMode == GraphNone {
+		x.event(ctx, eventEager)
 	}
 }
 
 // event counts a graph event.
-func (t *telemetry) event(ctx context.Context, event int) {
-	if t == nil {
-		return
+func (x *traced) event(ctx context.Context, event int) {
+	if x != nil && x.metrics {
+		x.telemetry.events.Add(recordable(ctx), 1, x.telemetry.eventOptions[event]...)
 	}
-	t.events.Add(recordable(ctx), 1, t.eventOptions[event]...)
+}
+
+// captureRefused logs that a pass would have captured after warm-up.
+func (x *traced) captureRefused(ctx context.Context, err error) {
+	if x != nil && x.telemetry.logger != nil {
+		x.telemetry.logger.LogAttrs(ctx, slog.LevelWarn, "capture after warm-up refused",
+			slog.String("error", err.Error()), slog.Attr{Value: x.record.LogValue()})
+	}
+}
+
+// observe tells the observers and the log how a pass ended.
+func (x *traced) observe(run *run) { x.tell(&run.passContext) }
+
+func (x *traced) tell(ctx context.Context) {
+	t, rec := x.telemetry, &x.record
+	t.tell(ctx, rec, "forward pass", "forward pass failed")
+}
+
+// tell tells the observers and the log.
+func (t *telemetry) tell(ctx context.Context, rec *Record, well, failed string) {
+	if t.logger != nil {
+		level, message := slog.LevelDebug, well
+		if rec.Err != nil {
+			level, message = slog.LevelWarn, failed
+		}
+		if t.logger.Enabled(ctx, level) {
+			attrs := []slog.Attr{{Value: rec.LogValue()}}
+			if rec.Err != nil {
+				attrs = append(attrs, slog.String("error", fmt.Sprint(rec.Err)))
+			}
+			t.logger.LogAttrs(ctx, level, message, attrs...)
+		}
+	}
+	for _, f := range t.observers {
+		f(ctx, rec)
+	}
+}
+
+// report reports a pass that ran elsewhere.
+func (t *telemetry) report(ctx context.Context, r *Runner, p Pass, began, ended time.Time, err error, l listeners) {
+	x := new(traced)
+	maxTokens := -1
+	if r.parallel.coordinated() && p.across() != nil {
+		maxTokens = int(mat.Max(p.across()))
+	}
+	ctx = x.start(ctx, t, r, &p, l, began, true, maxTokens)
+	duration := max(ended.Sub(began), 0)
+	if r.queue != nil {
+		duration = r.queue.duration(instant{clock: began}, instant{clock: ended})
+	}
+	x.end(recordable(ctx), ended, duration, err)
+	x.span.End(x.span.options...)
+	x.tell(ctx)
 }
 
 // startUBatch starts the span of a microbatch.
 func (t *telemetry) startUBatch(ctx context.Context, i, numTokens int) (context.Context, timedSpan) {
-	ctx, span := t.start(ctx, "fwd.ubatch", time.Time{})
+	var began time.Time
+	if t.clock != nil {
+		began = t.clock()
+	}
+	ctx, span := t.start(ctx, "fwd.ubatch", began, t.clock != nil)
 	if span.IsRecording() {
+		span.SetAttributes(t.common...)
 		span.SetAttributes(keyUBatchIndex.Int(i), keyNumTokens.Int(numTokens))
 	}
 	return ctx, span
 }
 
-// coordinateSpan is the span of an exchange. With the step trace the ranks other than 0 learn only from the votes under
-// which span theirs belongs, and open it then.
-type coordinateSpan struct {
-	t        *telemetry
-	parallel ParallelConfig
-	ctx      context.Context // the exchange's
-	span     timedSpan       // zero: not open yet
-	began    time.Time
+// endUBatch shows the outcome of a microbatch on its span, and sets its end if there is a clock.
+func (t *telemetry) endUBatch(span *timedSpan, err error) {
+	var ended time.Time
+	if t.clock != nil {
+		ended = t.clock()
+	}
+	span.finish(ended, err, t.errorType(err))
 }
 
-// startCoordinate starts the span of an exchange, and gives the others its context where they hang their spans on it.
-func (t *telemetry) startCoordinate(ctx context.Context, parallel ParallelConfig, v *Vote) coordinateSpan {
-	if t == nil {
+// coordinateSpan is the span of an exchange. With the step trace the ranks other than 0 learn only from
+// the votes under which span theirs belongs, and open it then.
+type coordinateSpan struct {
+	telemetry *telemetry // nil: nobody listens
+	listeners listeners
+	ctx       context.Context // the exchange's
+	span      timedSpan       // zero: not open yet
+}
+
+// startCoordinate starts the span of an exchange. With the step trace, rank 0's vote carries its context.
+func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) coordinateSpan {
+	l := t.listening(ctx)
+	if l == 0 {
 		return coordinateSpan{ctx: ctx}
 	}
-	s := coordinateSpan{t: t, parallel: parallel, ctx: ctx, began: t.now()}
-	if t.stepTrace && parallel.DataParallelRank != 0 {
+	s := coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
+	if l&listenSpans == 0 || t.stepTrace && t.parallel.DataParallelRank != 0 {
 		return s
 	}
-	s.ctx, s.span = t.start(ctx, "fwd.coordinate", s.began)
+	s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true)
 	if t.stepTrace {
-		v.SpanContext = s.span.SpanContext()
+		e.vote.SpanContext = s.span.SpanContext()
 	}
 	return s
 }
 
-// end ends the span of an exchange at that step, which gave the agreement or failed.
-func (s *coordinateSpan) end(step uint64, a *Agreement, err error) {
-	if s.t == nil {
+// end ends the span of an exchange, measures it, and tells of one that failed.
+func (s *coordinateSpan) end(e *exchange, ended instant) {
+	t := s.telemetry
+	if t == nil {
 		return
 	}
+	word := t.errorType(e.err)
+	if s.listeners&listenSpans != 0 {
+		s.endSpan(e, e.runner.timeOf(ended), word)
+	}
+	if s.listeners&listenMetrics != 0 {
+		ctx := recordable(s.ctx)
+		t.coordinate.Record(ctx, e.wait.Seconds(), t.waits.get(word, word).record...)
+		if e.err == nil && e.lastRank >= 0 && e.lastRank != t.parallel.DataParallelRank {
+			t.countWait(ctx, e.lastRank, false, e.wait)
+		}
+	}
+	if s.listeners&listenRecords != 0 {
+		s.tell(e)
+	}
+}
+
+func (s *coordinateSpan) endSpan(e *exchange, ended time.Time, word string) {
+	t := s.telemetry
 	if s.span.Span == nil {
-		ctx, links := s.t.stepParent(s.ctx, a) // without an agreement: the caller's
-		s.ctx, s.span = s.t.start(ctx, "fwd.coordinate", s.began, trace.WithLinks(links...))
+		ctx, links := t.stepParent(s.ctx, e.agreement) // without an agreement: the caller's
+		s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true, trace.WithLinks(links...))
 	}
-	if s.span.IsRecording() {
-		if err == nil {
-			step = a.Step
+	defer func() { s.span.End(s.span.options...) }()
+	s.span.finish(ended, e.err, word)
+	if !s.span.IsRecording() {
+		return
+	}
+	attrs := append(slices.Clone(t.common), keyStep.Int64(int64(e.step())))
+	attrs = t.parallel.appendAttributes(attrs)
+	if e.agreement != nil {
+		attrs = e.agreement.appendAttributes(attrs)
+	}
+	if e.lastRank >= 0 {
+		attrs = append(attrs, keyLastRank.Int(e.lastRank))
+	}
+	var rankErr *RankError
+	if errors.Is(e.err, ErrRankMissing) && errors.As(e.err, &rankErr) {
+		attrs = append(attrs, keyMissingRanks.IntSlice(rankErr.Ranks))
+	}
+	s.span.SetAttributes(attrs...)
+}
+
+// step returns the step of an exchange that is over.
+func (e *exchange) step() uint64 {
+	if e.agreement != nil {
+		return e.agreement.Step
+	}
+	return e.vote.Step
+}
+
+// tell tells of an exchange that failed, or that was late.
+func (s *coordinateSpan) tell(e *exchange) {
+	t := s.telemetry
+	if e.err != nil {
+		rec := Record{
+			Name: t.name, Rank: t.parallel.DataParallelRank, Size: t.parallel.DataParallelSize,
+			Step: e.step(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
 		}
-		attrs := s.parallel.appendAttributes([]attribute.KeyValue{keyStep.Int64(int64(step))})
-		if err == nil {
-			attrs = a.appendAttributes(attrs)
+		t.tell(s.ctx, &rec, "", "exchange of votes failed")
+	} else if t.logger != nil && e.agreement.Step > e.vote.Step {
+		t.logger.LogAttrs(s.ctx, slog.LevelWarn, "rank came late and goes on at the group's step",
+			slog.Int(string(keyRank), t.parallel.DataParallelRank),
+			slog.Uint64(string(keyStep), e.agreement.Step))
+	}
+}
+
+// countWait counts the time that was spent waiting for a rank.
+func (t *telemetry) countWait(ctx context.Context, rank int, forward bool, d time.Duration) {
+	if d > 0 {
+		t.waitTime.Add(ctx, d.Seconds(), t.waitTimes.get(waitKey{rank, forward}, waitKey{-1, forward}).add...)
+	}
+}
+
+// Waited says that the pass in ctx has waited for a rank since began, inside its forward function, as
+// for the rows of that rank's experts. began must come from the clock of the Runner, which is time.Now
+// without [WithClock]. The waits of a pass add up, also those that overlap, in Record.Waited, in the
+// attribute fwd.wait_time and in the metric fwd.wait.time. It does nothing outside a Runner's pass. It
+// may be called by several goroutines.
+func Waited(ctx context.Context, rank int, began time.Time) {
+	x := lookup(ctx).traced()
+	if x == nil {
+		return
+	}
+	now := time.Now()
+	if x.telemetry.clock != nil {
+		now = x.telemetry.clock()
+	}
+	d := max(now.Sub(began), 0)
+	x.waited.Add(int64(d))
+	if x.metrics {
+		x.telemetry.countWait(recordable(ctx), rank, true, d)
+	}
+}
+
+// Record is one pass, or one failed exchange, for logs, statistics and planners that want no collector.
+// It holds no metadata. The record of a failed exchange has only Name, Rank, Size, Step, Began, Wait and
+// Err. A call that is refused before it votes, and a pass that is refused before it starts, has none.
+type Record struct {
+	Name       string // Config.Name
+	Rank, Size int    // data-parallel
+	Step       uint64 // 0: the pass has no agreement
+
+	NumTokens, NumTokensUnpadded, NumTokensGraph, NumReqs int
+
+	GraphMode GraphMode
+	Reason    Reason
+	Batch     BatchDescriptor
+	UBatches  int // 0: not split
+	Dummy     bool
+	Phase     string
+
+	// Began is the start of the pass, or of the failed exchange.
+	Began time.Time
+
+	// Wait is the duration of the exchange, Duration that of the pass, and Waited how much of the pass
+	// was spent in waits that were told to the function Waited.
+	Wait, Duration, Waited time.Duration
+
+	// LastRank is the rank whose vote came last, or -1 if that is not known.
+	LastRank int
+
+	// Votes are those of the pass's agreement, nil if it has none. They must not be modified.
+	Votes []Vote
+
+	// Err is what failed the pass or the exchange. A pass that panicked has an error too.
+	Err error
+}
+
+// fill sets what is known of a pass when it begins.
+func (rec *Record) fill(r *Runner, p *Pass) {
+	rec.Name, rec.Rank, rec.Size = r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize
+	rec.NumTokens, rec.NumTokensUnpadded = p.NumTokens, p.NumTokensUnpadded
+	rec.NumTokensGraph, rec.NumReqs = p.NumTokensGraph, p.NumReqs
+	rec.GraphMode, rec.Reason, rec.Batch = p.GraphMode, p.Reason, p.Batch
+	rec.UBatches, rec.Dummy, rec.Phase = len(p.UBatches), p.Dummy, p.Phase
+	rec.LastRank = -1
+	if p.plan != nil {
+		rec.Wait, rec.LastRank = p.plan.wait, p.plan.lastRank
+	}
+	if p.Agreement != nil {
+		rec.Step, rec.Votes = p.Agreement.Step, p.Agreement.Votes
+	}
+}
+
+// LogValue returns a group of the attributes that apply, under the names that they have on spans, and
+// error.type if it failed. The durations are fwd.wait and fwd.duration.
+func (rec *Record) LogValue() slog.Value {
+	attrs := make([]slog.Attr, 0, 20)
+	number := func(key attribute.Key, n int, applies bool) {
+		if applies {
+			attrs = append(attrs, slog.Int(string(key), n))
 		}
-		s.span.SetAttributes(attrs...)
 	}
-	word := s.t.errorType(err)
-	ended := s.span.finish(err, word)
-	s.span.End(s.span.options...)
-	if ctx := recordable(s.ctx); s.t.coordinate.Enabled(ctx) {
-		s.t.record(ctx, s.t.coordinate, s.began, ended, s.t.waits.get(word))
+	word := func(key attribute.Key, s string) {
+		if s != "" {
+			attrs = append(attrs, slog.String(string(key), s))
+		}
 	}
+	word(keyName, rec.Name)
+	if rec.Step > 0 {
+		attrs = append(attrs, slog.Uint64(string(keyStep), rec.Step))
+	}
+	number(keyRank, rec.Rank, rec.Size != 1)
+	number(keySize, rec.Size, rec.Size > 1)
+	if pass := rec.NumTokens > 0 || rec.Duration > 0; pass {
+		word(keyPhase, rec.Phase)
+		number(keyNumTokens, rec.NumTokens, true)
+		number(keyUnpadded, rec.NumTokensUnpadded, true)
+		number(keyNumReqs, rec.NumReqs, rec.NumReqs > 0)
+		word(keyGraphMode, rec.GraphMode.String())
+		word(keyGraphReason, rec.Reason.String())
+		number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, rec.NumTokens > rec.NumTokensUnpadded)
+		number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, rec.NumTokens > rec.NumTokensUnpadded)
+		number(keyUBatches, rec.UBatches, rec.UBatches > 0)
+		attrs = append(attrs, slog.Bool(string(keyDummy), rec.Dummy), slog.Duration("fwd.duration", rec.Duration))
+	}
+	number(keyLastRank, rec.LastRank, rec.LastRank >= 0)
+	if rec.Wait > 0 {
+		attrs = append(attrs, slog.Duration("fwd.wait", rec.Wait))
+	}
+	if rec.Waited > 0 {
+		attrs = append(attrs, slog.Duration(string(keyWaitTime), rec.Waited))
+	}
+	if rec.Err != nil {
+		word(keyErrorType, errorWord(rec.Err))
+	}
+	return slog.GroupValue(attrs...)
+}
+
+// A Recorder keeps the latest records: what a rank did before the ranks parted. Make one with
+// [NewRecorder] and give its Observe to [WithObserver]. It may be used by any number of goroutines.
+type Recorder struct {
+	mu      sync.Mutex
+	records []Record // a ring
+	next    int      // where the next one goes
+	full    bool
+}
+
+// NewRecorder returns a Recorder of the last n records. It panics if n is below 1.
+func NewRecorder(n int) *Recorder {
+	if n < 1 {
+		panic(fmt.Sprintf("fwd: NewRecorder(%d): want at least 1", n))
+	}
+	return &Recorder{records: make([]Record, n)}
+}
+
+// Observe keeps a copy of rec.
+func (r *Recorder) Observe(_ context.Context, rec *Record) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.records[r.next] = *rec
+	if r.next++; r.next == len(r.records) {
+		r.next, r.full = 0, true
+	}
+}
+
+// Recent returns the records, oldest first.
+func (r *Recorder) Recent() []Record {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.full {
+		return slices.Clone(r.records[:r.next])
+	}
+	return slices.Concat(r.records[r.next:], r.records[:r.next])
+}
+
+// ProfileLabels returns a middleware that sets the labels fwd.name, fwd.graph.mode, fwd.dp.rank and
+// fwd.dummy of runtime/pprof for what runs inside a pass, goroutines that start there included. So a
+// CPU profile splits by rank and mode.
+func ProfileLabels() Middleware {
+	return func(next ForwardFunc) ForwardFunc {
+		return func(ctx context.Context) (err error) {
+			c := lookup(ctx)
+			if c == nil {
+				return next(ctx)
+			}
+			pprof.Do(ctx, c.profileLabels(), func(labelled context.Context) { err = next(c.over(labelled)) })
+			return err
+		}
+	}
+}
+
+func (c *passContext) profileLabels() pprof.LabelSet {
+	rank, name := 0, ""
+	if c.run != nil {
+		rank, name = c.run.runner.parallel.DataParallelRank, c.run.runner.name
+	} else if c.fc.DP != nil {
+		rank = c.fc.DP.Rank()
+	}
+	return pprof.Labels(
+		string(keyName), name,
+		string(keyGraphMode), c.fc.GraphMode.String(),
+		string(keyRank), strconv.Itoa(rank),
+		string(keyDummy), strconv.FormatBool(c.fc.Dummy),
+	)
 }
