@@ -1,41 +1,17 @@
+// This file counts the allocations of everything that a pass does, without the SDK.
+
 package fwd_test
 
 import (
 	"context"
 	"fmt"
 	"runtime"
-	"sync"
 	"testing"
 
-	metricnoop "go.opentelemetry.io/otel/metric/noop"
-	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	tracenoop "go.opentelemetry.io/otel/trace/noop"
 	"gonum.org/v1/gonum/mat"
 
 	"github.com/forwardctx/fwd"
 )
-
-// providers are the options of Runners by what stands behind their telemetry. global is the default, with no SDK.
-func providers() map[string][]fwd.Option {
-	return map[string][]fwd.Option{
-		"noop":   {fwd.WithTracerProvider(tracenoop.NewTracerProvider()), fwd.WithMeterProvider(metricnoop.NewMeterProvider())},
-		"global": nil,
-		"sdk": {
-			fwd.WithTracerProvider(sdktrace.NewTracerProvider()),
-			fwd.WithMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewManualReader()))),
-		},
-	}
-}
-
-// decodePass is a pass that says all that a rank alone has to say.
-func decodePass() fwd.Pass {
-	maps := []map[string]any{{"": 1}}
-	return fwd.Pass{
-		NumTokens: 16, NumTokensUnpadded: 13, NumTokensGraph: 16, NumReqs: 13, AttnMetadata: maps, SlotMapping: maps,
-		GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact, Batch: fwd.BatchDescriptor{NumTokens: 16, NumReqs: 16, Uniform: true},
-	}
-}
 
 func wantAllocs(t *testing.T, name string, most float64, f func()) {
 	t.Helper()
@@ -44,8 +20,7 @@ func wantAllocs(t *testing.T, name string, most float64, f func()) {
 	}
 }
 
-// Tests of allocations can't be parallel: the counts are the process's.
-
+// skipUnderRace skips a test that counts allocations. No such test may be parallel.
 func skipUnderRace(t *testing.T) {
 	t.Helper()
 	if raceEnabled {
@@ -58,16 +33,16 @@ func TestAllocsRun(t *testing.T) {
 	through := func(next fwd.ForwardFunc) fwd.ForwardFunc {
 		return func(ctx context.Context) error { return next(ctx) }
 	}
+	three := []fwd.Middleware{through, through, through}
 	ctx, pass := context.Background(), decodePass()
-	forward := func(context.Context) error { return nil }
-	for provider, most := range map[string]float64{"noop": 2, "global": 4, "sdk": 5} {
-		for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": {through, through, through}} {
+	for provider, most := range map[string]float64{"noop": 2, "global": 4} {
+		for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": three} {
 			r, err := fwd.New(fwd.Config{Name: "target"}, append(providers()[provider], fwd.WithMiddleware(mw...))...)
 			if err != nil {
 				t.Fatal(err)
 			}
 			wantAllocs(t, provider+name, most, func() {
-				if err := r.Run(ctx, pass, forward); err != nil {
+				if err := r.Run(ctx, pass, nothing); err != nil {
 					t.Error(err)
 				}
 			})
@@ -88,7 +63,8 @@ func TestAllocsUBatches(t *testing.T) {
 				spans = 0 // the pass's own
 			}
 			err := r.Run(context.Background(), splitPass(64, n), func(ctx context.Context) error {
-				wantAllocs(t, fmt.Sprintf("RunUBatches of %d with %d spans", n, spans), most+float64(spans), func() {
+				name := fmt.Sprintf("RunUBatches of %d with %d spans", n, spans)
+				wantAllocs(t, name, most+float64(spans), func() {
 					if err := fwd.RunUBatches(ctx, fn); err != nil {
 						t.Error(err)
 					}
@@ -99,6 +75,36 @@ func TestAllocsUBatches(t *testing.T) {
 				t.Error(err)
 			}
 		}
+	}
+}
+
+// allocsOfLookups looks up in ctx what is there and what isn't.
+func allocsOfLookups(t *testing.T, where string, ctx context.Context) {
+	t.Helper()
+	type value = *fwd.ForwardContext
+	for what, f := range map[string]func() bool{
+		"FromContext":         func() bool { _, ok := fwd.FromContext(ctx); return ok },
+		"MustFromContext":     func() bool { return fwd.MustFromContext(ctx) != nil },
+		"LocalSizes":          func() bool { _, ok := fwd.LocalSizes(ctx); return ok },
+		"AttnMetadata":        func() bool { _, err := fwd.AttnMetadata[value](ctx, "attn"); return err == nil },
+		"AttnMetadata of all": func() bool { _, err := fwd.AttnMetadata[value](ctx, "other"); return err == nil },
+		"SlotMapping":         func() bool { _, err := fwd.SlotMapping[value](ctx, "attn"); return err == nil },
+		"Layer":               func() bool { _, err := fwd.Layer[value](ctx, "attn"); return err == nil },
+	} {
+		if !f() {
+			t.Errorf("%s%s misses", what, where)
+		}
+		wantAllocs(t, what+where, 0, func() { f() })
+	}
+	for what, f := range map[string]func() error{
+		"AttnMetadata of another type": func() error { _, err := fwd.AttnMetadata[int](ctx, "attn"); return err },
+		"SlotMapping unknown":          func() error { _, err := fwd.SlotMapping[int](ctx, "other"); return err },
+		"Layer unknown":                func() error { _, err := fwd.Layer[int](ctx, "other"); return err },
+	} {
+		if f() == nil {
+			t.Errorf("%s%s hits", what, where)
+		}
+		wantAllocs(t, what+where, 1, func() { f() })
 	}
 }
 
@@ -122,32 +128,9 @@ func TestAllocsContext(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		for name, ctx := range map[string]context.Context{"": sized, " 2 values below": context.WithValue(context.WithValue(sized, key{}, 1), key{}, 2)} {
-			for what, f := range map[string]func() bool{
-				"FromContext":         func() bool { _, ok := fwd.FromContext(ctx); return ok },
-				"MustFromContext":     func() bool { return fwd.MustFromContext(ctx) != nil },
-				"LocalSizes":          func() bool { _, ok := fwd.LocalSizes(ctx); return ok },
-				"AttnMetadata":        func() bool { _, err := fwd.AttnMetadata[*fwd.ForwardContext](ctx, "attn"); return err == nil },
-				"AttnMetadata of all": func() bool { _, err := fwd.AttnMetadata[*fwd.ForwardContext](ctx, "other"); return err == nil },
-				"SlotMapping":         func() bool { _, err := fwd.SlotMapping[*fwd.ForwardContext](ctx, "attn"); return err == nil },
-				"Layer":               func() bool { _, err := fwd.Layer[*fwd.ForwardContext](ctx, "attn"); return err == nil },
-			} {
-				if !f() {
-					t.Errorf("%s%s misses", what, name)
-				}
-				wantAllocs(t, what+name, 0, func() { f() })
-			}
-			for what, f := range map[string]func() error{
-				"AttnMetadata of another type": func() error { _, err := fwd.AttnMetadata[int](ctx, "attn"); return err },
-				"SlotMapping unknown":          func() error { _, err := fwd.SlotMapping[int](ctx, "other"); return err },
-				"Layer unknown":                func() error { _, err := fwd.Layer[int](ctx, "other"); return err },
-			} {
-				if f() == nil {
-					t.Errorf("%s%s hits", what, name)
-				}
-				wantAllocs(t, what+name, 1, func() { f() })
-			}
-		}
+		allocsOfLookups(t, "", sized)
+		below := context.WithValue(context.WithValue(sized, key{}, 1), key{}, 2)
+		allocsOfLookups(t, " 2 values below", below)
 		return nil
 	})
 	if err != nil {
@@ -157,7 +140,8 @@ func TestAllocsContext(t *testing.T) {
 		wantAllocs(t, "AttnMetadata without any", 1, func() { fwd.AttnMetadata[int](ctx, "attn") })
 		return nil
 	})
-	wantAllocs(t, "AttnMetadata outside a pass", 1, func() { fwd.AttnMetadata[int](context.Background(), "attn") })
+	outside := context.Background()
+	wantAllocs(t, "AttnMetadata outside a pass", 1, func() { fwd.AttnMetadata[int](outside, "attn") })
 }
 
 func TestAllocsDP(t *testing.T) {
@@ -196,24 +180,10 @@ func TestAllocsDispatch(t *testing.T) {
 	n := 0
 	wantAllocs(t, "Dispatch", 0, func() {
 		n = (n + 37) % 600
-		d.Dispatch(fwd.DispatchQuery{NumTokens: n, UniformDecode: n%2 == 0, NumActiveLoRAs: n % 5, ExcludeFull: n%3 == 0})
-	})
-}
-
-// exchangeRounds runs rounds steps of a group from the given one on, all ranks at once.
-func exchangeRounds(tb testing.TB, group []fwd.Coordinator, from, rounds int) {
-	var wg sync.WaitGroup
-	for rank, c := range group {
-		wg.Go(func() {
-			for step := from; step < from+rounds; step++ {
-				if _, err := c.Exchange(context.Background(), fwd.Vote{Step: uint64(step), NumTokens: rank, NumTokensPadded: rank}); err != nil {
-					tb.Errorf("rank %d, step %d: %v", rank, step, err)
-					return
-				}
-			}
+		d.Dispatch(fwd.DispatchQuery{
+			NumTokens: n, UniformDecode: n%2 == 0, NumActiveLoRAs: n % 5, ExcludeFull: n%3 == 0,
 		})
-	}
-	wg.Wait()
+	})
 }
 
 func TestAllocsExchange(t *testing.T) {

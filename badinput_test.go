@@ -1,3 +1,5 @@
+// This file tests what the package does with bad input: the error or panic, and its words.
+
 package fwd_test
 
 import (
@@ -44,8 +46,6 @@ func badRefused(err error, results ...any) error {
 	}
 	return err
 }
-
-func badNothing(context.Context) error { return nil }
 
 func badCapture(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
 	return badGraph{}, nil
@@ -102,12 +102,12 @@ func newBadFixture(t *testing.T) *badFixture {
 	note(err)
 	x.dp, err = fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 2}, 6, badTokens(6, 8))
 	note(err)
-	x.cache, err = fwd.NewGraphCache(fwd.GraphFull, badNothing, badCapture)
+	x.cache, err = fwd.NewGraphCache(fwd.GraphFull, nothing, badCapture)
 	note(err)
-	x.closed, err = fwd.NewGraphCache(fwd.GraphFull, badNothing, badCapture)
+	x.closed, err = fwd.NewGraphCache(fwd.GraphFull, nothing, badCapture)
 	note(err)
 	x.closed.CloseCapture()
-	x.noGraph, err = fwd.NewGraphCache(fwd.GraphFull, badNothing, func(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
+	x.noGraph, err = fwd.NewGraphCache(fwd.GraphFull, nothing, func(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
 		return nil, nil
 	})
 	note(err)
@@ -412,7 +412,7 @@ func badCases() []badCase {
 			return (*fwd.Runner)(nil).Run(context.Background(), fwd.Pass{}, nil)
 		}, []string{"forward function"}},
 		{"Run/nil Runner, mode", invalid, false, func(*badFixture) error {
-			return (*fwd.Runner)(nil).Run(context.Background(), fwd.Pass{GraphMode: unknown}, badNothing)
+			return (*fwd.Runner)(nil).Run(context.Background(), fwd.Pass{GraphMode: unknown}, nothing)
 		}, []string{"GraphMode(9)"}},
 		{"Run/tokens/negative", invalid, false, badRun(fwd.Pass{NumTokens: -7}), []string{"NumTokens", "-7"}},
 		{"Run/tokens/huge", invalid, false, badRun(fwd.Pass{NumTokens: badMany}), []string{"NumTokens", many}},
@@ -462,14 +462,14 @@ func badCases() []badCase {
 		{"Run/dp/agreement of others", fwd.ErrTokenMismatch, false, badRun(fwd.Pass{NumTokens: 6, Agreement: &fwd.Agreement{NumTokensAcrossDP: badTokens(7, 6)}}), []string{"rank 0", "6", "7"}},
 		{"Run/dp/unequal slices", invalid, false, badRun(fwd.Pass{NumTokens: 8, NumTokensAcrossDP: badTokens(8, 9), UBatches: halves}), []string{"rank 0 has 8", "9"}},
 		{"Run/dp/slices without counts", invalid, false, func(x *badFixture) error {
-			return x.pair[0].Run(context.Background(), fwd.Pass{NumTokens: 8, UBatches: halves}, badNothing)
+			return x.pair[0].Run(context.Background(), fwd.Pass{NumTokens: 8, UBatches: halves}, nothing)
 		}, []string{"2 microbatches"}},
 		{"Run/dp/no coordinator", invalid, false, func(*badFixture) error {
 			r, err := fwd.New(fwd.Config{Parallel: two}, fwd.WithCoordinator(nil))
 			if err != nil {
 				return fmt.Errorf("New: %v", err)
 			}
-			return r.Run(context.Background(), fwd.Pass{NumTokens: 8}, badNothing)
+			return r.Run(context.Background(), fwd.Pass{NumTokens: 8}, nothing)
 		}, []string{"rank 0 of 2", "coordinator"}},
 
 		// NewDPMetadata and its arithmetic.
@@ -686,17 +686,17 @@ func badCases() []badCase {
 		{"RoundCaptureSizes/overflow", invalid, false, badRound(math.MaxInt-1, math.MaxInt), []string{fmt.Sprint(math.MaxInt), fmt.Sprint(math.MaxInt - 1)}},
 
 		// Graph caches.
-		{"NewGraphCache/mode/none", invalid, false, badCache(fwd.GraphNone, badNothing, badCapture), []string{"NONE"}},
+		{"NewGraphCache/mode/none", invalid, false, badCache(fwd.GraphNone, nothing, badCapture), []string{"NONE"}},
 		{"SplitUBatches/n/memory", invalid, false, badSplit([]int{math.MaxInt32}, math.MaxInt32, 1, math.MaxInt32, 1), []string{"2147483647 microbatches"}},
 		{"Exchange/ctx/nil", nil, true, func(x *badFixture) error {
 			var ctx context.Context
 			_, err := x.group[0].Exchange(ctx, fwd.Vote{Step: x.groupStep + 1})
 			return err
 		}, []string{"Exchange", "nil"}},
-		{"NewGraphCache/mode/composite", invalid, false, badCache(fwd.GraphFullAndPiecewise, badNothing, badCapture), []string{"FULL_AND_PIECEWISE"}},
-		{"NewGraphCache/mode/unknown", invalid, false, badCache(unknown, badNothing, badCapture), []string{"GraphMode(9)"}},
+		{"NewGraphCache/mode/composite", invalid, false, badCache(fwd.GraphFullAndPiecewise, nothing, badCapture), []string{"FULL_AND_PIECEWISE"}},
+		{"NewGraphCache/mode/unknown", invalid, false, badCache(unknown, nothing, badCapture), []string{"GraphMode(9)"}},
 		{"NewGraphCache/forward/nil", invalid, false, badCache(fwd.GraphFull, nil, badCapture), []string{"forward function (nil: true)"}},
-		{"NewGraphCache/capture/nil", invalid, false, badCache(fwd.GraphFull, badNothing, nil), []string{"capture function (nil: true)"}},
+		{"NewGraphCache/capture/nil", invalid, false, badCache(fwd.GraphFull, nothing, nil), []string{"capture function (nil: true)"}},
 		{"NewGraphCache/several", invalid, false, badCache(fwd.GraphNone, nil, nil), []string{"NONE", "forward", "capture"}},
 		{"Forward/no descriptor", fwd.ErrNoDescriptor, false, func(x *badFixture) error { return x.cache.Forward(x.ctx) }, []string{"8 tokens", "FULL"}},
 		{"Forward/closed", fwd.ErrCaptureClosed, false, func(x *badFixture) error { return x.closed.Forward(badFull()) }, []string{"FULL", "NumTokens:8"}},

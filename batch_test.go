@@ -1,3 +1,5 @@
+// This file tests microbatches: how a pass is split, and how its parts run.
+
 package fwd_test
 
 import (
@@ -82,17 +84,6 @@ func TestLastUBatchEmptyVectors(t *testing.T) {
 			t.Errorf("%d tokens padded to %d in %d microbatches: last empty %t, want %t", v.Orig, v.Padded, v.N, got, v.Want)
 		}
 	}
-}
-
-// ubatchPass is a pass of n microbatches with 4 tokens each, the last one less two tokens of padding.
-func ubatchPass(n int) fwd.Pass {
-	p := fwd.Pass{NumTokens: 4 * n, NumTokensUnpadded: 4*n - 2, NumReqs: n}
-	for i := range n {
-		p.UBatches = append(p.UBatches, planSlices([4]int{i, i + 1, 4 * i, 4 * (i + 1)})...)
-		p.AttnMetadata = append(p.AttnMetadata, map[string]any{"attn": fmt.Sprint("attn ", i), "": fmt.Sprint("any ", i)})
-		p.SlotMapping = append(p.SlotMapping, map[string]any{"attn": i})
-	}
-	return p
 }
 
 // ubatchRun runs fn in each microbatch of a pass.
@@ -278,8 +269,8 @@ func TestUBatchFirstError(t *testing.T) {
 					causes[i] = context.Cause(ctx)
 					return errLater
 				})
-				got, ok := errors.AsType[*fwd.UBatchError](err)
-				if !ok || got.Index != failing || got.Err != errFirst || !errors.Is(err, errFirst) || errors.Is(err, errLater) {
+				var got *fwd.UBatchError
+				if !errors.As(err, &got) || got.Index != failing || got.Err != errFirst || !errors.Is(err, errFirst) || errors.Is(err, errLater) {
 					t.Errorf("error %v, want the first one, of microbatch %d", err, failing)
 				}
 				if !strings.Contains(err.Error(), fmt.Sprint(failing)) || !strings.Contains(err.Error(), "first") {

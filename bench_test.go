@@ -1,3 +1,5 @@
+// This file has the benchmarks, each beside a baseline. Those with the SDK are in integration/sdk.
+
 package fwd_test
 
 import (
@@ -7,8 +9,6 @@ import (
 	"testing"
 
 	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/attribute"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 	"gonum.org/v1/gonum/mat"
@@ -16,13 +16,13 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// benchKey is the key of a baseline's value, and benchFiller that of the values that lie between.
+// benchKey is the key of a baseline's value, benchFiller the key of the values that lie between.
 type (
 	benchKey    struct{}
 	benchFiller struct{}
 )
 
-// Each sink keeps a result, so that the compiler keeps what makes it.
+// Each sink keeps a result, so that the compiler keeps the code that makes it.
 var (
 	sinkContext context.Context
 	sinkForward *fwd.ForwardContext
@@ -51,7 +51,7 @@ func bury(ctx context.Context, depth int) context.Context {
 	return ctx
 }
 
-// BenchmarkLookup counts depth from 1, the context of the pass itself, and of context.Value that which holds the value.
+// BenchmarkLookup counts depth from the context that holds the value, which has depth 1.
 func BenchmarkLookup(b *testing.B) {
 	for _, depth := range []int{1, 2, 8, 32} {
 		benchInPass(b, decodePass(), func(ctx context.Context) {
@@ -62,7 +62,8 @@ func BenchmarkLookup(b *testing.B) {
 					sinkForward, _ = fwd.FromContext(below)
 				}
 			})
-			below = bury(context.WithValue(context.Background(), benchKey{}, fwd.MustFromContext(ctx)), depth-1)
+			below = context.WithValue(context.Background(), benchKey{}, fwd.MustFromContext(ctx))
+			below = bury(below, depth-1)
 			b.Run(fmt.Sprintf("by=value/depth=%d", depth), func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
@@ -88,7 +89,7 @@ func BenchmarkAttnMetadata(b *testing.B) {
 	})
 }
 
-// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and a bare span with the same attributes.
+// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and a bare span.
 func BenchmarkRun(b *testing.B) {
 	ctx, pass := context.Background(), decodePass()
 	forward := func(ctx context.Context) error {
@@ -102,8 +103,10 @@ func BenchmarkRun(b *testing.B) {
 			_ = sinkContext.Value(benchKey{})
 		}
 	})
-	tracers := map[string]trace.TracerProvider{"noop": tracenoop.NewTracerProvider(), "global": otel.GetTracerProvider(), "sdk": sdktrace.NewTracerProvider()}
-	for _, provider := range []string{"noop", "global", "sdk"} {
+	tracers := map[string]trace.TracerProvider{
+		"noop": tracenoop.NewTracerProvider(), "global": otel.GetTracerProvider(),
+	}
+	for _, provider := range []string{"noop", "global"} {
 		r, err := fwd.New(fwd.Config{Name: "target"}, providers()[provider]...)
 		if err != nil {
 			b.Fatal(err)
@@ -120,45 +123,17 @@ func BenchmarkRun(b *testing.B) {
 		b.Run("by=span/provider="+provider, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				bareSpan(ctx, tracer, &pass)
+				bareSpan(ctx, tracer)
 			}
 		})
 	}
 }
 
-// bareSpan is a span with the attributes that a Runner's pass has.
-func bareSpan(ctx context.Context, tracer trace.Tracer, p *fwd.Pass) {
+// bareSpan starts and ends a span that nobody records, and so has no attributes.
+func bareSpan(ctx context.Context, tracer trace.Tracer) {
 	ctx, span := tracer.Start(ctx, "forward")
 	defer span.End()
-	if span.IsRecording() {
-		span.SetAttributes(
-			attribute.String("fwd.name", "target"),
-			attribute.Int("fwd.num_tokens", p.NumTokens),
-			attribute.Int("fwd.num_tokens_unpadded", p.NumTokensUnpadded),
-			attribute.Int("fwd.num_reqs", p.NumReqs),
-			attribute.Int("fwd.batch.num_reqs", p.Batch.NumReqs),
-			attribute.Int("fwd.virtual_engine", p.VirtualEngine),
-			attribute.Int("fwd.padding.graph", p.NumTokensGraph-p.NumTokensUnpadded),
-			attribute.Int("fwd.padding.dp", p.NumTokens-p.NumTokensGraph),
-			attribute.String("fwd.graph.mode", p.GraphMode.String()),
-			attribute.String("fwd.graph.reason", p.Reason.String()),
-			attribute.Bool("fwd.batch.uniform", p.Batch.Uniform),
-			attribute.Bool("fwd.dummy", p.Dummy),
-		)
-	}
 	sinkContext = ctx
-}
-
-// splitPass returns a pass of so many requests of one token each, in n microbatches.
-func splitPass(tokens, n int) fwd.Pass {
-	pass := fwd.Pass{NumTokens: tokens}
-	for i := range n {
-		if n > 1 {
-			part := fwd.Range{Start: i * tokens / n, Stop: (i + 1) * tokens / n}
-			pass.UBatches = append(pass.UBatches, fwd.UBatchSlice{Requests: part, Tokens: part})
-		}
-	}
-	return pass
 }
 
 func BenchmarkRunUBatches(b *testing.B) {
@@ -230,7 +205,9 @@ func BenchmarkDP(b *testing.B) {
 
 func BenchmarkDispatch(b *testing.B) {
 	for _, loras := range []int{0, 4} {
-		cfg := fwd.DispatcherConfig{Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(512), MaxNumSeqs: 256}
+		cfg := fwd.DispatcherConfig{
+			Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(512), MaxNumSeqs: 256,
+		}
 		if loras > 0 {
 			cfg.LoRA = &fwd.LoRAConfig{MaxLoRAs: loras, SpecializeCount: true}
 		}
@@ -243,7 +220,8 @@ func BenchmarkDispatch(b *testing.B) {
 			n := 0
 			for b.Loop() {
 				n = (n + 37) % 500
-				_, batch, _ := d.Dispatch(fwd.DispatchQuery{NumTokens: n, UniformDecode: n&1 == 0, NumActiveLoRAs: loras})
+				query := fwd.DispatchQuery{NumTokens: n, UniformDecode: n&1 == 0, NumActiveLoRAs: loras}
+				_, batch, _ := d.Dispatch(query)
 				sinkInt = batch.NumTokens
 			}
 		})
@@ -257,7 +235,8 @@ func BenchmarkDispatch(b *testing.B) {
 			n := 0
 			for b.Loop() {
 				n = (n + 37) % 500
-				sinkInt = int(keys[fwd.BatchDescriptor{NumTokens: (n + 7) / 8 * 8, HasLoRA: loras > 0, NumActiveLoRAs: loras}])
+				padded := (n + 7) / 8 * 8
+				sinkInt = int(keys[fwd.BatchDescriptor{NumTokens: padded, HasLoRA: loras > 0, NumActiveLoRAs: loras}])
 			}
 		})
 	}
@@ -309,8 +288,9 @@ func BenchmarkAgree(b *testing.B) {
 	}
 }
 
-// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its vote to each other over
-// buffered channels, without steps, contexts and errors. It counts rounds by b.N, since all ranks must run as many.
+// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its vote to
+// every other over buffered channels, without steps, contexts and errors. It counts rounds by b.N, since all
+// ranks must run the same number.
 func BenchmarkExchange(b *testing.B) {
 	for _, ranks := range []int{2, 4, 8} {
 		b.Run(fmt.Sprintf("by=fwd/ranks=%d", ranks), func(b *testing.B) {

@@ -1,3 +1,5 @@
+// This file tests the token counts of data-parallel ranks and the sizes derived from them.
+
 package fwd_test
 
 import (
@@ -15,24 +17,6 @@ import (
 
 	"github.com/forwardctx/fwd"
 )
-
-// vec returns a vector of counts.
-func vec(counts ...int) *mat.VecDense {
-	v := mat.NewVecDense(len(counts), nil)
-	for i, n := range counts {
-		v.SetVec(i, float64(n))
-	}
-	return v
-}
-
-// counts returns the elements of a vector of whole numbers.
-func counts(v *mat.VecDense) []int {
-	c := make([]int, v.Len())
-	for i := range c {
-		c[i] = int(v.AtVec(i))
-	}
-	return c
-}
 
 func TestDPMetadataVectors(t *testing.T) {
 	type vector struct {
@@ -95,16 +79,6 @@ func TestAgreeVectors(t *testing.T) {
 
 const dpMax = math.MaxInt32 // the largest count of a rank
 
-// dpMetadata makes the metadata of a rank among ranks with these tokens.
-func dpMetadata(t *testing.T, rank int, tokens ...int) *fwd.DPMetadata {
-	t.Helper()
-	m, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: len(tokens), DataParallelRank: rank}, tokens[rank], vec(tokens...))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return m
-}
-
 // dpContext is a context in a pass of a rank among ranks with these tokens.
 func dpContext(t *testing.T, rank int, tokens ...int) context.Context {
 	t.Helper()
@@ -119,13 +93,6 @@ func dpSizes(t *testing.T, ctx context.Context) []int {
 		t.Fatal("there are no local sizes")
 	}
 	return sizes
-}
-
-func dpNoSizes(t *testing.T, where string, ctx context.Context) {
-	t.Helper()
-	if sizes, ok := fwd.LocalSizes(ctx); ok || sizes != nil {
-		t.Errorf("%s: local sizes %v, %t; want none", where, sizes, ok)
-	}
 }
 
 func TestDPMetadataIsACopy(t *testing.T) {

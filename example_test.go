@@ -1,3 +1,5 @@
+// This file has the examples of the documentation.
+
 package fwd_test
 
 import (

@@ -1,3 +1,5 @@
+// This file gives tests what the package keeps to itself.
+
 package fwd
 
 // LastUBatchEmpty is tested by itself: the vectors have cases that no agreement reaches.

@@ -1,3 +1,5 @@
+// This file compares the package with second, naive implementations, on fuzzed input.
+
 package fwd_test
 
 import (

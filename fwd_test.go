@@ -1,12 +1,11 @@
+// This file tests the forward context, the lookups in it, and passes with their middleware.
+
 package fwd_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -18,27 +17,6 @@ import (
 
 	"github.com/forwardctx/fwd"
 )
-
-// readVectors reads a file of cases whose expected values the reference system computed, and checks how many there are:
-// a file that lost its cases would pass everything.
-func readVectors[T any](t *testing.T, name string, want int) []T {
-	t.Helper()
-	data, err := os.ReadFile(filepath.Join("testdata", "vectors", name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var cases []T
-	if err := json.Unmarshal(data, &cases); err != nil {
-		t.Fatalf("%s: %v", name, err)
-	}
-	if len(cases) != want {
-		t.Fatalf("%s has %d cases, want %d", name, len(cases), want)
-	}
-	return cases
-}
-
-// forwardNothing is a model without layers.
-func forwardNothing(context.Context) error { return nil }
 
 // passOf returns a pass whose metadata says which it is.
 func passOf(name string, tokens int) fwd.Pass {
@@ -747,7 +725,7 @@ func TestMiddlewareNext(t *testing.T) {
 			return (*fwd.Runner)(nil).Run(ctx, fwd.Pass{NumTokens: 5}, next)
 		}, []int{5}, nil},
 		{"nested pass before", func(ctx context.Context, next fwd.ForwardFunc) error {
-			return errors.Join(draft.Run(ctx, fwd.Pass{NumTokens: 5}, forwardNothing), next(ctx))
+			return errors.Join(draft.Run(ctx, fwd.Pass{NumTokens: 5}, nothing), next(ctx))
 		}, []int{3}, nil},
 		{"nested pass that was started", func(ctx context.Context, next fwd.ForwardFunc) error {
 			ctx, end, err := draft.Start(ctx, fwd.Pass{NumTokens: 5})
@@ -852,7 +830,7 @@ func TestRunPanicPassesThrough(t *testing.T) {
 		if !<-done {
 			t.Error("an exit became a panic")
 		}
-		if err := r.Run(t.Context(), fwd.Pass{NumTokens: 1}, forwardNothing); err != nil {
+		if err := r.Run(t.Context(), fwd.Pass{NumTokens: 1}, nothing); err != nil {
 			t.Errorf("Runner %d afterwards: %v", i, err)
 		}
 	}

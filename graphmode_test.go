@@ -1,3 +1,5 @@
+// This file tests graph modes, the dispatcher and the graph cache.
+
 package fwd_test
 
 import (
@@ -14,23 +16,6 @@ import (
 
 	"github.com/forwardctx/fwd"
 )
-
-// vectorBatch is a descriptor as the vector files write it; a null num_reqs is any number.
-type vectorBatch struct {
-	NumTokens      int  `json:"num_tokens"`
-	NumReqs        *int `json:"num_reqs"`
-	Uniform        bool `json:"uniform"`
-	HasLoRA        bool `json:"has_lora"`
-	NumActiveLoRAs int  `json:"num_active_loras"`
-}
-
-func (b vectorBatch) descriptor() fwd.BatchDescriptor {
-	d := fwd.BatchDescriptor{NumTokens: b.NumTokens, Uniform: b.Uniform, HasLoRA: b.HasLoRA, NumActiveLoRAs: b.NumActiveLoRAs}
-	if b.NumReqs != nil {
-		d.NumReqs = *b.NumReqs
-	}
-	return d
-}
 
 func TestGraphModeVectors(t *testing.T) {
 	type vector struct {
@@ -166,11 +151,6 @@ func TestDispatchReasons(t *testing.T) {
 	}
 }
 
-// cacheGraph is a captured graph.
-type cacheGraph func(ctx context.Context) error
-
-func (g cacheGraph) Replay(ctx context.Context) error { return g(ctx) }
-
 // cacheCalls counts what a cache does.
 type cacheCalls struct{ forwards, captures, replays atomic.Int32 }
 
@@ -187,15 +167,6 @@ func (c *cacheCalls) replay(context.Context) error  { c.replays.Add(1); return n
 func (c *cacheCalls) capture(context.Context, fwd.BatchDescriptor, fwd.ForwardFunc) (fwd.Graph, error) {
 	c.captures.Add(1)
 	return cacheGraph(c.replay), nil
-}
-
-func cacheNew(t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture fwd.CaptureFunc) *fwd.GraphCache {
-	t.Helper()
-	c, err := fwd.NewGraphCache(mode, forward, capture)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return c
 }
 
 // cachePass is a context in a pass with that mode and key.

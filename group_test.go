@@ -1,3 +1,5 @@
+// This file tests agreement between ranks: votes, the local group, and steps that fail.
+
 package fwd_test
 
 import (
@@ -15,7 +17,6 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"gonum.org/v1/gonum/mat"
 
 	"github.com/forwardctx/fwd"
 )
@@ -39,41 +40,6 @@ func groupVotes(size int, step uint64) []fwd.Vote {
 	return votes
 }
 
-// groupTap is a coordinator that keeps what passed through it.
-type groupTap struct {
-	fwd.Coordinator
-	exchanges int
-	sent      fwd.Vote
-	votes     []fwd.Vote
-}
-
-func (c *groupTap) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
-	c.exchanges++
-	c.sent = v
-	votes, err := c.Coordinator.Exchange(ctx, v)
-	c.votes = votes
-	return votes, err
-}
-
-func groupNew(t *testing.T, size int) []fwd.Coordinator {
-	t.Helper()
-	group, err := fwd.NewLocalGroup(size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return group
-}
-
-func groupRunner(t *testing.T, c fwd.Coordinator, opts ...fwd.Option) *fwd.Runner {
-	t.Helper()
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: c.Size(), DataParallelRank: c.Rank()}},
-		append([]fwd.Option{fwd.WithCoordinator(c)}, opts...)...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
 // groupMember takes one step of one rank and returns the votes of all.
 type groupMember func(ctx context.Context) ([]fwd.Vote, error)
 
@@ -88,7 +54,8 @@ var groupDrivers = []struct {
 		step := uint64(0)
 		return func(ctx context.Context) ([]fwd.Vote, error) {
 			votes, err := c.Exchange(ctx, groupVote(c.Rank(), step+1))
-			if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+			var rankErr *fwd.RankError
+			if errors.As(err, &rankErr) {
 				step = rankErr.Step
 			} else if err == nil {
 				step = votes[0].Step
@@ -139,7 +106,7 @@ func groupEach(t *testing.T, size int, test func(s *groupSim)) {
 		t.Run(d.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				s := &groupSim{T: t, join: d.join, group: groupNew(t, size)}
+				s := &groupSim{T: t, join: d.join, group: localGroup(t, size)}
 				for _, c := range s.group {
 					s.members = append(s.members, d.join(t, c))
 				}
@@ -219,8 +186,8 @@ func (c *groupCall) failed(want error, step uint64, ranks ...int) {
 
 func groupCheckError(t *testing.T, rank int, err, want error, step uint64, ranks ...int) {
 	t.Helper()
-	got, ok := errors.AsType[*fwd.RankError](err)
-	if !ok || !errors.Is(err, want) {
+	var got *fwd.RankError
+	if !errors.As(err, &got) || !errors.Is(err, want) {
 		t.Fatalf("rank %d: error %v, want a RankError that is %v", rank, err, want)
 	}
 	for _, other := range []error{fwd.ErrLockstep, fwd.ErrRankMissing} {
@@ -269,7 +236,7 @@ func groupPermutations(n int, f func([]int)) {
 func TestGroupRanks(t *testing.T) {
 	t.Parallel()
 	for _, size := range []int{1, 2, 7} {
-		group := groupNew(t, size)
+		group := localGroup(t, size)
 		if len(group) != size {
 			t.Fatalf("NewLocalGroup(%d) has %d coordinators", size, len(group))
 		}
@@ -279,7 +246,7 @@ func TestGroupRanks(t *testing.T) {
 			}
 		}
 	}
-	alone := groupNew(t, 1)[0]
+	alone := localGroup(t, 1)[0]
 	for step := uint64(1); step <= 3; step++ {
 		votes, err := alone.Exchange(t.Context(), groupVote(0, step))
 		if err != nil {
@@ -492,7 +459,7 @@ func TestGroupExchangeTimeout(t *testing.T) {
 			t.Run(d.name+"/"+tt.name, func(t *testing.T) {
 				t.Parallel()
 				synctest.Test(t, func(t *testing.T) {
-					s := &groupSim{T: t, join: d.join, group: groupNew(t, 3)}
+					s := &groupSim{T: t, join: d.join, group: localGroup(t, 3)}
 					s.members = []groupMember{d.join(t, s.group[0], tt.opts...), d.join(t, s.group[1], fwd.WithExchangeTimeout(0)), d.join(t, s.group[2])}
 					began := time.Now()
 					first := s.begin(t.Context(), 0)[0]
@@ -538,8 +505,8 @@ func TestGroupLateRank(t *testing.T) {
 			step++
 			for _, c := range calls {
 				c.returned()
-				got, ok := errors.AsType[*fwd.RankError](c.err)
-				if !ok || !errors.Is(c.err, fwd.ErrRankMissing) || got.Step != step {
+				var got *fwd.RankError
+				if !errors.As(c.err, &got) || !errors.Is(c.err, fwd.ErrRankMissing) || got.Step != step {
 					s.Fatalf("rank %d: error %v, want a missing rank in step %d", c.rank, c.err, step)
 				}
 			}
@@ -606,7 +573,7 @@ func TestGroupLateAndRestarted(t *testing.T) {
 func TestGroupDoubleCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		group := groupNew(t, 3)
+		group := localGroup(t, 3)
 		s := &groupSim{T: t, group: group}
 		for rank, c := range group {
 			s.members = append(s.members, func(ctx context.Context) ([]fwd.Vote, error) { return c.Exchange(ctx, groupVote(rank, 1)) })
@@ -660,7 +627,7 @@ func TestGroupDoubleCall(t *testing.T) {
 func TestGroupOverlappingExchanges(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		group := groupNew(t, 2)
+		group := localGroup(t, 2)
 		r, peer := groupRunner(t, group[0]), groupRunner(t, group[1])
 		plan := func(r *fwd.Runner) error {
 			_, err := r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}})
@@ -708,7 +675,7 @@ func TestGroupOverlappingExchanges(t *testing.T) {
 func TestGroupRefusedVote(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		s := &groupSim{T: t, group: groupNew(t, 2)}
+		s := &groupSim{T: t, group: localGroup(t, 2)}
 		for rank, c := range s.group {
 			s.members = append(s.members, func(ctx context.Context) ([]fwd.Vote, error) { return c.Exchange(ctx, groupVote(rank, 1)) })
 		}
@@ -729,18 +696,6 @@ func TestGroupRefusedVote(t *testing.T) {
 		s.begin(t.Context(), 0)[0].agreed(1)
 		peer.agreed(1)
 	})
-}
-
-// groupFake is a coordinator that answers by itself.
-type groupFake struct {
-	rank, size int
-	exchange   func(fwd.Vote) ([]fwd.Vote, error)
-}
-
-func (c *groupFake) Rank() int { return c.rank }
-func (c *groupFake) Size() int { return c.size }
-func (c *groupFake) Exchange(_ context.Context, v fwd.Vote) ([]fwd.Vote, error) {
-	return c.exchange(v)
 }
 
 // A coordinator that belongs to another rank or to a group of another size is found at once.
@@ -841,14 +796,6 @@ func TestGroupBadCoordinator(t *testing.T) {
 	}
 }
 
-// groupAgreement compares agreements, whose vectors go-cmp can't see into.
-var groupAgreement = cmp.Comparer(func(a, b *mat.VecDense) bool {
-	if a == nil || b == nil {
-		return a == b
-	}
-	return mat.Equal(a, b)
-})
-
 // Every rank computes the same agreement, in whatever order the ranks come.
 func TestGroupAgreementIsTheSame(t *testing.T) {
 	t.Parallel()
@@ -871,7 +818,7 @@ func TestGroupAgreementIsTheSame(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				s := &groupSim{T: t, group: groupNew(t, 4)}
+				s := &groupSim{T: t, group: localGroup(t, 4)}
 				agreements := make([]*fwd.Agreement, 4)
 				for rank, c := range s.group {
 					r := groupRunner(t, c, fwd.WithDispatcher(dispatcher))
@@ -955,7 +902,7 @@ func TestGroupManyRounds(t *testing.T) {
 		rounds = 5_000
 	}
 	before := runtime.NumGoroutine()
-	group := groupNew(t, 8)
+	group := localGroup(t, 8)
 	groupRounds(t, rounds, func(ctx context.Context, rank int, step uint64) ([]fwd.Vote, error) {
 		return group[rank].Exchange(ctx, groupVote(rank, step))
 	})
@@ -966,7 +913,7 @@ func TestGroupManyRounds(t *testing.T) {
 func TestGroupManyRoundsOfRunners(t *testing.T) {
 	before := runtime.NumGoroutine()
 	var members [8]groupMember
-	for rank, c := range groupNew(t, 8) {
+	for rank, c := range localGroup(t, 8) {
 		members[rank] = groupDrivers[1+rank%2].join(t, c)
 	}
 	groupRounds(t, 3_000, func(ctx context.Context, rank int, _ uint64) ([]fwd.Vote, error) { return members[rank](ctx) })
@@ -976,7 +923,7 @@ func TestGroupManyRoundsOfRunners(t *testing.T) {
 // Exchanges that fail leave no goroutine either.
 func TestGroupNoGoroutineLeft(t *testing.T) {
 	before := runtime.NumGoroutine()
-	group := groupNew(t, 3)
+	group := localGroup(t, 3)
 	for _, d := range groupDrivers {
 		members := []groupMember{d.join(t, group[0]), d.join(t, group[1])}
 		for range 50 {
@@ -994,17 +941,6 @@ func TestGroupNoGoroutineLeft(t *testing.T) {
 		}
 	}
 	settleGoroutines(t, before)
-}
-
-// settleGoroutines checks that there are no more goroutines than before, once those that are ending have ended.
-func settleGoroutines(t *testing.T, before int) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
-		if time.Now().After(deadline) {
-			buf := make([]byte, 1<<16)
-			t.Fatalf("%d goroutines, want at most %d:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-		}
-	}
 }
 
 // Ranks whose contexts end at random, some of which restart as well: each exchange ends with the votes, the same ones on
@@ -1035,7 +971,7 @@ func groupStress(t *testing.T, rounds int, restarts bool, join func(*testing.T, 
 	var agreed, missing, lockstep [size]int
 	var through atomic.Int32
 	var wg sync.WaitGroup
-	for rank, c := range groupNew(t, size) {
+	for rank, c := range localGroup(t, size) {
 		members[rank] = join(t, c)
 		wg.Go(func() {
 			random := rand.New(rand.NewPCG(uint64(rank), 42))
@@ -1059,7 +995,8 @@ func groupStress(t *testing.T, rounds int, restarts bool, join func(*testing.T, 
 				}
 				votes, err := members[rank](ctx)
 				cancel()
-				rankErr, isRankErr := errors.AsType[*fwd.RankError](err)
+				var rankErr *fwd.RankError
+				isRankErr := errors.As(err, &rankErr)
 				switch {
 				case err == nil:
 					agreed[rank]++

@@ -1,3 +1,5 @@
+// This file tests Plan, alone and across ranks, and that Run takes its passes.
+
 package fwd_test
 
 import (
@@ -16,24 +18,6 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-func planDispatcher(t *testing.T, cfg fwd.DispatcherConfig) *fwd.Dispatcher {
-	t.Helper()
-	d, err := fwd.NewDispatcher(cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return d
-}
-
-// planMixed is what most of these tests dispatch with: full graphs for up to 8 decode requests, pieces for the rest.
-func planMixed(q int) fwd.DispatcherConfig {
-	sizes := []int{1, 2, 4, 8, 16}
-	for i := range sizes {
-		sizes[i] *= q
-	}
-	return fwd.DispatcherConfig{Mode: fwd.GraphFullAndPiecewise, CaptureSizes: sizes, MaxNumSeqs: 8, UniformDecodeQueryLen: q}
-}
-
 // planRank is one rank of a planned step: how it is configured, what is scheduled, and what comes out.
 type planRank struct {
 	dispatcher *fwd.DispatcherConfig // nil: none
@@ -47,7 +31,7 @@ func planGroup(t *testing.T, parallel fwd.ParallelConfig, ranks []planRank) ([]*
 	t.Helper()
 	runners, taps := make([]*fwd.Runner, len(ranks)), make([]*groupTap, len(ranks))
 	parallel.DataParallelSize = len(ranks)
-	for rank, c := range groupNew(t, len(ranks)) {
+	for rank, c := range localGroup(t, len(ranks)) {
 		parallel.DataParallelRank = rank
 		taps[rank] = &groupTap{Coordinator: c}
 		opts := []fwd.Option{fwd.WithCoordinator(taps[rank])}
@@ -85,15 +69,6 @@ func planRequests(n, tokens int) []int {
 		reqs[i] = tokens
 	}
 	return reqs
-}
-
-// planSlices are slices by their bounds: requests, tokens.
-func planSlices(bounds ...[4]int) []fwd.UBatchSlice {
-	var s []fwd.UBatchSlice
-	for _, b := range bounds {
-		s = append(s, fwd.UBatchSlice{Requests: fwd.Range{Start: b[0], Stop: b[1]}, Tokens: fwd.Range{Start: b[2], Stop: b[3]}})
-	}
-	return s
 }
 
 // Steps 1 and 2 of a plan: what the schedule is dispatched to, and what is voted for.
@@ -475,7 +450,7 @@ func TestPlanIdleAlone(t *testing.T) {
 // A dense model never exchanges, whatever its coordinator.
 func TestPlanDenseDoesNotExchange(t *testing.T) {
 	t.Parallel()
-	tap := &groupTap{Coordinator: groupNew(t, 2)[1]}
+	tap := &groupTap{Coordinator: localGroup(t, 2)[1]}
 	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1, Dense: true}}, fwd.WithCoordinator(tap))
 	if err != nil {
 		t.Fatal(err)
@@ -726,7 +701,7 @@ func TestAgreedPassAlwaysRuns(t *testing.T) {
 		end(nil)
 	}
 	// Run's own exchange: the ctx ends the moment the votes are there.
-	group := groupNew(t, 2)
+	group := localGroup(t, 2)
 	ctx, cancel = context.WithCancel(t.Context())
 	r := groupRunner(t, &groupFake{rank: 0, size: 2, exchange: func(v fwd.Vote) ([]fwd.Vote, error) {
 		defer cancel()

@@ -89,7 +89,8 @@ func inVote(spoil func(v *fwd.Vote)) breakGroup {
 func inErrors(kind error, spoil func(c fwd.Coordinator, err *fwd.RankError) error) breakGroup {
 	return without(func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 		votes, err := c.Exchange(ctx, v)
-		if rankErr, ok := errors.AsType[*fwd.RankError](err); ok && errors.Is(err, kind) {
+		var rankErr *fwd.RankError
+		if errors.As(err, &rankErr) && errors.Is(err, kind) {
 			err = spoil(c, rankErr)
 		}
 		return votes, err
@@ -211,7 +212,9 @@ var faults = []struct {
 	}), `is not a RankError`, []string{"Lockstep/Restarted", "Lockstep/RestartedAgain"}},
 	{"leaves those in step waiting", without(func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 		votes, err := c.Exchange(ctx, v)
-		if rankErr, ok := errors.AsType[*fwd.RankError](err); ok && errors.Is(err, fwd.ErrLockstep) && !slices.Contains(rankErr.Ranks, c.Rank()) {
+		var rankErr *fwd.RankError
+		if errors.As(err, &rankErr) && errors.Is(err, fwd.ErrLockstep) &&
+			!slices.Contains(rankErr.Ranks, c.Rank()) {
 			<-ctx.Done()
 		}
 		return votes, err
@@ -314,7 +317,8 @@ var faults = []struct {
 				return nil, &fwd.RankError{Err: fwd.ErrLockstep, Step: step, Ranks: []int{c.Rank()}}
 			}
 			votes, err := c.Exchange(ctx, v)
-			if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+			var rankErr *fwd.RankError
+			if errors.As(err, &rankErr) {
 				broken.Store(rankErr.Step)
 			}
 			return votes, err
@@ -334,7 +338,8 @@ var faults = []struct {
 				v.Step = step + 1
 			}
 			votes, err := c.Exchange(ctx, v)
-			if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+			var rankErr *fwd.RankError
+			if errors.As(err, &rankErr) {
 				broken.Store(rankErr.Step)
 			}
 			return votes, err
@@ -560,7 +565,8 @@ func TestFaults(t *testing.T) {
 				processes <- true
 				defer func() { <-processes }()
 				output, err := runSubject(t, f.name, "/"+name)
-				if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+				var exit *exec.ExitError
+				if !errors.As(err, &exit) {
 					t.Fatalf("the suite ended with %v, want it to fail:\n%s", err, output)
 				}
 				failed := "--- FAIL: TestSubject/" + name

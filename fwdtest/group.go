@@ -244,7 +244,8 @@ func (g *group) fail(calls []*call, kind error, ranks ...int) {
 func (c *call) failed(kind error) *fwd.RankError {
 	c.Helper()
 	c.refused(kind)
-	err, ok := errors.AsType[*fwd.RankError](c.err)
+	var err *fwd.RankError
+	ok := errors.As(c.err, &err)
 	if !ok {
 		c.Fatalf("%v: error %v is not a RankError", c, c.err)
 	}

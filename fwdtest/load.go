@@ -171,7 +171,8 @@ func (c *chaos) outcome(rank int, sent fwd.Vote, votes []fwd.Vote, err error) (u
 
 // missed returns the step that a rank goes on from after an error, which says that others are missing.
 func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
-	got, ok := errors.AsType[*fwd.RankError](err)
+	var got *fwd.RankError
+	ok := errors.As(err, &got)
 	switch {
 	case !ok || !errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
 		return 0, fmt.Errorf("error %w, want the votes or a RankError that is %v alone", err, fwd.ErrRankMissing)
@@ -207,7 +208,8 @@ func (g *group) attempt() bool {
 	whole := true
 	for _, c := range g.begin(ctx, g.all()...) {
 		c.returned(patience)
-		if err, ok := errors.AsType[*fwd.RankError](c.err); ok {
+		var err *fwd.RankError
+		if errors.As(c.err, &err) {
 			g.Logf("%v: %v", c, err)
 			g.steps[c.rank] = err.Step
 			whole = false

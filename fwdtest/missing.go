@@ -99,7 +99,8 @@ func (s suite) lateAndRestarted(t *testing.T) {
 	g.pause()
 	cancel()
 	alone[0].returned(atOnce)
-	if err, ok := errors.AsType[*fwd.RankError](alone[0].err); ok && err.Step == g.step {
+	var err *fwd.RankError
+	if errors.As(alone[0].err, &err) && err.Step == g.step {
 		g.step-- // what it waited in need not count as a step
 	}
 	g.fail(alone, fwd.ErrRankMissing, 0)

@@ -20,6 +20,7 @@ const (
 	byServe = iota
 	byTelemetry
 	byUnit
+	bySDK
 	numDetectors
 )
 
@@ -50,7 +51,7 @@ var servedCombinations = []string{
 // stay long enough to be larger than any graph.
 const servedRequests = " -requests 23 -max-context 150"
 
-// detectors returns the detectors. A short run leaves out the unit tests: that detector has nothing to run.
+// detectors returns the detectors. A short run leaves out the package's own tests: these detectors have nothing to run.
 func detectors(m modules, short bool) [numDetectors]detector {
 	serve := detector{
 		module: m.examples, dir: m.examples,
@@ -76,10 +77,12 @@ func detectors(m modules, short bool) [numDetectors]detector {
 		timeout: testTimeout,
 		blame:   blameTest,
 	}
+	sdk := unit
+	sdk.module, sdk.dir = m.sdk, m.sdk
 	if short {
-		unit.runs = nil
+		unit.runs, sdk.runs = nil, nil
 	}
-	return [...]detector{byServe: serve, byTelemetry: telemetry, byUnit: unit}
+	return [...]detector{byServe: serve, byTelemetry: telemetry, byUnit: unit, bySDK: sdk}
 }
 
 const (

@@ -3,12 +3,13 @@
 //	go -C examples run ./mutants
 //
 // A test that can't fail proves nothing. Each fault in faults.go changes one place of the package; the changed file stands in
-// for the real one in a build (go build -overlay), and nothing in the repository is touched. Three detectors then look at the
+// for the real one in a build (go build -overlay), and nothing in the repository is touched. Four detectors then look at the
 // broken package:
 //
 //	serve      cmd serve -check, over a few combinations of flags, until the first whose answers are wrong
 //	telemetry  the engine's tests of what it emits (go test -run TestTelemetry ./engine)
 //	unit       the package's own tests (go test -short .)
+//	sdk        the package's tests with the OpenTelemetry SDK (go -C integration/sdk test -short .)
 //
 // A hang counts as noticed. Each fault must be noticed by one of them, and a fault of arithmetic, coordination or microbatches
 // by serve or telemetry: an engine whose answers don't depend on those would not need the package. A control without a fault
@@ -57,7 +58,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	})
 	flags.BoolVar(&o.list, "list", false, "print the faults and run nothing; with -v, their changes")
 	flags.BoolVar(&o.verbose, "v", false, "print what each detector saw, and how long it took")
-	flags.BoolVar(&o.short, "short", false, "leave out the unit tests, and only ask for what serve and telemetry must notice")
+	flags.BoolVar(&o.short, "short", false, "leave out unit and sdk, and only ask for what serve and telemetry must notice")
 	flags.IntVar(&o.jobs, "j", runtime.NumCPU(), "`faults` at a time")
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it

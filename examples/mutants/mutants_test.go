@@ -140,7 +140,7 @@ func TestProblem(t *testing.T) {
 	broken.verdicts[byUnit] = verdict{err: errors.New("does not build")}
 	skipped := func(k kind) result {
 		r := noticedBy(k)
-		r.verdicts[byUnit].skipped = true
+		r.verdicts[byUnit].skipped, r.verdicts[bySDK].skipped = true, true
 		return r
 	}
 	for _, c := range []struct {
@@ -153,6 +153,7 @@ func TestProblem(t *testing.T) {
 		{"telemetry", noticedBy(microbatch, byTelemetry), ""},
 		{"unit tests alone", noticedBy(coordination, byUnit), "f (coordination) is not noticed by serve or telemetry: w"},
 		{"unit tests, which do", noticedBy(inContext, byUnit), ""},
+		{"tests with the SDK", noticedBy(telemetry, bySDK), ""},
 		{"unit tests left out", skipped(arithmetic), "f (arithmetic) is not noticed by serve or telemetry: w"},
 		{"unit tests left out, which would do", skipped(graph), ""},
 		{"nobody", noticedBy(telemetry), "f is not noticed: w"},
@@ -189,10 +190,10 @@ func TestSummary(t *testing.T) {
 		t.Errorf("problems: %v", err)
 	}
 	lines := strings.Split(out.String(), "\n")
-	if !slices.Equal(strings.Fields(lines[0]), []string{"f", "arithmetic", "it", "-", "it"}) {
+	if !slices.Equal(strings.Fields(lines[0]), []string{"f", "arithmetic", "it", "-", "it", "-"}) {
 		t.Errorf("row %q", lines[0])
 	}
-	if want := "2 faults in 1m30s: serve -check notices 1, telemetry 0, unit tests 1"; lines[2] != want {
+	if want := "2 faults in 1m30s: serve -check notices 1, telemetry 0, unit tests 1, tests with the SDK 0"; lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}
 }

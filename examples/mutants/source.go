@@ -135,8 +135,8 @@ func list(w io.Writer, src sources, faults []fault, changes bool) error {
 	return nil
 }
 
-// modules are the directories of the two modules that are built.
-type modules struct{ root, examples string }
+// modules are the directories of the modules that are built.
+type modules struct{ root, examples, sdk string }
 
 func findModules(ctx context.Context) (modules, error) {
 	const fwd = "github.com/forwardctx/fwd"
@@ -151,5 +151,5 @@ func findModules(ctx context.Context) (modules, error) {
 	if len(dirs) != 2 {
 		return modules{}, fmt.Errorf("go list says that the modules are in %q", dirs)
 	}
-	return modules{root: dirs[0], examples: dirs[1]}, nil
+	return modules{root: dirs[0], examples: dirs[1], sdk: filepath.Join(dirs[0], "integration", "sdk")}, nil
 }

@@ -23,11 +23,15 @@ func newTable(w io.Writer, o options) *table {
 	return t
 }
 
-func (t *table) header() { t.line("fault", "kind", "serve -check", "telemetry", "unit tests") }
+func (t *table) header() {
+	t.line("fault", "kind", [numDetectors]string{"serve -check", "telemetry", "unit tests", "tests with the SDK"})
+}
 
 // line prints the columns of a row. What does not fit into one is cut: -v prints more.
-func (t *table) line(name, kind, serve, telemetry, unit string) {
-	fmt.Fprintf(t.w, "%-*s  %-12s  %s  %s  %s\n", t.name, name, kind, fit(serve, 56), fit(telemetry, 40), strings.TrimRight(fit(unit, 60), " "))
+func (t *table) line(name, kind string, cells [numDetectors]string) {
+	line := fmt.Sprintf("%-*s  %-12s  %s  %s  %s  %s", t.name, name, kind,
+		fit(cells[byServe], 56), fit(cells[byTelemetry], 40), fit(cells[byUnit], 60), fit(cells[bySDK], 60))
+	fmt.Fprintln(t.w, strings.TrimRight(line, " "))
 }
 
 // fit cuts or fills text to width characters.
@@ -44,7 +48,7 @@ func (t *table) row(r result) {
 	for i, v := range r.verdicts {
 		cells[i] = v.String()
 	}
-	t.line(r.fault.name, string(r.fault.kind), cells[byServe], cells[byTelemetry], cells[byUnit])
+	t.line(r.fault.name, string(r.fault.kind), cells)
 	if !t.verbose {
 		return
 	}
@@ -59,7 +63,7 @@ func (t *table) row(r result) {
 	}
 }
 
-var detectorNames = [...]string{byServe: "serve", byTelemetry: "telemetry", byUnit: "unit"}
+var detectorNames = [...]string{byServe: "serve", byTelemetry: "telemetry", byUnit: "unit", bySDK: "sdk"}
 
 func firstLines(text string, most int) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")
@@ -100,8 +104,9 @@ func (r result) problem() error {
 		}
 	}
 	shows := r.verdicts[byServe].noticed || r.verdicts[byTelemetry].noticed
+	tested := r.verdicts[byUnit].noticed || r.verdicts[bySDK].noticed
 	switch {
-	case !shows && !r.verdicts[byUnit].noticed && !r.verdicts[byUnit].skipped:
+	case !shows && !tested && !r.verdicts[byUnit].skipped:
 		return fmt.Errorf("%s is not noticed: %s", r.fault.name, r.fault.what)
 	case !shows && r.fault.kind.carriesAnswers():
 		return fmt.Errorf("%s (%s) is not noticed by serve or telemetry: %s", r.fault.name, r.fault.kind, r.fault.what)
@@ -123,8 +128,9 @@ func (t *table) summary(results []result, took time.Duration) error {
 			problems = append(problems, err)
 		}
 	}
-	fmt.Fprintf(t.w, "%d faults in %v: serve -check notices %d, telemetry %d, unit tests %d\n",
-		len(results), took.Round(time.Second), noticed[byServe], noticed[byTelemetry], noticed[byUnit])
+	fmt.Fprintf(t.w, "%d faults in %v: serve -check notices %d, telemetry %d, unit tests %d, tests with the SDK %d\n",
+		len(results), took.Round(time.Second),
+		noticed[byServe], noticed[byTelemetry], noticed[byUnit], noticed[bySDK])
 	if len(problems) == 0 {
 		return nil
 	}

@@ -1,0 +1,375 @@
+// This file tests the spans themselves: attributes, kind, parent, scope and links.
+
+package sdk_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
+
+	"github.com/forwardctx/fwd"
+)
+
+// forwardCase is a pass and the attributes of its span.
+type forwardCase struct {
+	name string
+	cfg  fwd.Config
+	pass fwd.Pass
+	want attrs
+}
+
+func TestForwardSpanAttributes(t *testing.T) {
+	t.Parallel()
+	halves := []fwd.UBatchSlice{
+		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 4}},
+		{Requests: fwd.Range{Start: 1, Stop: 2}, Tokens: fwd.Range{Start: 4, Stop: 8}},
+	}
+	for _, test := range []forwardCase{
+		{"nothing said", fwd.Config{}, fwd.Pass{NumTokens: 1}, plainForward},
+		{
+			"no tokens", fwd.Config{}, fwd.Pass{},
+			with(plainForward, "fwd.num_tokens", 0, "fwd.num_tokens_unpadded", 0),
+		},
+		{"name", fwd.Config{Name: "draft"}, fwd.Pass{NumTokens: 1}, with(plainForward, "fwd.name", "draft")},
+		{"dummy", fwd.Config{}, fwd.Pass{NumTokens: 1, Dummy: true}, with(plainForward, "fwd.dummy", true)},
+		{
+			"virtual engine", fwd.Config{}, fwd.Pass{NumTokens: 1, VirtualEngine: 3},
+			with(plainForward, "fwd.virtual_engine", 3),
+		},
+		{"requests", fwd.Config{}, fwd.Pass{NumTokens: 1, NumReqs: 1}, with(plainForward, "fwd.num_reqs", 1)},
+		{
+			"descriptor with adapters", fwd.Config{},
+			fwd.Pass{
+				NumTokens: 8, NumTokensUnpadded: 5, NumReqs: 5, GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact,
+				Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true, HasLoRA: true, NumActiveLoRAs: 2},
+			},
+			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 5, "fwd.num_reqs", 5,
+				"fwd.padding.graph", 3, "fwd.graph.mode", "FULL", "fwd.graph.reason", "exact",
+				"fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
+		},
+		{
+			"relaxed descriptor", fwd.Config{},
+			fwd.Pass{
+				NumTokens: 8, GraphMode: fwd.GraphPiecewise, Reason: fwd.ReasonRelaxed,
+				Batch: fwd.BatchDescriptor{NumTokens: 8},
+			},
+			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 8,
+				"fwd.graph.mode", "PIECEWISE", "fwd.graph.reason", "relaxed", "fwd.batch.uniform", false),
+		},
+		{
+			"padding split", fwd.Config{},
+			fwd.Pass{
+				NumTokens: 24, NumTokensUnpadded: 5, NumTokensGraph: 8,
+				GraphMode: fwd.GraphFull, Reason: fwd.ReasonRelaxed,
+			},
+			with(plainForward, "fwd.num_tokens", 24, "fwd.num_tokens_unpadded", 5,
+				"fwd.padding.graph", 3, "fwd.padding.dp", 16,
+				"fwd.graph.mode", "FULL", "fwd.graph.reason", "relaxed", "fwd.batch.uniform", false),
+		},
+		{
+			"microbatches", fwd.Config{}, fwd.Pass{NumTokens: 8, UBatches: halves},
+			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 8, "fwd.ubatches", 2),
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) { t.Parallel(); checkForwardSpan(t, test) })
+	}
+}
+
+func TestForwardSpanOfRank(t *testing.T) {
+	t.Parallel()
+	dense := ofTwo(1)
+	dense.Parallel.Dense = true
+	for _, test := range []forwardCase{
+		{
+			"counts across ranks", ofTwo(1), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(7, 1)},
+			with(plainForward, "fwd.dp.rank", 1, "fwd.dp.size", 2, "fwd.dp.max_tokens", 7),
+		},
+		{
+			"agreement", ofTwo(1),
+			fwd.Pass{
+				NumTokens: 1, Reason: fwd.ReasonDPRank,
+				Agreement: &fwd.Agreement{Step: 9, NumTokensAcrossDP: vec(7, 1), MaxTokensRank: 0, LowestModeRank: 1},
+			},
+			with(plainForward, "fwd.dp.rank", 1, "fwd.dp.size", 2, "fwd.dp.max_tokens", 7, "fwd.step", 9,
+				"fwd.dp.max_tokens_rank", 0, "fwd.dp.lowest_mode_rank", 1, "fwd.graph.reason", "dp_rank"),
+		},
+		{
+			"agreement that nobody lowered", ofTwo(1),
+			fwd.Pass{
+				NumTokens: 7,
+				Agreement: &fwd.Agreement{Step: 9, NumTokensAcrossDP: vec(1, 7), MaxTokensRank: 1, LowestModeRank: -1},
+			},
+			with(plainForward, "fwd.num_tokens", 7, "fwd.num_tokens_unpadded", 7, "fwd.dp.rank", 1, "fwd.dp.size", 2,
+				"fwd.dp.max_tokens", 7, "fwd.step", 9, "fwd.dp.max_tokens_rank", 1),
+		},
+		{
+			"dense model", dense, fwd.Pass{NumTokens: 1},
+			with(plainForward, "fwd.dp.rank", 1, "fwd.dp.size", 2),
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) { t.Parallel(); checkForwardSpan(t, test) })
+	}
+}
+
+// checkForwardSpan runs the pass of a case under a caller's span and checks the span of the pass.
+func checkForwardSpan(t *testing.T, test forwardCase) {
+	o := newTelemetry()
+	ctx, caller := o.tracer.Start(context.Background(), "caller")
+	err := o.runner(t, test.cfg).Run(ctx, test.pass, func(ctx context.Context) error {
+		if got := trace.SpanFromContext(ctx); got == caller || !got.IsRecording() {
+			t.Errorf("the span in a pass is %v, want the pass's", got)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := o.only(t, "fwd.forward")
+	wantAttrs(t, s, test.want)
+	if s.SpanKind() != trace.SpanKindInternal {
+		t.Errorf("kind %v, want internal", s.SpanKind())
+	}
+	if s.Parent().SpanID() != caller.SpanContext().SpanID() {
+		t.Errorf("parent %v, want the caller's span", s.Parent().SpanID())
+	}
+	if s.Status() != (sdktrace.Status{}) || len(s.Events()) > 0 {
+		t.Errorf("status %v, events %v, want none", s.Status(), s.Events())
+	}
+	if scope := s.InstrumentationScope(); scope.Name != scopeName || scope.Version != scopeVersion {
+		t.Errorf("scope %q version %q", scope.Name, scope.Version)
+	}
+}
+
+func TestCoordinateSpan(t *testing.T) {
+	t.Parallel()
+	group := localGroup(t, 2)
+	os := []*telemetry{newTelemetry(), newTelemetry()}
+	together(2, func(rank int) {
+		cfg := ofTwo(rank)
+		cfg.Name = "target"
+		r := os[rank].runner(t, cfg,
+			fwd.WithCoordinator(group[rank]), fwd.WithDispatcher(dispatcher(t, fwd.GraphFull)))
+		for _, eager := range []bool{false, true} { // step 1: FULL on both; step 2: rank 0 lowers
+			pass, err := r.Plan(context.Background(), fwd.Schedule{
+				NumScheduledTokens: [][]int{{3}, {5, 1}}[rank], Eager: eager && rank == 0,
+			})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := r.Run(context.Background(), pass, nothing); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	for rank, o := range os {
+		base := attrs{"fwd.step": 1, "fwd.dp.rank": rank, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 1}
+		spans := o.ended("fwd.coordinate")
+		if len(spans) != 2 {
+			t.Fatalf("rank %d: %d coordinate spans, want 2", rank, len(spans))
+		}
+		wantAttrs(t, spans[0], base)
+		wantAttrs(t, spans[1], with(base, "fwd.step", 2, "fwd.dp.lowest_mode_rank", 0))
+		for _, s := range spans {
+			scope := s.InstrumentationScope()
+			if s.SpanKind() != trace.SpanKindInternal || scope.Name != scopeName || scope.Version != scopeVersion {
+				t.Errorf("rank %d: kind %v, scope %v", rank, s.SpanKind(), scope)
+			}
+		}
+		if got := o.onlyPoint(t, "fwd.coordinate.duration"); len(got.Attrs) != 0 || got.Count != 2 {
+			t.Errorf("rank %d: fwd.coordinate.duration %v, want 2 without attributes", rank, got)
+		}
+		forward := o.ended("fwd.forward")
+		if len(forward) != 2 {
+			t.Fatalf("rank %d: %d forward spans, want 2", rank, len(forward))
+		}
+		unpadded, graph := []int{3, 6}[rank], []int{4, 8}[rank]
+		base = attrs{
+			"fwd.name": "target", "fwd.num_tokens": 8, "fwd.num_tokens_unpadded": unpadded,
+			"fwd.num_reqs": rank + 1, "fwd.virtual_engine": 0, "fwd.step": 1,
+			"fwd.dp.rank": rank, "fwd.dp.size": 2, "fwd.dp.max_tokens": 8, "fwd.dp.max_tokens_rank": 1,
+			"fwd.padding.graph": graph - unpadded, "fwd.padding.dp": 8 - graph,
+			"fwd.graph.mode": "FULL", "fwd.graph.reason": "relaxed", "fwd.batch.uniform": false, "fwd.dummy": false,
+		}
+		wantAttrs(t, forward[0], base)
+		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use now.
+		reason, eagerTokens := "disabled", 3
+		if rank == 1 {
+			reason, eagerTokens = "dp_rank", 8
+		}
+		wantAttrs(t, forward[1], with(base, "fwd.step", 2, "fwd.num_tokens", eagerTokens,
+			"fwd.padding.graph", eagerTokens-unpadded, "fwd.padding.dp", 0,
+			"fwd.graph.mode", "NONE", "fwd.graph.reason", reason, "fwd.dp.lowest_mode_rank", 0))
+	}
+	graph := point{attrs{"fwd.padding.kind": "graph"}, 0, 1}
+	os[0].wantPoints(t, "fwd.padding", point{attrs{"fwd.padding.kind": "dp"}, 0, 4}, graph)
+	graph.Sum = 4
+	os[1].wantPoints(t, "fwd.padding", graph)
+}
+
+func TestUBatchSpans(t *testing.T) {
+	t.Parallel()
+	o, clock := newTelemetry(), newSimClock()
+	r := o.runner(t, fwd.Config{}, fwd.WithClock(clock.Now))
+	began := clock.Now()
+	pass := fwd.Pass{NumTokens: 12, NumTokensUnpadded: 10, UBatches: []fwd.UBatchSlice{
+		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 4}},
+		{Requests: fwd.Range{Start: 1, Stop: 3}, Tokens: fwd.Range{Start: 4, Stop: 12}},
+	}}
+	failed, started := fmt.Errorf("wrapped: %w", fwd.ErrLayer), make(chan struct{})
+	err := r.Run(context.Background(), pass, func(ctx context.Context) error {
+		return fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
+			if i == 0 {
+				close(started)
+				<-ctx.Done()
+				return nil
+			}
+			<-started
+			clock.advance(time.Second)
+			return failed
+		})
+	})
+	if !errors.Is(err, fwd.ErrLayer) {
+		t.Fatalf("%v, want ErrLayer", err)
+	}
+	forward := o.only(t, "fwd.forward")
+	if got := attrsOf(forward.Attributes())["error.type"]; got != "layer" {
+		t.Errorf("error.type of the pass is %v, want layer", got)
+	}
+	spans := o.ended("fwd.ubatch")
+	if len(spans) != 2 {
+		t.Fatalf("%d microbatch spans, want 2", len(spans))
+	}
+	if attrsOf(spans[0].Attributes())["fwd.ubatch.index"] == 1 {
+		slices.Reverse(spans)
+	}
+	wantAttrs(t, spans[0], attrs{"fwd.ubatch.index": 0, "fwd.num_tokens": 4})
+	wantAttrs(t, spans[1], attrs{"fwd.ubatch.index": 1, "fwd.num_tokens": 8, "error.type": "layer"})
+	if spans[0].Status().Code != codes.Unset || spans[1].Status().Code != codes.Error {
+		t.Errorf("status %v and %v, want none and an error", spans[0].Status(), spans[1].Status())
+	}
+	for i, s := range spans {
+		if s.Parent().SpanID() != forward.SpanContext().SpanID() {
+			t.Errorf("microbatch %d's parent is %v, want the pass", i, s.Parent().SpanID())
+		}
+		if s.SpanKind() != trace.SpanKindInternal {
+			t.Errorf("microbatch %d's kind is %v, want internal", i, s.SpanKind())
+		}
+		if !s.EndTime().Equal(began.Add(time.Second)) {
+			t.Errorf("microbatch %d ended at %v, want the clock's %v", i, s.EndTime(), began.Add(time.Second))
+		}
+	}
+	if !spans[0].StartTime().Equal(began) {
+		t.Errorf("microbatch 0 started at %v, want the clock's %v", spans[0].StartTime(), began)
+	}
+}
+
+func TestLinks(t *testing.T) {
+	t.Parallel()
+	limits := sdktrace.NewSpanLimits()
+	limits.LinkCountLimit = -1 // so that the bound is the library's
+	links := make([]trace.Link, 200)
+	for i := range links {
+		links[i].SpanContext = trace.NewSpanContext(trace.SpanContextConfig{
+			TraceID: trace.TraceID{1}, SpanID: trace.SpanID{1, byte(i)},
+		})
+		links[i].Attributes = []attribute.KeyValue{attribute.Int("request", i)}
+	}
+	root := trace.NewSpanContext(trace.SpanContextConfig{
+		TraceID: trace.TraceID{9}, SpanID: trace.SpanID{9}, TraceFlags: trace.FlagsSampled,
+	})
+	for _, n := range []int{0, 3, 127, 128, 200} {
+		for _, stepTrace := range []bool{false, true} {
+			t.Run(fmt.Sprintf("links=%d/stepTrace=%t", n, stepTrace), func(t *testing.T) {
+				t.Parallel()
+				o := newTelemetry(sdktrace.WithRawSpanLimits(limits))
+				ctx, caller := o.tracer.Start(context.Background(), "caller")
+				pass := fwd.Pass{
+					NumTokens: 1, Links: links[:n:n],
+					Agreement: &fwd.Agreement{NumTokensAcrossDP: vec(1, 1), SpanContext: root},
+				}
+				var opts []fwd.Option
+				var want []trace.SpanID
+				if stepTrace {
+					opts, want = []fwd.Option{fwd.WithStepTrace()}, []trace.SpanID{caller.SpanContext().SpanID()}
+				}
+				for i := 0; i < n && len(want) < 128; i++ {
+					want = append(want, links[i].SpanContext.SpanID())
+				}
+				r := o.runner(t, ofTwo(0), opts...)
+				if err := r.Run(ctx, pass, nothing); err != nil {
+					t.Fatal(err)
+				}
+				var got []trace.SpanID
+				for _, l := range o.only(t, "fwd.forward").Links() {
+					got = append(got, l.SpanContext.SpanID())
+				}
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("links (-want +got):\n%s", diff)
+				}
+			})
+		}
+	}
+}
+
+// TestNothingOutsideARunner has passes of no Runner inside a Runner's pass, and alone.
+func TestNothingOutsideARunner(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	split := []fwd.UBatchSlice{
+		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 1}},
+		{Requests: fwd.Range{Start: 1, Stop: 2}, Tokens: fwd.Range{Start: 1, Stop: 2}},
+	}
+	halves := func(ctx context.Context) error {
+		return fwd.RunUBatches(ctx, func(context.Context, int) error { return nil })
+	}
+	var none *fwd.Runner
+	inside := func(ctx context.Context) error {
+		return errors.Join(
+			none.Run(ctx, fwd.Pass{NumTokens: 2, UBatches: split}, halves),
+			halves(fwd.NewContext(ctx, &fwd.ForwardContext{NumTokens: 2, UBatches: split})),
+			halves(fwd.NewContext(ctx, &fwd.ForwardContext{NumTokens: 2})),
+		)
+	}
+	if err := inside(context.Background()); err != nil {
+		t.Error(err)
+	}
+	if n := len(o.spans.Started()) + len(o.scopes(t)); n > 0 {
+		t.Errorf("%d spans and scopes without a Runner's pass, want none", n)
+	}
+	if err := o.runner(t, fwd.Config{}).Run(context.Background(), fwd.Pass{NumTokens: 1}, inside); err != nil {
+		t.Error(err)
+	}
+	if n := len(o.spans.Started()); n != 1 {
+		t.Errorf("%d spans, want the Runner's pass alone", n)
+	}
+	o.wantPoints(t, "fwd.graph.events", point{attrs{"fwd.graph.event": "eager"}, 0, 1})
+}
+
+func TestNilProvidersKeepTheOthers(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	r := o.runner(t, fwd.Config{}, fwd.WithTracerProvider(nil), fwd.WithMeterProvider(nil))
+	if err := r.Run(context.Background(), fwd.Pass{NumTokens: 1}, nothing); err != nil {
+		t.Fatal(err)
+	}
+	if len(o.ended("fwd.forward")) != 1 || len(o.points(t, "fwd.forward.duration")) != 1 {
+		t.Error("a nil provider took the place of one that was given")
+	}
+	r, err := fwd.New(fwd.Config{}, fwd.WithTracerProvider(nil), fwd.WithMeterProvider(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Run(context.Background(), fwd.Pass{NumTokens: 1}, nothing); err != nil {
+		t.Error(err)
+	}
+}
