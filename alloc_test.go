@@ -115,7 +115,7 @@ func TestAllocsContext(t *testing.T) {
 	var outer context.Context
 	fc := &fwd.ForwardContext{NumTokens: 16}
 	wantAllocs(t, "NewContext", 1, func() { outer = fwd.NewContext(context.Background(), fc) })
-	cfg := fwd.Config{NoCompileLayers: map[string]any{"attn": fc}}
+	cfg := fwd.Config{Layers: map[string]any{"attn": fc}}
 	r, err := fwd.New(cfg, providers()["noop"]...)
 	if err != nil {
 		t.Fatal(err)

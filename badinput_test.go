@@ -116,7 +116,7 @@ func newBadFixture(t *testing.T) *badFixture {
 	}
 	metadata := []map[string]any{{"attn": "metadata"}}
 	x.ctx = fwd.NewContext(t.Context(), &fwd.ForwardContext{
-		NumTokens: 8, NoCompileLayers: map[string]any{"mlp": "layer"}, AttnMetadata: metadata, SlotMapping: metadata, GraphMode: fwd.GraphFull,
+		NumTokens: 8, Layers: map[string]any{"mlp": "layer"}, AttnMetadata: metadata, SlotMapping: metadata, GraphMode: fwd.GraphFull,
 	})
 	x.dpCtx = fwd.NewContext(t.Context(), &fwd.ForwardContext{NumTokens: 6, DP: x.dp})
 	x.split = fwd.NewContext(t.Context(), &fwd.ForwardContext{

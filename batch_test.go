@@ -122,7 +122,7 @@ func TestUBatchesRunAtOnce(t *testing.T) {
 func TestUBatchForwardContext(t *testing.T) {
 	t.Parallel()
 	layers := map[string]any{"layer": 42}
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 1}, NoCompileLayers: layers})
+	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 1}, Layers: layers})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -230,7 +230,7 @@ func TestContextOutlivesPass(t *testing.T) {
 func TestCallerChangesItsOwn(t *testing.T) {
 	t.Parallel()
 	layers := map[string]any{"layer": "kept"}
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2}, NoCompileLayers: layers})
+	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2}, Layers: layers})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -314,7 +314,7 @@ func TestCallerChangesItsOwn(t *testing.T) {
 // 1,000 goroutines over one Runner, one middleware and one cache: none sees another's pass. This is for the race detector.
 func TestManyGoroutines(t *testing.T) {
 	t.Parallel()
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2}, NoCompileLayers: map[string]any{"layer": 7}},
+	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2}, Layers: map[string]any{"layer": 7}},
 		fwd.WithMiddleware(func(next fwd.ForwardFunc) fwd.ForwardFunc {
 			return func(ctx context.Context) error {
 				return next(context.WithValue(ctx, passKey{}, fwd.MustFromContext(ctx).NumTokens))
@@ -473,7 +473,7 @@ func TestPrintContext(t *testing.T) {
 	t.Parallel()
 	type state struct{ n int }
 	layer, attn, fc := &state{}, &state{}, &fwd.ForwardContext{NumTokens: 4}
-	r, err := fwd.New(fwd.Config{NoCompileLayers: map[string]any{"layer": layer}})
+	r, err := fwd.New(fwd.Config{Layers: map[string]any{"layer": layer}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -537,7 +537,7 @@ func TestPrintContext(t *testing.T) {
 // Metadata and layers by name and by type.
 func TestLayerAccess(t *testing.T) {
 	t.Parallel()
-	r, err := fwd.New(fwd.Config{NoCompileLayers: map[string]any{"a": 1, "nothing": nil}})
+	r, err := fwd.New(fwd.Config{Layers: map[string]any{"a": 1, "nothing": nil}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -586,7 +586,7 @@ func TestLayerAccess(t *testing.T) {
 func TestRunForwardContext(t *testing.T) {
 	t.Parallel()
 	layers := map[string]any{"a": 1}
-	r, err := fwd.New(fwd.Config{NoCompileLayers: layers})
+	r, err := fwd.New(fwd.Config{Layers: layers})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -611,7 +611,7 @@ func TestRunForwardContext(t *testing.T) {
 			GraphMode: fwd.GraphFull, Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true}, SkipCompiled: true, Dummy: true,
 		}},
 	} {
-		tt.want.NoCompileLayers = layers
+		tt.want.Layers = layers
 		if err := r.Run(t.Context(), tt.pass, func(ctx context.Context) error {
 			if diff := cmp.Diff(&tt.want, fwd.MustFromContext(ctx)); diff != "" {
 				t.Errorf("%s (-want +got):\n%s", tt.name, diff)
