@@ -57,9 +57,20 @@ func TestWaitingApart(t *testing.T) {
 						t.Errorf("rank %d waits and computes %v s after the start, want %v", rank, got, want)
 					}
 				}
-				o.wantPoints(t, "fwd.coordinate.duration", point{attrs{}, 2, 3})
-				if got := o.onlyPoint(t, "fwd.forward.duration"); got.Sum != 22 {
-					t.Errorf("fwd.forward.duration %v, want 22 s", got)
+				o.wantPoints(t, "fwd.coordinate.duration",
+					point{attrs{"fwd.dp.rank": 0}, 1, 3}, point{attrs{"fwd.dp.rank": 1}, 1, 0})
+				// Rank 1, which came last, waited for nobody.
+				o.wantPoints(t, "fwd.wait.time",
+					point{attrs{"fwd.dp.peer_rank": 1, "fwd.wait.kind": "coordinate"}, 0, 3})
+				for rank := range 2 {
+					if got := attrsOf(o.ofRank(t, "fwd.coordinate", rank).Attributes())["fwd.dp.last_rank"]; got != 1 {
+						t.Errorf("rank %d: fwd.dp.last_rank is %v, want 1", rank, got)
+					}
+				}
+				for _, p := range o.points(t, "fwd.forward.duration") {
+					if p.Sum != 11 {
+						t.Errorf("fwd.forward.duration %v, want 11 s", p)
+					}
 				}
 			})
 		})
@@ -98,9 +109,11 @@ func TestClock(t *testing.T) {
 				t.Errorf("step trace %t, rank %d: times (-want +got):\n%s", stepTrace, rank, diff)
 			}
 		}
-		o.wantPoints(t, "fwd.coordinate.duration", point{attrs{}, 2, 2 * 3600})
-		if got := o.onlyPoint(t, "fwd.forward.duration"); got.Sum != 120 {
-			t.Errorf("fwd.forward.duration %v, want 120 s", got)
+		o.wantPoints(t, "fwd.coordinate.duration",
+			point{attrs{"fwd.dp.rank": 0}, 1, 3600}, point{attrs{"fwd.dp.rank": 1}, 1, 3600})
+		passes := o.points(t, "fwd.forward.duration")
+		if len(passes) != 2 || passes[0].Sum != 60 || passes[1].Sum != 60 {
+			t.Errorf("fwd.forward.duration %v, want 60 s on each rank", passes)
 		}
 	}
 }
