@@ -500,8 +500,9 @@ func (t *telemetry) errorType(err error) string {
 	return t.errorTypes.bound(word)
 }
 
-// errorWord returns what an ErrorType method says if err has one, or else the type of err. A nil pointer
-// in an error, whose methods may panic, is a type too.
+// errorWord returns what an ErrorType method says if err has one, or else the type of err; what fmt.Errorf
+// wraps says more than its wrapper, so that counts. A nil pointer in an error, whose methods may panic, is
+// a type too.
 func errorWord(err error) (word string) {
 	defer func() {
 		if recover() != nil {
@@ -514,8 +515,14 @@ func errorWord(err error) (word string) {
 			return word
 		}
 	}
+	for reflect.TypeOf(err) == wrapError {
+		err = errors.Unwrap(err)
+	}
 	return fmt.Sprintf("%T", err)
 }
+
+// wrapError is the type of an error that wraps one other with fmt.Errorf.
+var wrapError = reflect.TypeOf(fmt.Errorf("%w", errPanic))
 
 // phase returns the bounded word for a phase.
 func (t *telemetry) phase(word string) string {
