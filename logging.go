@@ -538,6 +538,7 @@ func (t *telemetry) phase(word string) string {
 type timedSpan struct {
 	trace.Span
 	options []trace.SpanEndOption // nil: the span takes the real time; else one, set by finish
+	began   time.Time             // with options
 }
 
 // noSpan stands for a span that nobody wants.
@@ -549,7 +550,7 @@ func (t *telemetry) start(ctx context.Context, name string, began time.Time, tim
 	options ...trace.SpanStartOption) (context.Context, timedSpan) {
 	var span timedSpan
 	if timed {
-		span.options = []trace.SpanEndOption{at(began)}
+		span.options, span.began = []trace.SpanEndOption{at(began)}, began
 		options = append(options, at(began))
 	}
 	ctx, span.Span = t.tracer.Start(ctx, name, options...)
@@ -565,9 +566,13 @@ func at(now time.Time) trace.SpanEventOption {
 	return trace.WithTimestamp(now)
 }
 
-// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type.
+// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type. If the
+// clock has gone back, the span ends when it began.
 func (s *timedSpan) finish(ended time.Time, err error, word string) {
 	if s.options != nil {
+		if ended.Before(s.began) {
+			ended = s.began
+		}
 		s.options[0] = at(ended)
 	}
 	if err != nil && s.IsRecording() {
