@@ -21,8 +21,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// readVectors reads a file of cases whose expected values the reference system computed. It checks how many
-// there are: a file that lost its cases would pass everything.
+// readVectors reads a file of cases whose expected values the reference system computed. It checks
+// how many there are: a file that lost its cases would pass everything.
 func readVectors[T any](t *testing.T, name string, want int) []T {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("testdata", "vectors", name))
@@ -100,7 +100,9 @@ func (b vectorBatch) descriptor() fwd.BatchDescriptor {
 // captureFunc captures a graph for a cache.
 type captureFunc = func(ctx context.Context, key fwd.BatchDescriptor) (replay fwd.ForwardFunc, err error)
 
-func cacheNew(t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture captureFunc) *fwd.GraphCache {
+func cacheNew(
+	t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture captureFunc,
+) *fwd.GraphCache {
 	t.Helper()
 	c, err := fwd.NewGraphCache(mode, forward, capture)
 	if err != nil {
@@ -118,7 +120,8 @@ func planDispatcher(t *testing.T, cfg fwd.DispatcherConfig) *fwd.Dispatcher {
 	return d
 }
 
-// planMixed configures full graphs for up to 8 decode requests of q tokens, and piecewise graphs for others.
+// planMixed configures full graphs for up to 8 decode requests of q tokens, and piecewise graphs
+// for others.
 func planMixed(q int) fwd.DispatcherConfig {
 	sizes := []int{1, 2, 4, 8, 16}
 	for i := range sizes {
@@ -197,7 +200,8 @@ var groupAgreement = cmp.Comparer(func(a, b *mat.VecDense) bool {
 	return mat.Equal(a, b)
 })
 
-// settleGoroutines waits for goroutines that are ending, and checks that then there are no more than before.
+// settleGoroutines waits for goroutines that are ending, and checks that then there are no more
+// than before.
 func settleGoroutines(t *testing.T, before int) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
@@ -209,7 +213,8 @@ func settleGoroutines(t *testing.T, before int) {
 	}
 }
 
-// ubatchPass is a pass of n microbatches with 4 tokens each, the last one less two tokens of padding.
+// ubatchPass is a pass of n microbatches with 4 tokens each, the last one less two tokens of
+// padding.
 func ubatchPass(n int) fwd.Pass {
 	p := fwd.Pass{NumTokens: 4 * n, NumTokensUnpadded: 4*n - 2, NumReqs: n}
 	for i := range n {
@@ -221,8 +226,8 @@ func ubatchPass(n int) fwd.Pass {
 	return p
 }
 
-// providers returns options of Runners whose telemetry nobody records. The key "global" has no providers: its
-// Runners use the global ones.
+// providers returns options of Runners whose telemetry nobody records. The key "global" has no
+// providers: its Runners use the global ones.
 func providers() map[string][]fwd.Option {
 	return map[string][]fwd.Option{
 		"noop": {
@@ -243,7 +248,8 @@ func decodePass() fwd.Pass {
 	}
 }
 
-// exchangeRounds runs that many steps of a group, with all ranks concurrently. The first is step from.
+// exchangeRounds runs that many steps of a group, with all ranks concurrently. The first is step
+// from.
 func exchangeRounds(tb testing.TB, group []fwd.Coordinator, from, rounds int) {
 	var wg sync.WaitGroup
 	for rank, c := range group {
