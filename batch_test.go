@@ -182,7 +182,8 @@ func TestUBatchForwardContext(t *testing.T) {
 			got[i] = ubatchSeen{
 				fc.NumTokens, fc.NumTokensUnpadded, fc.VirtualEngine, fc.Part,
 				counts(fc.DP.NumTokensAcrossDPTo(nil)), fc.DP.Rank(), fc.DP.MaxTokensAcrossDP(),
-				fc.GraphMode, fc.Batch, len(fc.UBatches), attn, fallback, slot, layer, index, n, fc.SkipCompiled, fc.Dummy,
+				fc.GraphMode, fc.Batch, len(fc.UBatches), attn, fallback, slot, layer, index, n,
+				fc.SkipCompiled, fc.Dummy,
 			}
 			dpNoSizes(t, "in a microbatch", ctx)
 			kept[i] = ctx
@@ -573,8 +574,8 @@ func TestParts(t *testing.T) {
 	}
 }
 
-// Many ranks split a planned step, and each of their microbatches has its part of the agreed padding and metadata of
-// its own.
+// Many ranks split a planned step, and each of their microbatches has its part of the agreed
+// padding and metadata of its own.
 func TestUBatchesOfManyRanks(t *testing.T) {
 	t.Parallel()
 	const ranks, n = 8, 4
