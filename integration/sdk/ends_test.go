@@ -1,4 +1,5 @@
-// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end from Start.
+// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end
+// from Start.
 
 package sdk_test
 

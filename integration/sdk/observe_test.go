@@ -1,5 +1,5 @@
-// This file tests how observers, Waited, Report and WithAttributes go with spans and metrics. What needs no SDK
-// is tested in the root's record_test.go.
+// This file tests how observers, Waited, Report and WithAttributes go with spans and metrics. What
+// needs no SDK is tested in the root's record_test.go.
 
 package sdk_test
 
@@ -19,7 +19,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// An observer finds the span ended, however the pass or the exchange ended, and its own span in its context.
+// An observer finds the span ended, however the pass or the exchange ended, and its own span in its
+// context.
 func TestObserverRunsAfterTheSpan(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -232,7 +233,8 @@ func TestActivePasses(t *testing.T) {
 	t.Error("the active passes of Runners that are garbage are still observed")
 }
 
-// Report leaves what Run does: the same attributes on the span and in the metrics, and the same times.
+// Report leaves what Run does: the same attributes on the span and in the metrics, and the same
+// times.
 func TestReportIsLikeRun(t *testing.T) {
 	t.Parallel()
 	failed := errors.New("failed")

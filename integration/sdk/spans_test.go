@@ -168,8 +168,8 @@ func checkForwardSpan(t *testing.T, test forwardCase) {
 	}
 }
 
-// twoSteps plans and runs two steps of two ranks. In the first the mode is FULL on both; in the second rank 0
-// is eager and so lowers it.
+// twoSteps plans and runs two steps of two ranks. In the first the mode is FULL on both; in the
+// second rank 0 is eager and so lowers it.
 func twoSteps(t *testing.T) []*telemetry {
 	t.Helper()
 	group := localGroup(t, 2)
@@ -244,7 +244,8 @@ func TestForwardSpanOfPlan(t *testing.T) {
 			"fwd.graph.mode":    "FULL", "fwd.graph.reason": "relaxed", "fwd.batch.uniform": false, "fwd.dummy": false,
 		}
 		wantAttrs(t, forward[0], base)
-		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use now.
+		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use
+		// now.
 		reason, eagerTokens := "disabled", 3
 		if rank == 1 {
 			reason, eagerTokens = "dp_rank", 8
