@@ -86,7 +86,8 @@ func newByHand(b *testing.B) *byHand {
 			b.Fatal(err)
 		}
 	}
-	name, mode, dummy := attribute.String("name", "target"), attribute.String("mode", "FULL"), attribute.Bool("dummy", false)
+	name, mode := attribute.String("name", "target"), attribute.String("mode", "FULL")
+	dummy := attribute.Bool("dummy", false)
 	set := func(attrs ...attribute.KeyValue) metric.MeasurementOption {
 		return metric.WithAttributeSet(attribute.NewSet(attrs...))
 	}

@@ -161,7 +161,9 @@ func TestAttributeSetsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := o.runner(t, fwd.Config{}, fwd.WithDispatcher(d))
-	errs := []error{nil, fwd.ErrLayer, fwd.ErrInvalid, fwd.ErrNoMetadata, context.Canceled, words("own"), words("more")}
+	errs := []error{
+		nil, fwd.ErrLayer, fwd.ErrInvalid, fwd.ErrNoMetadata, context.Canceled, words("own"), words("more"),
+	}
 	const passes = 30000
 	for i := range passes {
 		n := sizes[i%len(sizes)]

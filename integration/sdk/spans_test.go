@@ -58,7 +58,8 @@ func TestForwardSpanAttributes(t *testing.T) {
 			},
 			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 5, "fwd.num_reqs", 5,
 				"fwd.padding.graph", 3, "fwd.padding.dp", 0, "fwd.padding.ratio", 0.375,
-				"fwd.graph.mode", "FULL", "fwd.graph.reason", "exact", "fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
+				"fwd.graph.mode", "FULL", "fwd.graph.reason", "exact",
+				"fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
 		},
 		{
 			"relaxed descriptor", fwd.Config{},
@@ -220,7 +221,8 @@ func TestCoordinateSpan(t *testing.T) {
 			}
 		}
 		got := o.onlyPoint(t, "fwd.coordinate.duration")
-		if diff := cmp.Diff(attrs{"fwd.name": "target", "fwd.dp.rank": rank}, got.Attrs); diff != "" || got.Count != 2 {
+		want := attrs{"fwd.name": "target", "fwd.dp.rank": rank}
+		if diff := cmp.Diff(want, got.Attrs); diff != "" || got.Count != 2 {
 			t.Errorf("rank %d: fwd.coordinate.duration has %d values, want 2 (-want +got):\n%s", rank, got.Count, diff)
 		}
 	}
