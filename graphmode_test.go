@@ -4,13 +4,16 @@ package fwd_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -752,6 +755,313 @@ func TestCapturesServeDispatch(t *testing.T) {
 		if len(used) != len(captured) {
 			t.Errorf("%v: %d graphs are captured, and %d used: %s", mode, len(captured), len(used),
 				fmt.Sprint(captured))
+		}
+	}
+}
+
+// A pass with SkipCompiled replays nothing, and captures nothing.
+func TestGraphCacheSkipCompiled(t *testing.T) {
+	t.Parallel()
+	var calls cacheCalls
+	c := cacheNew(t, fwd.GraphFull, calls.forward, calls.capture)
+	var r *fwd.Runner
+	for i, skip := range []bool{true, false, true} {
+		pass := fwd.Pass{NumTokens: 4, GraphMode: fwd.GraphFull, SkipCompiled: skip}
+		if err := r.Run(t.Context(), pass, c.Forward); err != nil {
+			t.Error(err)
+		}
+		calls.check(t, fmt.Sprint("pass ", i), []int32{1, 1, 2}[i], min(int32(i), 1), min(int32(i), 1))
+	}
+}
+
+// A descriptor that contradicts itself is no key, whoever made the context.
+func TestGraphCacheBadDescriptor(t *testing.T) {
+	t.Parallel()
+	var calls cacheCalls
+	c := cacheNew(t, fwd.GraphFull, calls.forward, calls.capture)
+	for _, batch := range []fwd.BatchDescriptor{
+		{NumTokens: 4, HasLoRA: true}, {NumTokens: 4, NumActiveLoRAs: 1}, {NumTokens: -4},
+	} {
+		ctx := fwd.NewContext(t.Context(), &fwd.ForwardContext{GraphMode: fwd.GraphFull, Batch: batch})
+		if err := c.Forward(ctx); !errors.Is(err, fwd.ErrInvalid) {
+			t.Errorf("%+v: %v, want %v", batch, err, fwd.ErrInvalid)
+		}
+		pass := fwd.Pass{NumTokens: 4, GraphMode: fwd.GraphFull, Batch: batch}
+		if err := (*fwd.Runner)(nil).Run(t.Context(), pass, c.Forward); !errors.Is(err, fwd.ErrInvalid) {
+			t.Errorf("a pass with %+v: %v, want %v", batch, err, fwd.ErrInvalid)
+		}
+	}
+	calls.check(t, "with bad descriptors", 0, 0, 0)
+}
+
+// turns counts the replays of a graph that run at the same time.
+type turns struct{ running, most, done atomic.Int32 }
+
+func (x *turns) enter() { x.most.Store(max(x.most.Load(), x.running.Add(1))) }
+func (x *turns) leave() { x.running.Add(-1); x.done.Add(1) }
+
+// Replays of one graph never overlap, since they share its buffers; those of another one do not
+// wait for them.
+func TestGraphCacheTurns(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var one, all turns
+		replay := func(ctx context.Context) error {
+			all.enter()
+			defer all.leave()
+			if fwd.MustFromContext(ctx).NumTokens == 1 {
+				one.enter()
+				defer one.leave()
+			}
+			time.Sleep(time.Second) // of simulated time
+			return nil
+		}
+		c := cacheNew(t, fwd.GraphFull, nothing,
+			func(context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error) { return replay, nil })
+		began := time.Now()
+		var wg sync.WaitGroup
+		for i := range 20 {
+			wg.Go(func() {
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1+i%2)); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		wg.Wait()
+		if one.most.Load() != 1 || one.done.Load() != 10 {
+			t.Errorf("%d replays of one graph overlap and %d ran, want 1 and 10", one.most.Load(), one.done.Load())
+		}
+		if all.most.Load() != 2 || time.Since(began) != 10*time.Second {
+			t.Errorf("%d replays of two graphs overlap, in %v; want 2 in 10s", all.most.Load(), time.Since(began))
+		}
+	})
+}
+
+// A pass that waits for its turn ends with its ctx. One that need not wait runs whatever its ctx
+// says.
+func TestGraphCacheTurnEndsWithContext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		release, replays := make(chan struct{}), 0
+		replay := func(context.Context) error { replays++; <-release; return nil }
+		c := cacheNew(t, fwd.GraphFull, nothing,
+			func(context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error) { return replay, nil })
+		errStop := errors.New("stop")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		first, second := make(chan error, 1), make(chan error, 1)
+		go func() { first <- c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)) }()
+		synctest.Wait()
+		go func() { second <- c.Forward(cachePass(ctx, fwd.GraphFull, 1)) }()
+		synctest.Wait()
+		cancel(errStop)
+		if err := <-second; !errors.Is(err, errStop) {
+			t.Errorf("a pass whose ctx ended while it waited: %v, want %v", err, errStop)
+		}
+		close(release)
+		if err := <-first; err != nil || replays != 1 {
+			t.Errorf("the pass that it waited for: %v, after %d replays; want 1", err, replays)
+		}
+		if err := c.Forward(cachePass(ctx, fwd.GraphFull, 1)); err != nil || replays != 2 {
+			t.Errorf("a pass with an ended ctx that need not wait: %v, after %d replays; want 2", err, replays)
+		}
+	})
+}
+
+// A replay that panics, or exits its goroutine, gives the turn back.
+func TestGraphCacheTurnAfterPanic(t *testing.T) {
+	t.Parallel()
+	for name, leave := range map[string]func(){"panic": func() { panic("boom") }, "exit": runtime.Goexit} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				replays := 0
+				replay := func(context.Context) error {
+					if replays++; replays == 1 {
+						leave()
+					}
+					return nil
+				}
+				c := cacheNew(t, fwd.GraphFull, nothing,
+					func(context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error) { return replay, nil })
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					defer func() { _ = recover() }()
+					_ = c.Forward(cachePass(t.Context(), fwd.GraphFull, 1))
+					t.Error("the first replay returned")
+				})
+				wg.Wait()
+				if err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1)); err != nil || replays != 2 {
+					t.Errorf("the next pass: %v, after %d replays; want 2", err, replays)
+				}
+			})
+		})
+	}
+}
+
+// A capture that asks its own cache for what it captures would wait for itself, also through
+// another key. It may capture another key inside, and the function that it captures may use other
+// caches.
+func TestGraphCacheCaptureOfItself(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		next map[int]int // which key the capture of a key asks for
+		want error
+		len  int
+	}{
+		{"the same key", map[int]int{1: 1}, fwd.ErrInvalid, 0},
+		{"through another key", map[int]int{1: 2, 2: 1}, fwd.ErrInvalid, 0},
+		{"another key", map[int]int{1: 2, 2: 3}, nil, 3},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { // which fails if all wait
+				var c *fwd.GraphCache
+				c = cacheNew(t, fwd.GraphFull, nothing,
+					func(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
+						if next, ok := tt.next[key.NumTokens]; ok {
+							if err := c.Forward(cachePass(ctx, fwd.GraphFull, next)); err != nil {
+								return nil, err
+							}
+						}
+						return nothing, nil
+					})
+				err := c.Forward(cachePass(t.Context(), fwd.GraphFull, 1))
+				if !errors.Is(err, tt.want) || (err == nil) != (tt.want == nil) || c.Len() != tt.len {
+					t.Errorf("%v with %d graphs, want %v with %d", err, c.Len(), tt.want, tt.len)
+				}
+			})
+		})
+	}
+}
+
+// Gaps names the batches that get less than the mode promises.
+func TestGaps(t *testing.T) {
+	t.Parallel()
+	sizes := fwd.DefaultCaptureSizes(40)
+	gap := func(start, stop int, decode bool, mode fwd.GraphMode, reason fwd.Reason) fwd.Gap {
+		return fwd.Gap{Tokens: fwd.Range{Start: start, Stop: stop}, Decode: decode, Mode: mode, Reason: reason}
+	}
+	for _, tt := range []struct {
+		name string
+		cfg  fwd.DispatcherConfig
+		want []fwd.Gap
+	}{
+		{
+			"more requests than sizes",
+			fwd.DispatcherConfig{Mode: both, CaptureSizes: sizes, MaxNumSeqs: 42},
+			[]fwd.Gap{gap(41, 43, true, none, fwd.ReasonTooLarge), gap(41, 43, false, none, fwd.ReasonTooLarge)},
+		},
+		{
+			"decode alone",
+			fwd.DispatcherConfig{Mode: decode, CaptureSizes: sizes, MaxNumSeqs: 42},
+			[]fwd.Gap{gap(41, 43, true, none, fwd.ReasonTooLarge)},
+		},
+		{"none", fwd.DispatcherConfig{Mode: both, CaptureSizes: sizes, MaxNumSeqs: 40}, nil},
+		{
+			// 6 requests of 2 tokens pad to 16, which is more than all 7 have, so no graph for decode holds
+			// them.
+			"between the sizes",
+			fwd.DispatcherConfig{Mode: both, CaptureSizes: []int{8, 16}, MaxNumSeqs: 7, UniformDecodeQueryLen: 2},
+			[]fwd.Gap{gap(10, 15, true, pieces, fwd.ReasonRelaxed)},
+		},
+		{
+			"graphs only with adapters", fwd.DispatcherConfig{
+				Mode: both, CaptureSizes: sizes, MaxNumSeqs: 40, LoRA: &fwd.LoRAConfig{MaxLoRAs: 2, Unspecialized: true},
+			}, nil,
+		},
+		{"no graphs", fwd.DispatcherConfig{MaxNumSeqs: 4}, nil},
+	} {
+		if diff := cmp.Diff(tt.want, planDispatcher(t, tt.cfg).Gaps()); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+	}
+	if gaps := (*fwd.Dispatcher)(nil).Gaps(); gaps != nil {
+		t.Errorf("a nil Dispatcher has the gaps %v", gaps)
+	}
+}
+
+// Gaps agrees with Dispatch, asked for every batch.
+func TestGapsAgreeWithDispatch(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []fwd.GraphMode{none, pieces, full, decode, both} {
+		for _, q := range []int{1, 2, 3} {
+			for maxSeqs := 1; maxSeqs < 24; maxSeqs++ {
+				d := planDispatcher(t, fwd.DispatcherConfig{
+					Mode: mode, CaptureSizes: []int{q, 3 * q, 8 * q, 12 * q}, MaxNumSeqs: maxSeqs, UniformDecodeQueryLen: q,
+				})
+				type batch struct {
+					tokens int
+					decode bool
+				}
+				gaps := map[batch]fwd.Gap{}
+				for _, g := range d.Gaps() {
+					for n := g.Tokens.Start; n < g.Tokens.Stop; n++ {
+						gaps[batch{n, g.Decode}] = g
+					}
+				}
+				check := func(b batch, promised fwd.GraphMode) {
+					m, _, reason := d.Dispatch(query{NumTokens: b.tokens, UniformDecode: b.decode})
+					g, ok := gaps[b]
+					if ok != (m < promised) || ok && (g.Mode != m || g.Reason != reason) {
+						t.Errorf("%v, q %d, %d requests: %+v gets %v because %v, gap %v", mode, q, maxSeqs, b, m, reason, g)
+					}
+				}
+				for n := 1; n <= max(q*maxSeqs, 12*q); n++ {
+					check(batch{n, false}, mode.MixedMode())
+					if n%q == 0 && n <= q*maxSeqs {
+						check(batch{n, true}, mode.DecodeMode())
+					}
+				}
+			}
+		}
+	}
+}
+
+// The default capture sizes end with the largest batch.
+func TestDefaultCaptureSizes(t *testing.T) {
+	t.Parallel()
+	for most, want := range map[int][]int{
+		-1: nil, 0: nil, 1: {1}, 2: {1, 2}, 3: {1, 2, 3}, 8: {1, 2, 4, 8}, 9: {1, 2, 4, 8, 9}, 16: {1, 2, 4, 8, 16},
+		42: {1, 2, 4, 8, 16, 24, 32, 40, 42},
+	} {
+		if diff := cmp.Diff(want, fwd.DefaultCaptureSizes(most)); diff != "" {
+			t.Errorf("up to %d (-want +got):\n%s", most, diff)
+		}
+	}
+	sizes := fwd.DefaultCaptureSizes(520)
+	if tail := sizes[len(sizes)-3:]; !slices.Equal(tail, []int{496, 512, 520}) || !slices.Contains(sizes, 248) {
+		t.Errorf("up to 520: %v", sizes)
+	}
+	planDispatcher(t, fwd.DispatcherConfig{Mode: both, CaptureSizes: sizes, MaxNumSeqs: 8})
+}
+
+// Each reason is read from its own word again, and from nothing else.
+func TestReasonText(t *testing.T) {
+	t.Parallel()
+	words := []string{
+		"unplanned", "exact", "relaxed", "disabled", "too_large", "full_excluded", "no_key", "lora",
+		"dp_rank", "ubatch",
+	}
+	for i, word := range words {
+		r := fwd.Reason(i)
+		text, err := json.Marshal(r)
+		if err != nil || string(text) != `"`+word+`"` || r.String() != word {
+			t.Errorf("reason %d is %q and marshals as %s, %v; want %q", i, r, text, err, word)
+		}
+		got := fwd.ReasonDisabled
+		if err := json.Unmarshal(text, &got); err != nil || got != r {
+			t.Errorf("%s is %v, %v; want %v", text, got, err, r)
+		}
+	}
+	unknown := fwd.Reason(len(words))
+	if text, err := unknown.MarshalText(); !errors.Is(err, fwd.ErrInvalid) {
+		t.Errorf("an unknown reason marshals as %q, %v", text, err)
+	}
+	for _, text := range []string{"", "unknown", "EXACT", "Reason(10)"} {
+		got := fwd.ReasonLoRA
+		if err := got.UnmarshalText([]byte(text)); !errors.Is(err, fwd.ErrInvalid) || got != fwd.ReasonLoRA {
+			t.Errorf("%q is %v, %v; want %v", text, got, err, fwd.ErrInvalid)
 		}
 	}
 }
