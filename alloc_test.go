@@ -115,8 +115,7 @@ func TestAllocsUBatches(t *testing.T) {
 	}
 }
 
-// Four local ranks begin and wait in one goroutine: none is started, and the votes are allocated
-// for all together.
+// Four local ranks begin and wait in one goroutine: none is started.
 func TestAllocsBegin(t *testing.T) {
 	const ranks = 4
 	runners := localRunners(t, ranks)
