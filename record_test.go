@@ -366,8 +366,8 @@ func TestLoggerRestarts(t *testing.T) {
 			}
 			logged, other := runner(0, fwd.WithLogger(log)), runner(1)
 			step(other)             // step 1 breaks without the logged rank, which then comes late
-			step(logged, other)     //
-			step(logged, other)     // all is well
+			step(logged, other)     // and all votes again
+			step(logged, other)     // as it should be
 			step(logged, runner(1)) // rank 1 was restarted
 		})
 		want := []string{
