@@ -71,6 +71,29 @@ type passContext struct {
 	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
 	run              *run            // nil: not in a Runner's pass
 	inner            bool            // the forward function has been called with it, inside all middleware
+	attn, slots      metadata        // what fc has for this context
+}
+
+// metadata is the metadata of a pass, or a microbatch, by layer, ready to be read fast.
+type metadata struct {
+	byLayer map[string]any // nil: there is none here
+	all     any            // the entry of every layer without its own
+}
+
+// readMetadata finds the metadata for a context of a pass, which has none if the pass is split.
+func (c *passContext) readMetadata() {
+	if len(c.fc.UBatches) > 0 {
+		c.attn, c.slots = metadata{}, metadata{}
+		return
+	}
+	c.attn.read(c.fc.AttnMetadata)
+	c.slots.read(c.fc.SlotMapping)
+}
+
+func (m *metadata) read(maps []map[string]any) {
+	if len(maps) == 1 {
+		m.byLayer, m.all = maps[0], maps[0][""]
+	}
 }
 
 // Value returns c itself for the package's key, and leaves every other key to the parent.
@@ -151,7 +174,9 @@ func NewContext(parent context.Context, fc *ForwardContext) context.Context {
 	if !fc.GraphMode.ValidRuntime() {
 		panic(fmt.Sprintf("fwd: NewContext in graph mode %v, which is not a runtime mode", fc.GraphMode))
 	}
-	return &passContext{Context: parent, fc: fc}
+	c := &passContext{Context: parent, fc: fc}
+	c.readMetadata()
+	return c
 }
 
 // FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. Outside
@@ -190,8 +215,12 @@ func MustFromContext(ctx context.Context) *ForwardContext {
 // microbatches.
 func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
-	if c != nil && len(c.fc.AttnMetadata) == 1 && len(c.fc.UBatches) == 0 {
-		if v, ok := entry(c.fc.AttnMetadata[0], layer).(T); ok {
+	if c != nil {
+		entry, ok := c.attn.byLayer[layer]
+		if !ok {
+			entry = c.attn.all
+		}
+		if v, ok := entry.(T); ok {
 			return v, nil
 		}
 	}
@@ -211,8 +240,12 @@ func MustAttnMetadata[T any](ctx context.Context, layer string) T {
 // SlotMapping returns the slot mapping of a layer. It treats names and errors as [AttnMetadata] does.
 func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
-	if c != nil && len(c.fc.SlotMapping) == 1 && len(c.fc.UBatches) == 0 {
-		if v, ok := entry(c.fc.SlotMapping[0], layer).(T); ok {
+	if c != nil {
+		entry, ok := c.slots.byLayer[layer]
+		if !ok {
+			entry = c.slots.all
+		}
+		if v, ok := entry.(T); ok {
 			return v, nil
 		}
 	}
@@ -229,14 +262,6 @@ func Layer[T any](ctx context.Context, name string) (T, error) {
 		}
 	}
 	return missing[T](c, "layer", name)
-}
-
-// entry returns the entry of a layer, or else the one for all layers, or nil.
-func entry(m map[string]any, layer string) any {
-	if v, ok := m[layer]; ok {
-		return v
-	}
-	return m[""]
 }
 
 // AllLayers returns metadata that serves every layer: {"": v}.
@@ -266,6 +291,7 @@ func WithMetadata(ctx context.Context, attn, slots map[string]any) (context.Cont
 	}
 	derived := c.over(ctx)
 	derived.fc = &fc
+	derived.readMetadata()
 	return derived, nil
 }
 
@@ -625,7 +651,7 @@ func (r *Runner) Status() Status {
 	if s.Step = step; e == nil {
 		return s
 	}
-	s.Step = e.vote.Step
+	s.Step = e.draft.vote.Step
 	if e.waiting() {
 		s.Exchanging, s.Since = true, r.timeOf(e.began)
 		if c, ok := r.coordinator.(interface{ Missing() []int }); ok {
@@ -957,6 +983,7 @@ func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
 	}
 	v.Part = p.whole()
 	v.SkipCompiled, v.Dummy = p.SkipCompiled, p.Dummy
+	x.readMetadata()
 	x.began = r.now()
 	if listening != 0 {
 		r.telemetry.startForward(x, p, listening)
@@ -1023,16 +1050,12 @@ func (p *Pass) across() *mat.VecDense {
 // exchangeByHand exchanges the vote of a pass that nobody planned. Without graph or microbatches nothing
 // is padded, so each rank keeps the tokens it has.
 func (r *Runner) exchangeByHand(ctx context.Context, p *Pass) error {
-	e, err := r.vote(ctx, Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens, NumReqs: p.NumReqs})
-	if err != nil {
+	e := &exchange{plan: plan{byHand: true}}
+	e.draft.vote = Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens, NumReqs: p.NumReqs}
+	if err := r.exchange(ctx, e); err != nil {
 		return err
 	}
-	if err := e.settle(); err != nil {
-		return err
-	}
-	p.Agreement = e.agreement
-	p.plan = e.plan()
-	p.plan.byHand = true
+	p.Agreement, p.plan = e.agreement, &e.plan
 	return nil
 }
 
@@ -1253,42 +1276,40 @@ func (r *Runner) checkReported(p *Pass) error {
 	return checkAcross(r.parallel, p.NumTokens, p.across())
 }
 
-// exchange is one exchange of a Runner, from its vote to its outcome.
+// exchange is one exchange of a Runner, from its vote to its outcome, with what its passes share.
 type exchange struct {
-	runner *Runner
-	ctx    context.Context
-	vote   Vote
-	span   coordinateSpan
-	began  instant
-	local  bool          // begun at a rank of a local group, which waits without a goroutine
-	done   chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
-
-	over atomic.Bool // the outcome is there
-	mu   sync.Mutex  // held while the outcome is fetched
+	plan           // of the passes
+	draft    draft // of the pass, with the vote
+	ctx      context.Context
+	span     *coordinateSpan // nil: nobody listens
+	began    instant
+	over     atomic.Bool   // the outcome is there
+	local    bool          // begun at a rank of a local group, which waits without a goroutine
+	mu       sync.Mutex    // held while the outcome is fetched
+	done     chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
+	panicked any           // by Exchange or an observer, in the goroutine
 
 	agreement *Agreement
 	err       error
-	wait      time.Duration
-	lastRank  int
-	panicked  any // by Exchange or an observer, in the goroutine
 }
 
-// vote opens the Runner's next exchange. It must be settled.
-func (r *Runner) vote(ctx context.Context, v Vote) (*exchange, error) {
+// open opens the Runner's next exchange, which must be settled.
+func (r *Runner) open(ctx context.Context, e *exchange) error {
 	if r.coordinator == nil {
-		return nil, invalidf("rank %d of %d has no coordinator; use WithCoordinator",
+		return invalidf("rank %d of %d has no coordinator; use WithCoordinator",
 			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 	}
-	v.Config = r.fingerprint
-	e := &exchange{runner: r, ctx: ctx, vote: v, began: r.now(), lastRank: -1}
+	e.runner, e.lastRank = r, -1
+	e.ctx, e.began = ctx, r.now()
+	e.draft.vote.Config = r.fingerprint
 	for other := r.state.openExchange(e); other != nil; other = r.state.openExchange(e) {
 		if other.waiting() {
-			return nil, r.busy(other)
+			return r.busy(other)
 		}
 		other.settle() // it is over, but nobody has asked for the outcome
 	}
 	e.span = r.telemetry.startCoordinate(ctx, e)
-	return e, nil
+	return nil
 }
 
 // openExchange makes e the open exchange, unless there is one, which it returns.
@@ -1297,7 +1318,7 @@ func (s *state) openExchange(e *exchange) *exchange {
 	defer s.mu.Unlock()
 	if s.open == nil {
 		s.open = e
-		e.vote.Step = s.step + 1
+		e.draft.vote.Step = s.step + 1
 		return nil
 	}
 	return s.open
@@ -1323,20 +1344,25 @@ func (s *state) exchanging() (*exchange, uint64) {
 func (r *Runner) busy(open *exchange) error {
 	rank := r.parallel.DataParallelRank
 	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first", ErrLockstep, rank)
-	return &RankError{err, open.vote.Step, []int{rank}}
+	return &RankError{err, open.draft.vote.Step, []int{rank}}
+}
+
+// exchange opens an exchange and waits for its outcome.
+func (r *Runner) exchange(ctx context.Context, e *exchange) error {
+	if err := r.open(ctx, e); err != nil {
+		return err
+	}
+	return e.settle()
 }
 
 // begin starts the exchange without waiting for its outcome.
-func (e *exchange) begin() error {
+func (e *exchange) begin() {
 	r := e.runner
-	if err := e.vote.Validate(r.parallel.DataParallelRank); err != nil {
-		e.finish(e.vote.Step-1, nil, err)
-		return err
-	}
 	if r.local != nil {
 		e.local = true
-		r.local.begin(e.span.ctx, e.vote, r.timeout, r.timeoutCause)
-		return nil
+		vote := e.draft.vote // a copy, since a late rank votes for another step
+		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		return
 	}
 	e.done = make(chan struct{})
 	go func() {
@@ -1350,7 +1376,6 @@ func (e *exchange) begin() error {
 		e.resolve()
 		e.panicked = nil
 	}()
-	return nil
 }
 
 // waiting reports whether votes are still missing.
@@ -1380,15 +1405,15 @@ func (e *exchange) settle() error {
 
 // resolve fetches the votes, agrees, and notes what came out.
 func (e *exchange) resolve() {
+	step := e.draft.vote.Step
 	returned := false
 	defer func() {
 		if !returned {
-			e.finish(e.vote.Step, nil, errPanic)
+			e.finish(step, nil, errPanic)
 		}
 	}()
 	votes, err := e.ask()
 	returned = true
-	step := e.vote.Step
 	var a *Agreement
 	switch {
 	case err == nil:
@@ -1399,7 +1424,7 @@ func (e *exchange) resolve() {
 	case errors.Is(err, ErrInvalid):
 		step-- // refused before anything was sent
 	}
-	if rankErr := (*RankError)(nil); errors.As(err, &rankErr) && rankErr != nil {
+	if rankErr := (*RankError)(nil); err != nil && errors.As(err, &rankErr) && rankErr != nil {
 		step = rankErr.Step
 	}
 	e.finish(step, a, err)
@@ -1411,28 +1436,40 @@ func (e *exchange) ask() ([]Vote, error) {
 	if e.local {
 		return r.local.await()
 	}
-	ctx := e.span.ctx
+	ctx := e.askCtx()
 	if r.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, r.timeout, r.timeoutCause)
 		defer cancel()
 	}
-	return r.coordinator.Exchange(ctx, e.vote)
+	return r.coordinator.Exchange(ctx, e.draft.vote)
+}
+
+// askCtx returns the context of the exchange, with its span if that is open.
+func (e *exchange) askCtx() context.Context {
+	if e.span != nil {
+		return e.span.ctx
+	}
+	return e.ctx
 }
 
 // agree checks that the votes are those of this step, and agrees. If a coordinator mixes rounds up, that
 // must not go unnoticed: the ranks would run different passes.
 func (e *exchange) agree(votes []Vote) (*Agreement, error) {
-	size, rank := e.runner.parallel.DataParallelSize, e.runner.parallel.DataParallelRank
+	r, vote := e.runner, &e.draft.vote
+	size, rank := r.parallel.DataParallelSize, r.parallel.DataParallelRank
 	if len(votes) != size {
 		return nil, invalidf("the coordinator returned %d votes for %d ranks", len(votes), size)
 	}
-	if own := &votes[rank]; own.Step < e.vote.Step || !own.same(&e.vote) {
+	if own := &votes[rank]; own.Step < vote.Step || !own.same(vote) {
 		err := fmt.Errorf("%w: the coordinator returned %+v as the vote of rank %d, which voted %+v",
-			ErrLockstep, *own, rank, e.vote)
-		return nil, &RankError{err, e.vote.Step, []int{rank}}
+			ErrLockstep, *own, rank, *vote)
+		return nil, &RankError{err, vote.Step, []int{rank}}
 	}
-	a, err := Agree(votes, e.runner.parallel.NumUBatches)
+	if r.local != nil {
+		return r.local.agree(votes, r.parallel.NumUBatches)
+	}
+	a, err := Agree(votes, r.parallel.NumUBatches)
 	if err != nil {
 		return nil, err
 	}
@@ -1442,22 +1479,23 @@ func (e *exchange) agree(votes []Vote) (*Agreement, error) {
 // finish notes the outcome and tells those who listen.
 func (e *exchange) finish(step uint64, a *Agreement, err error) {
 	r := e.runner
+	e.agreement, e.err = a, err
+	if e.span == nil {
+		r.state.closeExchange(e, step)
+		e.over.Store(true)
+		return
+	}
 	ended := r.now()
 	if e.local && r.clock == nil {
 		ended.mono = r.local.endedAt(ended.mono)
 	}
-	e.agreement, e.err, e.wait = a, err, max(e.began.until(ended), 0)
+	e.wait = max(e.began.until(ended), 0)
 	if c, ok := r.coordinator.(interface{ Last() int }); ok {
 		e.lastRank = c.Last()
 	}
 	r.state.closeExchange(e, step)
 	e.over.Store(true)
 	e.span.end(e, ended)
-}
-
-// plan returns what the passes of the exchange share.
-func (e *exchange) plan() *plan {
-	return &plan{runner: e.runner, wait: e.wait, lastRank: e.lastRank}
 }
 
 // Errors come last.

@@ -895,25 +895,26 @@ func (t *telemetry) endUBatch(span *timedSpan, err error) {
 // coordinateSpan is the span of an exchange. With the step trace the ranks other than 0 learn only from
 // the votes under which span theirs belongs, and open it then.
 type coordinateSpan struct {
-	telemetry *telemetry // nil: nobody listens
+	telemetry *telemetry
 	listeners listeners
 	ctx       context.Context // the exchange's
 	span      timedSpan       // zero: not open yet
 }
 
-// startCoordinate starts the span of an exchange. With the step trace, rank 0's vote carries its context.
-func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) coordinateSpan {
+// startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0's vote
+// carries its context.
+func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
 	l := t.listening(ctx)
 	if l == 0 {
-		return coordinateSpan{ctx: ctx}
+		return nil
 	}
-	s := coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
+	s := &coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
 	if l&listenSpans == 0 || t.stepTrace && t.parallel.DataParallelRank != 0 {
 		return s
 	}
 	s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true)
 	if t.stepTrace {
-		e.vote.SpanContext = s.span.SpanContext()
+		e.draft.vote.SpanContext = s.span.SpanContext()
 	}
 	return s
 }
@@ -921,9 +922,6 @@ func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) coordinate
 // end ends the span of an exchange, measures it, and tells of one that failed.
 func (s *coordinateSpan) end(e *exchange, ended instant) {
 	t := s.telemetry
-	if t == nil {
-		return
-	}
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
 		s.endSpan(e, e.runner.timeOf(ended), word)
@@ -971,7 +969,7 @@ func (e *exchange) step() uint64 {
 	if e.agreement != nil {
 		return e.agreement.Step
 	}
-	return e.vote.Step
+	return e.draft.vote.Step
 }
 
 // tell tells of an exchange that failed, or that was late.
@@ -983,7 +981,7 @@ func (s *coordinateSpan) tell(e *exchange) {
 			Step: e.step(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
 		}
 		t.tell(s.ctx, &rec, "", "exchange of votes failed")
-	} else if t.logger != nil && e.agreement.Step > e.vote.Step {
+	} else if t.logger != nil && e.agreement.Step > e.draft.vote.Step {
 		t.logger.LogAttrs(s.ctx, slog.LevelWarn, "rank came late and goes on at the group's step",
 			slog.Int(string(keyRank), t.parallel.DataParallelRank),
 			slog.Uint64(string(keyStep), e.agreement.Step))
