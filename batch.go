@@ -294,7 +294,7 @@ func (r *Runner) finish(d *draft, a *Agreement, shared *plan) (Pass, error) {
 	tokens := int(a.NumTokensAcrossDP.AtVec(rank))
 	pass := Pass{
 		NumTokens:         tokens,
-		NumTokensUnpadded: min(d.vote.NumTokens, tokens), // fewer for an idle rank whose q is above what the others run
+		NumTokensUnpadded: min(d.vote.NumTokens, tokens), // an idle rank's q may be above what the others run
 		NumTokensGraph:    min(d.vote.NumTokensPadded, tokens),
 		NumReqs:           max(d.vote.NumReqs, toInt(d.vote.Idle)),
 		GraphMode:         a.GraphMode,
@@ -502,7 +502,8 @@ func (s UBatchSlice) NumTokens() int { return s.Tokens.Len() }
 
 // String returns the slice as "requests [0, 2) tokens [0, 16)".
 func (s UBatchSlice) String() string {
-	return fmt.Sprintf("requests [%d, %d) tokens [%d, %d)", s.Requests.Start, s.Requests.Stop, s.Tokens.Start, s.Tokens.Stop)
+	return fmt.Sprintf("requests [%d, %d) tokens [%d, %d)",
+		s.Requests.Start, s.Requests.Stop, s.Tokens.Start, s.Tokens.Stop)
 }
 
 // maxUBatches bounds the microbatches of a pass, each of which costs a goroutine.
@@ -520,7 +521,9 @@ const maxUBatches = 1 << 16
 // It returns an error that wraps ErrInvalid if n is below 2 or above 2^16, if a count is negative, if
 // padding is below what is scheduled, or if a slice would have no tokens, which happens if
 // numTokensPadded is well above the scheduled tokens.
-func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int) (slices, padded []UBatchSlice, err error) {
+func SplitUBatches(
+	numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int,
+) (slices, padded []UBatchSlice, err error) {
 	scheduled, err := sumScheduled(numScheduledTokens)
 	if err != nil {
 		return nil, nil, err
@@ -546,7 +549,7 @@ func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, 
 		split = numTokensPadded / n
 	}
 	if lastStart := int64(n-1) * int64(split); split == 0 || lastStart >= int64(scheduled) {
-		return nil, nil, invalidf("%d microbatches split at %d of %d padded tokens: the last would start at token %d of %d scheduled",
+		return nil, nil, invalidf("the last of %d microbatches of %d tokens (%d in all) starts at token %d of %d",
 			n, split, numTokensPadded, lastStart, scheduled)
 	}
 	both := make([]UBatchSlice, 2*n)
@@ -603,7 +606,7 @@ func checkUBatches(p *problems, ubatches []UBatchSlice, numTokens int) {
 		if s.Tokens.Start != next {
 			p.addf("microbatch %d starts at token %d, want %d: slices must tile the pass", i, s.Tokens.Start, next)
 		}
-		if i > 0 && (s.Requests.Start < ubatches[i-1].Requests.Start || s.Requests.Stop < ubatches[i-1].Requests.Stop) {
+		if last := ubatches[max(i-1, 0)].Requests; s.Requests.Start < last.Start || s.Requests.Stop < last.Stop {
 			p.addf("microbatch %d has %v after %v", i, s, ubatches[i-1])
 		}
 		next = s.Tokens.Stop

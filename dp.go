@@ -143,7 +143,7 @@ func checkAcross(p ParallelConfig, numTokens int, across *mat.VecDense) error {
 		return invalidf("%d token counts for %d data-parallel ranks", across.Len(), p.DataParallelSize)
 	}
 	if own := across.AtVec(p.DataParallelRank); own != float64(numTokens) {
-		return fmt.Errorf("%w: rank %d runs %d tokens, but the counts across ranks say %v; both must include padding",
+		return fmt.Errorf("%w: rank %d runs %d tokens, but the counts across ranks say %v; both include padding",
 			ErrTokenMismatch, p.DataParallelRank, numTokens, own)
 	}
 	for d := range across.Len() {
@@ -567,6 +567,42 @@ func (v *Vote) same(w *Vote) bool {
 		v.GraphMode == w.GraphMode && v.Note == w.Note && v.Config == w.Config
 }
 
+// newFingerprint returns a number that stands for what must be equal on all ranks: FNV-1a over its
+// parts, each as 8 bytes, so that it is the same in every process and on every architecture.
+func (r *Runner) newFingerprint() uint64 {
+	f := fingerprint(14695981039346656037)
+	f.text(r.name)
+	c := r.parallel
+	f.ints(c.DataParallelSize, toInt(c.Dense), c.NumUBatches, c.DecodeUBatchThreshold,
+		c.PrefillUBatchThreshold, c.TokenMultiple, toInt(r.stepTrace))
+	r.dispatcher.addTo(&f)
+	return max(uint64(f), 1) // 0 means that nothing is said
+}
+
+type fingerprint uint64
+
+func (f *fingerprint) ints(list ...int) {
+	for _, n := range list {
+		for i := range 8 {
+			*f = (*f ^ fingerprint(byte(int64(n)>>(8*i)))) * 1099511628211
+		}
+	}
+}
+
+func (f *fingerprint) text(s string) {
+	f.ints(len(s))
+	for _, b := range []byte(s) {
+		f.ints(int(b))
+	}
+}
+
+func toInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
 // warmUpGraph identifies the graph that a vote warms up; the zero value is none.
 type warmUpGraph struct {
 	warmUp              bool
@@ -721,8 +757,8 @@ func checkVotes(votes []Vote) error {
 }
 
 var (
-	errConfigured = fmt.Errorf("%w: ranks are configured differently; give all the same Config and options", ErrInvalid)
-	errWarmUp     = fmt.Errorf("%w: ranks don't warm up the same graph; warm up all together, then serve", ErrLockstep)
+	errConfigured = fmt.Errorf("%w: the ranks are configured differently; configure all the same", ErrInvalid)
+	errWarmUp     = fmt.Errorf("%w: not all ranks warm up the same graph; warm up together", ErrLockstep)
 )
 
 // minority returns the ranks whose key is not the most frequent one; if several are equally frequent,

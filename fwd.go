@@ -224,7 +224,7 @@ func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 			return v, nil
 		}
 	}
-	return missing[T](c, "attention metadata", layer)
+	return missing[T](c, whatAttn, layer)
 }
 
 // MustAttnMetadata is [AttnMetadata] for layers whose Forward returns no error. It panics with the
@@ -249,7 +249,7 @@ func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 			return v, nil
 		}
 	}
-	return missing[T](c, "slot mapping", layer)
+	return missing[T](c, whatSlots, layer)
 }
 
 // Layer returns the layer object of that name, from Config.Layers. The error wraps ErrNoForwardContext
@@ -261,7 +261,7 @@ func Layer[T any](ctx context.Context, name string) (T, error) {
 			return v, nil
 		}
 	}
-	return missing[T](c, "layer", name)
+	return missing[T](c, whatLayer, name)
 }
 
 // AllLayers returns metadata that serves every layer: {"": v}.
@@ -280,7 +280,7 @@ func WithMetadata(ctx context.Context, attn, slots map[string]any) (context.Cont
 		return nil, ErrNoForwardContext
 	}
 	if n := len(c.fc.UBatches); n > 0 {
-		return nil, invalidf("metadata for a pass that is split into %d microbatches; add it inside each microbatch", n)
+		return nil, invalidf("metadata for a pass that is split into %d microbatches; add it inside of each", n)
 	}
 	fc := *c.fc
 	if attn != nil {
@@ -398,58 +398,6 @@ func WithSynchronize(f func(context.Context) error) Option {
 // A duration is never negative, even if the clock goes back. nil means the real time.
 func WithClock(now func() time.Time) Option { return optionFunc(func(cfg *config) { cfg.clock = now }) }
 
-// WithQueue sets the device that runs the passes, one after the other. See [Queue]. nil means none.
-func WithQueue(q *Queue) Option { return optionFunc(func(cfg *config) { cfg.queue = q }) }
-
-// A Queue is a device that runs passes in the order in which they begin, however early they are begun.
-// Durations of passes on Runners that share a Queue count from the later of their own start and the end
-// of the pass before, so the durations of pipelined passes sum to the time that went by. Spans keep
-// their own start. The zero value is ready to use, by any number of goroutines. The Runners must share
-// a clock too: [New] refuses one with [WithClock] beside one without.
-type Queue struct {
-	mu    sync.Mutex
-	clock queueClock
-	last  instant // the end of the last pass
-	used  bool    // last is set
-}
-
-type queueClock uint8
-
-const (
-	queueUnknown queueClock = iota
-	queueReal
-	queueSimulated
-)
-
-// join refuses a Runner whose clock can't be that of the others.
-func (q *Queue) join(simulated bool, p *problems) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	clock := queueReal
-	if simulated {
-		clock = queueSimulated
-	}
-	if q.clock != queueUnknown && q.clock != clock {
-		p.addf("the Queue is shared by Runners with and without WithClock; give all the same clock")
-		return
-	}
-	q.clock = clock
-}
-
-// duration returns how long the device took for a pass.
-func (q *Queue) duration(began, ended instant) time.Duration {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.used && began.until(q.last) > 0 {
-		began = q.last
-	}
-	d := began.until(ended)
-	if d > 0 || !q.used {
-		q.last, q.used = ended, true
-	}
-	return max(d, 0)
-}
-
 // A Runner runs the forward passes of one rank of one model. Most callers need two of its methods:
 // [Runner.Plan], then [Runner.Run], once per step. Run may be called from several goroutines. With a
 // coordinator, Plan and Run exchange votes one at a time, in the same order on every rank. A nil
@@ -552,42 +500,6 @@ func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
 	}
 	r.dispatcher = d
 	r.fingerprint = r.newFingerprint()
-}
-
-// newFingerprint returns a number that stands for what must be equal on all ranks: FNV-1a over its
-// parts, each as 8 bytes, so that it is the same in every process and on every architecture.
-func (r *Runner) newFingerprint() uint64 {
-	f := fingerprint(14695981039346656037)
-	f.text(r.name)
-	c := r.parallel
-	f.ints(c.DataParallelSize, toInt(c.Dense), c.NumUBatches, c.DecodeUBatchThreshold,
-		c.PrefillUBatchThreshold, c.TokenMultiple, toInt(r.stepTrace))
-	r.dispatcher.addTo(&f)
-	return max(uint64(f), 1) // 0 means that nothing is said
-}
-
-type fingerprint uint64
-
-func (f *fingerprint) ints(list ...int) {
-	for _, n := range list {
-		for i := range 8 {
-			*f = (*f ^ fingerprint(byte(int64(n)>>(8*i)))) * 1099511628211
-		}
-	}
-}
-
-func (f *fingerprint) text(s string) {
-	f.ints(len(s))
-	for _, b := range []byte(s) {
-		f.ints(int(b))
-	}
-}
-
-func toInt(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 // WithGraphs returns a Runner that goes on at r's step with another dispatcher; r must not be used any
@@ -704,38 +616,6 @@ func (a *activity) running() (oldest instant, n int) {
 		n++
 	}
 	return oldest, n
-}
-
-// instant is a point in time, on the clock of a Runner if it has one, otherwise on the process's
-// monotonic clock, which is cheaper to read than the time of day.
-type instant struct {
-	mono  time.Duration
-	clock time.Time
-}
-
-var processStart = time.Now()
-
-// now returns the time on the process's monotonic clock.
-func now() time.Duration { return time.Since(processStart) }
-
-func (r *Runner) now() instant {
-	if r.clock != nil {
-		return instant{clock: r.clock()}
-	}
-	return instant{mono: now()}
-}
-
-// until returns the time from i to j, which is negative if j is earlier.
-func (i instant) until(j instant) time.Duration {
-	return j.mono - i.mono + j.clock.Sub(i.clock)
-}
-
-// timeOf returns the time of day.
-func (r *Runner) timeOf(i instant) time.Time {
-	if r.clock != nil {
-		return i.clock
-	}
-	return time.Now().Add(i.mono - now())
 }
 
 // Pass describes one forward pass. [Runner.Plan] makes one; a caller without Plan fills it in. After
@@ -908,7 +788,8 @@ func (r *Runner) String() string {
 	if r == nil {
 		r = nilRunner
 	}
-	return fmt.Sprintf("fwd.Runner %q, rank %d of %d", r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	return fmt.Sprintf("fwd.Runner %q, rank %d of %d",
+		r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 }
 
 // run is a pass while it runs: its context with the forward context beside it in one allocation, and
@@ -1229,7 +1110,9 @@ func (x *run) endStarted(err error) {
 // Call is [Runner.Run] for a forward function that returns something: it returns what forward returned
 // last. If forward is not called, as in a pass of which the agreement says that every rank is idle, it
 // returns the zero value. Middleware must not call next concurrently.
-func Call[T any](ctx context.Context, r *Runner, p Pass, forward func(ctx context.Context) (T, error)) (T, error) {
+func Call[T any](
+	ctx context.Context, r *Runner, p Pass, forward func(ctx context.Context) (T, error),
+) (T, error) {
 	var result T
 	if forward == nil {
 		return result, r.Run(ctx, p, nil)
@@ -1343,7 +1226,8 @@ func (s *state) exchanging() (*exchange, uint64) {
 // busy is the error of an exchange that is begun while another is open.
 func (r *Runner) busy(open *exchange) error {
 	rank := r.parallel.DataParallelRank
-	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first", ErrLockstep, rank)
+	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first",
+		ErrLockstep, rank)
 	return &RankError{err, open.draft.vote.Step, []int{rank}}
 }
 
@@ -1595,15 +1479,17 @@ func (e *RankError) addCause(ctx context.Context) {
 	}
 }
 
-// missing returns the error of metadata or a layer object that is not there, or is of another type.
+// What can be looked up by name.
+const (
+	whatAttn  = "attention metadata"
+	whatSlots = "slot mapping"
+	whatLayer = "layer"
+)
+
+// missing returns the error of what is not there, or is of another type.
 func missing[T any](c *passContext, what, name string) (T, error) {
 	var zero T
-	e := &lookupError{what: what, name: name, want: reflect.TypeFor[T]()}
-	if c != nil {
-		e.fc = c.fc
-	}
-	e.err = e.kind()
-	return zero, e
+	return zero, newLookupError(c, what, name, reflect.TypeFor[T]())
 }
 
 // lookupError is a miss. Hot code asks for what may not be there, so the text is put together only when
@@ -1611,46 +1497,33 @@ func missing[T any](c *passContext, what, name string) (T, error) {
 type lookupError struct {
 	err        error
 	what, name string
-	fc         *ForwardContext // nil: outside a pass
+	from       map[string]any // where it was looked for
 	want       reflect.Type
 }
 
-// entries returns what was looked through, and how many maps there are.
-func (e *lookupError) entries() (maps []map[string]any) {
-	switch e.what {
-	case "layer":
-		return []map[string]any{e.fc.Layers}
-	case "slot mapping":
-		return e.fc.SlotMapping
+func newLookupError(c *passContext, what, name string, want reflect.Type) error {
+	e := &lookupError{err: ErrLayer, what: what, name: name, want: want}
+	if c == nil {
+		e.err = ErrNoForwardContext
+		return e
 	}
-	return e.fc.AttnMetadata
-}
-
-func (e *lookupError) kind() error {
+	maps := c.fc.AttnMetadata
+	switch what {
+	case whatLayer:
+		e.from = c.fc.Layers
+		return e
+	case whatSlots:
+		maps = c.fc.SlotMapping
+	}
 	switch {
-	case e.fc == nil:
-		return ErrNoForwardContext
-	case e.what == "layer":
-		return ErrLayer
-	case len(e.fc.UBatches) > 0:
-		return ErrInvalid
-	}
-	switch n := len(e.fc.AttnMetadata); {
-	case e.what == "slot mapping":
-		return kindOf(len(e.fc.SlotMapping))
+	case len(c.fc.UBatches) > 0 || len(maps) > 1:
+		e.err = ErrInvalid
+	case len(maps) == 0:
+		e.err = ErrNoMetadata
 	default:
-		return kindOf(n)
+		e.from = maps[0]
 	}
-}
-
-func kindOf(maps int) error {
-	switch maps {
-	case 0:
-		return ErrNoMetadata
-	case 1:
-		return ErrLayer
-	}
-	return ErrInvalid
+	return e
 }
 
 // Unwrap returns the kind of miss.
@@ -1660,23 +1533,23 @@ func (e *lookupError) Unwrap() error { return e.err }
 func (e *lookupError) Error() string {
 	switch e.err {
 	case ErrNoForwardContext, ErrNoMetadata:
-		return fmt.Sprintf("%v: no %s of %q", e.err, e.what, e.name)
+		return fmt.Sprintf("%v: no %s for %q", e.err, e.what, e.name)
 	case ErrInvalid:
-		return fmt.Sprintf("%v: the pass is split, and ctx is in none of its microbatches: no %s of %q", e.err, e.what, e.name)
+		return fmt.Sprintf("%v: no %s for %q in a split pass outside its microbatches; use RunUBatches",
+			e.err, e.what, e.name)
 	}
-	from := e.entries()[0]
-	value, ok := from[e.name]
-	if !ok && e.what != "layer" {
-		value, ok = from[""]
+	value, ok := e.from[e.name]
+	if !ok && e.what != whatLayer {
+		value, ok = e.from[""]
 	}
-	if ok {
-		return fmt.Sprintf("%v: the %s of %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+	have := quoted(slices.Sorted(maps.Keys(e.from)))
+	switch {
+	case ok:
+		return fmt.Sprintf("%v: the %s for %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+	case e.what == whatLayer:
+		return fmt.Sprintf("%v: no layer %q in Config.Layers (have %s)", e.err, e.name, have)
 	}
-	where := "for it"
-	if e.what == "layer" {
-		where = "of that name in Config.Layers"
-	}
-	return fmt.Sprintf("%v: %q: no %s %s (have %s)", e.err, e.name, e.what, where, quoted(slices.Sorted(maps.Keys(from))))
+	return fmt.Sprintf("%v: no %s for %q (have %s)", e.err, e.what, e.name, have)
 }
 
 func invalidf(format string, args ...any) error {
