@@ -102,7 +102,8 @@
 //	fwd.forward.active       up-down counter, {pass}
 //	fwd.padding              counter, {token}              fwd.padding.kind (graph, dp), fwd.dummy
 //	fwd.coordinate.duration  histogram, s                  error.type
-//	fwd.wait.time            counter, s                    fwd.dp.peer_rank, fwd.wait.kind (coordinate, forward)
+//	fwd.wait.time            counter, s                    fwd.dp.peer_rank,
+//	                                                       fwd.wait.kind (coordinate, forward)
 //	fwd.graph.events         counter, {event}              fwd.graph.event (capture, replay, eager)
 //
 // All metrics have fwd.name, and all but fwd.wait.time have fwd.dp.rank if there are several ranks. The
@@ -131,56 +132,56 @@
 // The names are those of December 2025. Names in brackets are what the newer model runner, the default
 // since v0.29, calls the same thing.
 //
-//	vLLM                                   here                         what differs, and why
-//	ForwardContext                         ForwardContext               a value in ctx, not a slot of the process
-//	  no_compile_layers                    Layers, Layer                set once, in Config
-//	  attn_metadata                        AttnMetadata                 one map per microbatch; "" serves all layers
-//	  slot_mapping                         SlotMapping                  the same
-//	  virtual_engine                       VirtualEngine
-//	  dp_metadata                          DP
-//	  cudagraph_runtime_mode               GraphMode                    a composite mode is refused
-//	  batch_descriptor                     Batch                        a graph pass without one gets its token count
-//	  ubatch_slices                        UBatches, Part               checked: they must tile the pass
-//	  skip_compiled                        SkipCompiled
-//	  additional_kwargs                    context.WithValue            ctx carries anything, with types
-//	  remaining_moe_layers                 none                         layers know their names
-//	BatchDescriptor                        BatchDescriptor              NumReqs 0 is None
-//	  [BatchExecutionDescriptor]           Pass                         mode, key and padding of a step
-//	  relax_for_mixed_batch_cudagraphs     RelaxForMixedBatchGraphs
-//	DPMetadata.make                        NewDPMetadata                errors instead of assertions
-//	  max_tokens_across_dp_cpu             MaxTokensAcrossDP
-//	  num_tokens_across_dp_cpu             NumTokensAcrossDPTo          exact for all counts up to 2^31-1
-//	  chunked_sizes                        WithChunkedSizes, Chunks     a derived context: no size is left behind
-//	  sp_local_sizes                       WithSPLocalSizes             the same
-//	  get_chunk_sizes_across_dp_rank       LocalSizes                   absent outside, never stale
-//	  cu_tokens_across_sp                  CuTokensAcrossSPTo
-//	get_forward_context                    FromContext, MustFromContext
-//	is_forward_context_available           FromContext                  its second result
-//	create_forward_context                 Pass                         or a ForwardContext literal
-//	override_forward_context               NewContext                   the outer one is untouched
-//	set_forward_context                    Runner.Run, Runner.Start     ends by itself, also by error and panic
-//	CUDAGraphMode                          GraphMode                    for any graphs, not only CUDA's
-//	  decode_mode, mixed_mode              DecodeMode, MixedMode
-//	  max_cudagraph_mode                   MaxMode
-//	  has_mode, separate_routine           HasMode, SeparateRoutine
-//	  has_full_cudagraphs                  HasFullGraphs
-//	  has_piecewise_cudagraphs,            HasPiecewiseGraphs           the two are the same question
+//	vLLM                                  here                        what differs, and why
+//	ForwardContext                        ForwardContext              a value in ctx, not a global slot
+//	  no_compile_layers                   Layers, Layer               set once, in Config
+//	  attn_metadata                       AttnMetadata                a map per microbatch; "" is for all
+//	  slot_mapping                        SlotMapping                 the same
+//	  virtual_engine                      VirtualEngine
+//	  dp_metadata                         DP
+//	  cudagraph_runtime_mode              GraphMode                   a composite mode is refused
+//	  batch_descriptor                    Batch                       by default its token count
+//	  ubatch_slices                       UBatches, Part              checked: they must tile the pass
+//	  skip_compiled                       SkipCompiled
+//	  additional_kwargs                   context.WithValue           ctx carries anything, with types
+//	  remaining_moe_layers                none                        layers know their names
+//	BatchDescriptor                       BatchDescriptor             NumReqs 0 is None
+//	  [BatchExecutionDescriptor]          Pass                        mode, key and padding of a step
+//	  relax_for_mixed_batch_cudagraphs    RelaxForMixedBatchGraphs
+//	DPMetadata.make                       NewDPMetadata               errors instead of assertions
+//	  max_tokens_across_dp_cpu            MaxTokensAcrossDP
+//	  num_tokens_across_dp_cpu            NumTokensAcrossDPTo         exact for all counts up to 2^31-1
+//	  chunked_sizes                       WithChunkedSizes, Chunks    a derived context: no size is left behind
+//	  sp_local_sizes                      WithSPLocalSizes            the same
+//	  get_chunk_sizes_across_dp_rank      LocalSizes                  absent outside, never stale
+//	  cu_tokens_across_sp                 CuTokensAcrossSPTo
+//	get_forward_context                   FromContext, MustFromContext
+//	is_forward_context_available          FromContext                 its second result
+//	create_forward_context                Pass                        or a ForwardContext literal
+//	override_forward_context              NewContext                  the outer one is untouched
+//	set_forward_context                   Runner.Run, Runner.Start    ends by itself, also by a panic
+//	CUDAGraphMode                         GraphMode                   for any graphs, not only CUDA's
+//	  decode_mode, mixed_mode             DecodeMode, MixedMode
+//	  max_cudagraph_mode                  MaxMode
+//	  has_mode, separate_routine          HasMode, SeparateRoutine
+//	  has_full_cudagraphs                 HasFullGraphs
+//	  has_piecewise_cudagraphs,           HasPiecewiseGraphs          the two are the same question
 //	  requires_piecewise_compilation
-//	  valid_runtime_modes                  ValidRuntime
-//	CudagraphDispatcher                    Dispatcher                   also says why: Reason, Gaps
+//	  valid_runtime_modes                 ValidRuntime
+//	CudagraphDispatcher                   Dispatcher                  also says why: Reason, Gaps
 //	  [CudaGraphManager.dispatch]
-//	CUDAGraphWrapper                       GraphCache                   never captures after warm-up
+//	CUDAGraphWrapper                      GraphCache                  never captures after warm-up
 //	  [CudaGraphManager.run_fullgraph]
-//	capture_model                          Runner.WarmUp                all ranks capture the same graph together
+//	capture_model                         Runner.WarmUp               all ranks capture the same one
 //	  [CudaGraphManager.capture]
-//	coordinate_batch_across_dp             Runner.Plan, Agree           a deadline, and the missing rank's name
+//	coordinate_batch_across_dp            Runner.Plan, Agree          a deadline, and the missing rank's name
 //	  [dispatch_cg_and_sync_dp]
-//	  [DPSyncState]                        Agreement                    with all votes and who set what
-//	  [dp_sync]                            Schedule.Reuse               a draft model exchanges nothing
-//	execute_dummy_batch                    Plan of an idle rank         does not lower the mode of the others
-//	UBatchSlice                            UBatchSlice
-//	maybe_create_ubatch_slices             SplitUBatches                any number; an empty one is an error
-//	UBatchWrapper                          RunUBatches                  really concurrent; errors come out
-//	platform hook, its additional kwargs   Middleware                   wraps the pass
-//	VLLM_LOG_BATCHSIZE_INTERVAL            fwd.forward.duration         by size, mode and reason, without a log
+//	  [DPSyncState]                       Agreement                   with all votes and who set what
+//	  [dp_sync]                           Schedule.Reuse              a draft model exchanges nothing
+//	execute_dummy_batch                   Plan of an idle rank        lowers nobody's mode
+//	UBatchSlice                           UBatchSlice
+//	maybe_create_ubatch_slices            SplitUBatches               any number of them
+//	UBatchWrapper                         RunUBatches                 concurrent; errors come out
+//	platform hook, its additional kwargs  Middleware                  wraps the pass
+//	VLLM_LOG_BATCHSIZE_INTERVAL           fwd.forward.duration        by size, mode and reason
 package fwd
