@@ -1017,7 +1017,8 @@ func (x *run) call() error {
 
 // runInnermost is what the middleware wraps: it calls the forward function of the pass that ctx is in.
 func (r *Runner) runInnermost(ctx context.Context) error {
-	c := lookup(ctx)
+	innermost := lookup(ctx)
+	c := innermost
 	for c != nil && (c.run == nil || c.run.runner.state != r.state || c.run.forward == nil) {
 		c = lookup(c.Context) // a middleware may have put another Runner's pass around the rest
 	}
@@ -1032,6 +1033,9 @@ func (r *Runner) runInnermost(ctx context.Context) error {
 	}
 	within := c.over(ctx)
 	within.inner = true
+	if c != innermost {
+		within = innermost.over(within) // the forward function is in that pass
+	}
 	return c.run.forward(within)
 }
 

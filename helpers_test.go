@@ -97,14 +97,10 @@ func (b vectorBatch) descriptor() fwd.BatchDescriptor {
 	return d
 }
 
-// cacheGraph is a captured graph.
-type cacheGraph func(ctx context.Context) error
+// captureFunc captures a graph for a cache.
+type captureFunc = func(ctx context.Context, key fwd.BatchDescriptor) (replay fwd.ForwardFunc, err error)
 
-func (g cacheGraph) Replay(ctx context.Context) error { return g(ctx) }
-
-func cacheNew(
-	t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture fwd.CaptureFunc,
-) *fwd.GraphCache {
+func cacheNew(t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture captureFunc) *fwd.GraphCache {
 	t.Helper()
 	c, err := fwd.NewGraphCache(mode, forward, capture)
 	if err != nil {

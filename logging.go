@@ -553,8 +553,9 @@ func (t *telemetry) errorType(err error) string {
 	return t.errorTypes.bound(word)
 }
 
-// errorWord returns what an ErrorType method says if err has one, or else the type of err. A nil pointer
-// in an error, whose methods may panic, is a type too.
+// errorWord returns what an ErrorType method says if err has one, or else the type of err; what fmt.Errorf
+// wraps says more than its wrapper, so that counts. A nil pointer in an error, whose methods may panic, is
+// a type too.
 func errorWord(err error) (word string) {
 	defer func() {
 		if recover() != nil {
@@ -567,8 +568,14 @@ func errorWord(err error) (word string) {
 			return word
 		}
 	}
+	for reflect.TypeOf(err) == wrapError {
+		err = errors.Unwrap(err)
+	}
 	return fmt.Sprintf("%T", err)
 }
+
+// wrapError is the type of an error that wraps one other with fmt.Errorf.
+var wrapError = reflect.TypeOf(fmt.Errorf("%w", errPanic))
 
 // phase returns the bounded word for a phase.
 func (t *telemetry) phase(word string) string {
@@ -584,6 +591,7 @@ func (t *telemetry) phase(word string) string {
 type timedSpan struct {
 	trace.Span
 	options []trace.SpanEndOption // nil: the span takes the real time; else one, set by finish
+	began   time.Time             // with options
 }
 
 // noSpan stands for a span that nobody wants.
@@ -595,7 +603,7 @@ func (t *telemetry) start(ctx context.Context, name string, began time.Time, tim
 	options ...trace.SpanStartOption) (context.Context, timedSpan) {
 	var span timedSpan
 	if timed {
-		span.options = []trace.SpanEndOption{at(began)}
+		span.options, span.began = []trace.SpanEndOption{at(began)}, began
 		options = append(options, at(began))
 	}
 	ctx, span.Span = t.tracer.Start(ctx, name, options...)
@@ -611,9 +619,13 @@ func at(now time.Time) trace.SpanEventOption {
 	return trace.WithTimestamp(now)
 }
 
-// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type.
+// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type. If the
+// clock has gone back, the span ends when it began.
 func (s *timedSpan) finish(ended time.Time, err error, word string) {
 	if s.options != nil {
+		if ended.Before(s.began) {
+			ended = s.began
+		}
 		s.options[0] = at(ended)
 	}
 	if err != nil && s.IsRecording() {
