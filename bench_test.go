@@ -288,9 +288,9 @@ func BenchmarkAgree(b *testing.B) {
 	}
 }
 
-// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its vote to
-// every other over buffered channels, without steps, contexts and errors. It counts rounds by b.N, since all
-// ranks must run the same number.
+// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its
+// vote to every other over buffered channels, without steps, contexts and errors. It counts rounds
+// by b.N, since all ranks must run the same number.
 func BenchmarkExchange(b *testing.B) {
 	for _, ranks := range []int{2, 4, 8} {
 		b.Run(fmt.Sprintf("by=fwd/ranks=%d", ranks), func(b *testing.B) {

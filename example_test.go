@@ -35,7 +35,8 @@ func ExampleRunner_Run() {
 	// outside a pass: false
 }
 
-// A layer reads what belongs to it by its name, with its type. The entry "" serves every layer without its own.
+// A layer reads what belongs to it by its name, with its type. The entry "" serves every layer
+// without its own.
 func ExampleAttnMetadata() {
 	pass := fwd.Pass{
 		NumTokens: 2,
@@ -67,10 +68,11 @@ func ExampleAttnMetadata() {
 	// Output:
 	// layers.0.attn [17 4]
 	// layers.1.local [8 4]
-	// fwd: layer lookup: layer object of layer "layers.2.mamba" is not among []
+	// fwd: layer lookup: "layers.2.mamba": no layer of that name in Config.Layers (have none)
 }
 
-// Two data-parallel ranks plan a step together. One has a prefill of 6 tokens; the other is idle and keeps step.
+// Two data-parallel ranks plan a step together. One has a prefill of 6 tokens; the other is idle
+// and keeps step.
 func ExampleRunner_Plan() {
 	group, err := fwd.NewLocalGroup(2)
 	if err != nil {
@@ -114,14 +116,6 @@ func ExampleRunner_Plan() {
 	// rank 1: 1 tokens, dummy true, at most 6 tokens on a rank
 }
 
-// plan is a "graph" of the example: it prints instead of computing.
-type plan struct{ key fwd.BatchDescriptor }
-
-func (p plan) Replay(context.Context) error {
-	fmt.Printf("replay of %d tokens\n", p.key.NumTokens)
-	return nil
-}
-
 // A batch of 3 tokens is padded to the captured 4, and later passes replay.
 func ExampleGraphCache() {
 	dispatcher, err := fwd.NewDispatcher(fwd.DispatcherConfig{
@@ -138,9 +132,12 @@ func ExampleGraphCache() {
 	}
 	eager := func(context.Context) error { fmt.Println("eager"); return nil }
 	cache, err := fwd.NewGraphCache(fwd.GraphFull, eager,
-		func(_ context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+		func(_ context.Context, key fwd.BatchDescriptor) (replay fwd.ForwardFunc, err error) {
 			fmt.Printf("capture for %d tokens of %d requests\n", key.NumTokens, key.NumReqs)
-			return plan{key}, nil
+			return func(context.Context) error {
+				fmt.Printf("replay of %d tokens\n", key.NumTokens)
+				return nil
+			}, nil
 		})
 	if err != nil {
 		fmt.Println(err)
@@ -168,8 +165,8 @@ func ExampleGraphCache() {
 	// eager
 }
 
-// A mixture-of-experts layer exchanges at most 4 rows of a rank at a time. Rank 1 has fewer rows than rank 0 and takes part
-// to the end all the same.
+// A mixture-of-experts layer exchanges at most 4 rows of a rank at a time. Rank 1 has fewer rows
+// than rank 0 and takes part to the end all the same.
 func ExampleChunks() {
 	parallel := fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1}
 	dp, err := fwd.NewDPMetadata(parallel, 3, vec(10, 3))
@@ -183,9 +180,9 @@ func ExampleChunks() {
 		fmt.Println(err)
 		return
 	}
-	for ctx, chunk := range chunks {
-		sizes, _ := fwd.LocalSizes(ctx)
-		fmt.Printf("chunk %d: ranks send %v, own rows [%d, %d), keep %t\n", chunk.Index, sizes, chunk.Start, chunk.End, chunk.Keep)
+	for _, chunk := range chunks { // each round has a context of its own, for what runs in it
+		fmt.Printf("chunk %d: ranks send %v, own rows [%d, %d), keep %t\n",
+			chunk.Index, chunk.Sizes, chunk.Rows.Start, chunk.Rows.Stop, chunk.Keep)
 	}
 	_, ok := fwd.LocalSizes(ctx)
 	fmt.Println("outside a chunk:", ok)
