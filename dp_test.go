@@ -30,49 +30,19 @@ func TestDPMetadataVectors(t *testing.T) {
 		WantCu     []float64 `json:"want_cu_tokens_across_sp"` // beyond an int of 32 bits
 	}
 	for i, v := range readVectors[vector](t, "dp_metadata.json", 60) {
-		m, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: len(v.Tokens)}, v.Tokens[0], vec(v.Tokens...))
+		parallel := fwd.ParallelConfig{DataParallelSize: len(v.Tokens)}
+		m, err := fwd.NewDPMetadata(parallel, v.Tokens[0], vec(v.Tokens...))
 		if err != nil {
 			t.Errorf("case %d: %v", i, err)
 			continue
 		}
 		got := vector{
 			counts(m.NumTokensAcrossDPTo(nil)), v.SP, v.MaxChunk, v.ChunkIndex, m.MaxTokensAcrossDP(),
-			m.AppendSPLocalSizes(nil, v.SP), m.AppendChunkedSizes(nil, v.SP, v.MaxChunk, v.ChunkIndex), m.CuTokensAcrossSPTo(nil, v.SP).RawVector().Data,
+			m.AppendSPLocalSizes(nil, v.SP), m.AppendChunkedSizes(nil, v.SP, v.MaxChunk, v.ChunkIndex),
+			m.CuTokensAcrossSPTo(nil, v.SP).RawVector().Data,
 		}
 		if diff := cmp.Diff(v, got); diff != "" {
 			t.Errorf("case %d (-want +got):\n%s", i, diff)
-		}
-	}
-}
-
-func TestAgreeVectors(t *testing.T) {
-	type vector struct {
-		NumUBatches int `json:"num_ubatches"`
-		Ranks       []struct {
-			Unpadded     int           `json:"num_tokens_unpadded"`
-			Padded       int           `json:"num_tokens_padded"`
-			ShouldUBatch bool          `json:"should_ubatch"`
-			GraphMode    fwd.GraphMode `json:"graph_mode"`
-		} `json:"ranks"`
-		WantUBatch bool          `json:"want_should_ubatch"`
-		WantTokens []int         `json:"want_num_tokens_across_dp"`
-		WantMode   fwd.GraphMode `json:"want_graph_mode"`
-	}
-	for i, v := range readVectors[vector](t, "coordinate.json", 60) {
-		var votes []fwd.Vote
-		for _, r := range v.Ranks {
-			votes = append(votes, fwd.Vote{Step: 7, NumTokens: r.Unpadded, NumTokensPadded: r.Padded, UBatch: r.ShouldUBatch, GraphMode: r.GraphMode})
-		}
-		a, err := fwd.Agree(votes, v.NumUBatches)
-		if err != nil {
-			t.Errorf("case %d: %v", i, err)
-			continue
-		}
-		if a.UBatch != v.WantUBatch || a.GraphMode != v.WantMode || a.Step != 7 {
-			t.Errorf("case %d: agreed on %+v, want microbatches %t, %v, step 7", i, a, v.WantUBatch, v.WantMode)
-		}
-		if diff := cmp.Diff(v.WantTokens, counts(a.NumTokensAcrossDP)); diff != "" {
-			t.Errorf("case %d: tokens (-want +got):\n%s", i, diff)
 		}
 	}
 }
@@ -82,8 +52,17 @@ const dpMax = math.MaxInt32 // the largest count of a rank
 // dpContext is a context in a pass of a rank among ranks with these tokens.
 func dpContext(t *testing.T, rank int, tokens ...int) context.Context {
 	t.Helper()
-	return fwd.NewContext(t.Context(), &fwd.ForwardContext{NumTokens: tokens[rank], DP: dpMetadata(t, rank, tokens...)})
+	fc := &fwd.ForwardContext{NumTokens: tokens[rank], DP: dpMetadata(t, rank, tokens...)}
+	return fwd.NewContext(t.Context(), fc)
 }
+
+// dpChunk is a round without its sizes.
+type dpChunk struct {
+	Index, Start, Stop int
+	Keep               bool
+}
+
+func dpChunkOf(c fwd.Chunk) dpChunk { return dpChunk{c.Index, c.Rows.Start, c.Rows.Stop, c.Keep} }
 
 // dpSizes reads the local sizes of ctx.
 func dpSizes(t *testing.T, ctx context.Context) []int {
@@ -104,7 +83,9 @@ func TestDPMetadataIsACopy(t *testing.T) {
 	}
 	across.SetVec(0, 99)
 	m.NumTokensAcrossDPTo(nil).SetVec(1, 99)
-	if diff := cmp.Diff([]int{3, 4}, counts(m.NumTokensAcrossDPTo(nil))); diff != "" || m.Size() != 2 || m.Rank() != 1 || m.NumTokens(0) != 3 || m.NumTokens(1) != 4 || m.MaxTokensAcrossDP() != 4 {
+	got := []int{m.Size(), m.Rank(), m.NumTokens(0), m.NumTokens(1), m.MaxTokensAcrossDP()}
+	got = append(got, counts(m.NumTokensAcrossDPTo(nil))...)
+	if diff := cmp.Diff([]int{2, 1, 3, 4, 4, 3, 4}, got); diff != "" {
 		t.Errorf("the metadata has changed (-want +got):\n%s", diff)
 	}
 }
@@ -112,14 +93,17 @@ func TestDPMetadataIsACopy(t *testing.T) {
 // The classic mistake, padded against unpadded: the error shows the rank and both numbers.
 func TestDPMetadataMismatch(t *testing.T) {
 	t.Parallel()
-	_, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 2}, 57, vec(64, 64, 63))
+	parallel := fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 2}
+	_, err := fwd.NewDPMetadata(parallel, 57, vec(64, 64, 63))
 	if !errors.Is(err, fwd.ErrTokenMismatch) {
 		t.Fatalf("error %v, want %v", err, fwd.ErrTokenMismatch)
 	}
-	if want := "rank 2 runs 57 tokens, and the counts across ranks say 63"; !strings.Contains(err.Error(), want) {
+	want := "rank 2 runs 57 tokens, but the counts across ranks say 63"
+	if !strings.Contains(err.Error(), want) {
 		t.Errorf("the error is %q, want it to say %q", err, want)
 	}
-	// In this order: present, as many as ranks, the own count, every count. A later mistake does not hide an earlier one.
+	// In this order: present, as many as ranks, the own count, every count. A later mistake does not hide
+	// an earlier one.
 	for _, tt := range []struct {
 		across *mat.VecDense
 		want   error
@@ -129,7 +113,7 @@ func TestDPMetadataMismatch(t *testing.T) {
 		{mat.NewVecDense(3, []float64{-1, 0.5, 63}), fwd.ErrTokenMismatch},
 		{mat.NewVecDense(3, []float64{-1, 0.5, 57}), fwd.ErrInvalid},
 	} {
-		_, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 2}, 57, tt.across)
+		_, err := fwd.NewDPMetadata(parallel, 57, tt.across)
 		if !errors.Is(err, tt.want) {
 			t.Errorf("%v: error %v, want %v", tt.across, err, tt.want)
 		}
@@ -327,15 +311,15 @@ func TestLocalSizesWithoutDP(t *testing.T) {
 	if diff := cmp.Diff([]int{1}, dpSizes(t, chunk)); diff != "" {
 		t.Errorf("chunk sizes (-want +got):\n%s", diff)
 	}
-	var got []fwd.Chunk
+	var got []dpChunk
 	chunks, err := fwd.Chunks(ctx, 1, 3)
 	if err != nil {
 		t.Fatal(err)
 	}
 	for _, c := range chunks {
-		got = append(got, c)
+		got = append(got, dpChunkOf(c))
 	}
-	if diff := cmp.Diff([]fwd.Chunk{{0, 0, 3, true}, {1, 3, 6, true}, {2, 6, 7, true}}, got); diff != "" {
+	if diff := cmp.Diff([]dpChunk{{0, 0, 3, true}, {1, 3, 6, true}, {2, 6, 7, true}}, got); diff != "" {
 		t.Errorf("chunks (-want +got):\n%s", diff)
 	}
 	empty := fwd.NewContext(t.Context(), &fwd.ForwardContext{})
@@ -346,7 +330,9 @@ func TestLocalSizesWithoutDP(t *testing.T) {
 	for _, c := range chunks {
 		t.Errorf("a pass without tokens has chunk %+v", c)
 	}
-	for name, ctx := range map[string]context.Context{"outside": t.Context(), "hidden": fwd.NewContext(ctx, nil)} {
+	for name, ctx := range map[string]context.Context{
+		"outside": t.Context(), "hidden": fwd.NewContext(ctx, nil),
+	} {
 		_, err1 := fwd.WithSPLocalSizes(ctx, 1)
 		_, err2 := fwd.WithChunkedSizes(ctx, 1, 1, 0)
 		_, err3 := fwd.Chunks(ctx, 1, 1)
@@ -358,11 +344,13 @@ func TestLocalSizesWithoutDP(t *testing.T) {
 	}
 }
 
-// Over all ranks every row is kept exactly once, the ranks have the same rounds with the same sizes, and what a rank
-// computes is what the others think that it sends.
+// Over all ranks every row is kept exactly once, the ranks have the same rounds with the same sizes, and
+// what a rank computes is what the others think that it sends.
 func TestChunks(t *testing.T) {
 	t.Parallel()
-	for _, tokens := range [][]int{{10, 4, 0, 7}, {1, 0, 0}, {0, 1}, {64, 64}, {0, 0}, {33}, {9, 1, 8, 2, 7, 3}} {
+	for _, tokens := range [][]int{
+		{10, 4, 0, 7}, {1, 0, 0}, {0, 1}, {64, 64}, {0, 0}, {33}, {9, 1, 8, 2, 7, 3},
+	} {
 		for _, sp := range []int{1, 2, 3} {
 			for _, maxChunk := range []int{1, 2, 3, 4, 10, 11, 1000, math.MaxInt} {
 				t.Run(fmt.Sprintf("%v/sp=%d/chunk=%d", tokens, sp, maxChunk), func(t *testing.T) {
@@ -390,17 +378,21 @@ func dpCheckChunks(t *testing.T, tokens []int, sp, maxChunk int) {
 			}
 			rounds++
 			sizes := dpSizes(t, chunkCtx)
-			if diff := cmp.Diff(dpMetadata(t, 0, tokens...).AppendChunkedSizes(nil, sp, maxChunk, c.Index), sizes); diff != "" {
+			wantSizes := dpMetadata(t, 0, tokens...).AppendChunkedSizes(nil, sp, maxChunk, c.Index)
+			if diff := cmp.Diff(wantSizes, sizes); diff != "" {
 				t.Errorf("rank %d: sizes of round %d (-want +got):\n%s", rank, c.Index, diff)
 			}
-			if own := sizes[rank*sp]; c.End-c.Start != own {
-				t.Errorf("rank %d computes rows [%d, %d) in round %d, and the sizes say %d", rank, c.Start, c.End, c.Index, own)
+			if diff := cmp.Diff(sizes, c.Sizes); diff != "" {
+				t.Errorf("rank %d: round %d has other sizes than its context:\n%s", rank, c.Index, diff)
 			}
-			if c.Start < 0 || c.End <= c.Start || c.End > max(local, 1) {
-				t.Errorf("rank %d has rows [%d, %d) of %d in round %d", rank, c.Start, c.End, local, c.Index)
+			if own := sizes[rank*sp]; c.Rows.Len() != own {
+				t.Errorf("rank %d computes %v in round %d, and the sizes say %d", rank, c.Rows, c.Index, own)
+			}
+			if c.Rows.Start < 0 || c.Rows.Len() < 1 || c.Rows.Stop > max(local, 1) {
+				t.Errorf("rank %d has rows %v of %d in round %d", rank, c.Rows, local, c.Index)
 			}
 			if c.Keep {
-				for row := c.Start; row < c.End; row++ {
+				for row := c.Rows.Start; row < c.Rows.Stop; row++ {
 					kept[row]++
 				}
 			}
@@ -423,7 +415,7 @@ func dpCheckChunks(t *testing.T, tokens []int, sp, maxChunk int) {
 // The rounds of ranks with unequal counts, written out.
 func TestChunksLockstep(t *testing.T) {
 	t.Parallel()
-	for rank, want := range [][]fwd.Chunk{
+	for rank, want := range [][]dpChunk{
 		{{0, 0, 4, true}, {1, 4, 8, true}, {2, 8, 10, true}},
 		{{0, 0, 4, true}, {1, 3, 4, false}, {2, 3, 4, false}},
 		{{0, 0, 1, false}, {1, 0, 1, false}, {2, 0, 1, false}},
@@ -433,11 +425,11 @@ func TestChunksLockstep(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var got []fwd.Chunk
+		var got []dpChunk
 		for range 2 { // the iterator can be used again
 			got = nil
 			for _, c := range chunks {
-				got = append(got, c)
+				got = append(got, dpChunkOf(c))
 			}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("rank %d (-want +got):\n%s", rank, diff)
@@ -464,7 +456,10 @@ func TestChunksLockstep(t *testing.T) {
 // In a microbatch the rounds are those of the microbatch's tokens.
 func TestChunksInUBatch(t *testing.T) {
 	t.Parallel()
-	fc := &fwd.ForwardContext{NumTokens: 10, NumTokensUnpadded: 9, DP: dpMetadata(t, 1, 10, 10), UBatches: planSlices([4]int{0, 1, 0, 4}, [4]int{0, 1, 4, 10})}
+	fc := &fwd.ForwardContext{
+		NumTokens: 10, NumTokensUnpadded: 9, DP: dpMetadata(t, 1, 10, 10),
+		UBatches: planSlices([4]int{0, 1, 0, 4}, [4]int{0, 1, 4, 10}),
+	}
 	ctx := fwd.NewContext(t.Context(), fc)
 	outer, err := fwd.WithSPLocalSizes(ctx, 1)
 	if err != nil {
@@ -476,15 +471,15 @@ func TestChunksInUBatch(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		var got []fwd.Chunk
+		var got []dpChunk
 		var sizes [][]int
 		for chunkCtx, c := range chunks {
-			got, sizes = append(got, c), append(sizes, dpSizes(t, chunkCtx))
+			got, sizes = append(got, dpChunkOf(c)), append(sizes, dpSizes(t, chunkCtx))
 			if k, n, ok := fwd.UBatch(chunkCtx); k != i || n != 2 || !ok {
 				t.Errorf("in a chunk of microbatch %d: UBatch = %d, %d, %t", i, k, n, ok)
 			}
 		}
-		want := [][]fwd.Chunk{{{0, 0, 4, true}}, {{0, 0, 5, true}, {1, 5, 6, true}}}[i]
+		want := [][]dpChunk{{{0, 0, 4, true}}, {{0, 0, 5, true}, {1, 5, 6, true}}}[i]
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("chunks of microbatch %d (-want +got):\n%s", i, diff)
 		}
@@ -498,32 +493,5 @@ func TestChunksInUBatch(t *testing.T) {
 	}
 	if diff := cmp.Diff([]int{10, 10}, dpSizes(t, outer)); diff != "" {
 		t.Errorf("afterwards, outside (-want +got):\n%s", diff)
-	}
-}
-
-// Agreements that the vectors don't say: who set the maximum and who lowered the mode, always the first.
-func TestAgreeRanks(t *testing.T) {
-	t.Parallel()
-	vote := func(tokens int, mode fwd.GraphMode) fwd.Vote {
-		return fwd.Vote{Step: 3, NumTokens: tokens, NumTokensPadded: tokens, GraphMode: mode}
-	}
-	for _, tt := range []struct {
-		votes          []fwd.Vote
-		tokens, lowest int
-	}{
-		{[]fwd.Vote{vote(1, fwd.GraphFull), vote(2, fwd.GraphFull), vote(2, fwd.GraphFull)}, 1, -1},
-		{[]fwd.Vote{vote(2, fwd.GraphNone), vote(2, fwd.GraphNone), vote(2, fwd.GraphNone)}, 0, -1},
-		{[]fwd.Vote{vote(2, fwd.GraphNone), vote(3, fwd.GraphNone), vote(2, fwd.GraphFull)}, 1, 0},
-		{[]fwd.Vote{vote(0, fwd.GraphFull), vote(0, fwd.GraphPiecewise), vote(1, fwd.GraphPiecewise)}, 2, 1},
-		{[]fwd.Vote{vote(9, fwd.GraphFull), vote(8, fwd.GraphPiecewise), vote(7, fwd.GraphNone)}, 0, 2},
-	} {
-		a, err := fwd.Agree(tt.votes, 0)
-		if err != nil {
-			t.Error(err)
-			continue
-		}
-		if a.MaxTokensRank != tt.tokens || a.LowestModeRank != tt.lowest || a.Step != 3 {
-			t.Errorf("%+v: agreed %+v, want the most tokens on rank %d, the lowest mode on rank %d", tt.votes, a, tt.tokens, tt.lowest)
-		}
 	}
 }

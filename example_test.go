@@ -72,7 +72,7 @@ func ExampleAttnMetadata() {
 	// Output:
 	// layers.0.attn [17 4]
 	// layers.1.local [8 4]
-	// fwd: layer lookup: "layers.2.mamba": no layer of that name in Config.Layers (have none)
+	// fwd: layer lookup: no layer "layers.2.mamba" in Config.Layers (have none)
 }
 
 // Two data-parallel ranks plan a step together. One has a prefill of 6 tokens; the other is idle

@@ -21,8 +21,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// readVectors reads a file of cases whose expected values the reference system computed. It checks
-// how many there are: a file that lost its cases would pass everything.
+// readVectors reads a file of cases whose expected values the reference system computed. It checks how
+// many there are: a file that lost its cases would pass everything.
 func readVectors[T any](t *testing.T, name string, want int) []T {
 	t.Helper()
 	data, err := os.ReadFile(filepath.Join("testdata", "vectors", name))
@@ -97,8 +97,8 @@ func (b vectorBatch) descriptor() fwd.BatchDescriptor {
 	return d
 }
 
-// captureFunc captures a graph for a cache.
-type captureFunc = func(ctx context.Context, key fwd.BatchDescriptor) (replay fwd.ForwardFunc, err error)
+// captureFunc is the capture function of a graph cache.
+type captureFunc = func(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error)
 
 func cacheNew(
 	t *testing.T, mode fwd.GraphMode, forward fwd.ForwardFunc, capture captureFunc,
@@ -120,8 +120,8 @@ func planDispatcher(t *testing.T, cfg fwd.DispatcherConfig) *fwd.Dispatcher {
 	return d
 }
 
-// planMixed configures full graphs for up to 8 decode requests of q tokens, and piecewise graphs
-// for others.
+// planMixed configures full graphs for up to 8 decode requests of q tokens, and piecewise graphs for
+// others.
 func planMixed(q int) fwd.DispatcherConfig {
 	sizes := []int{1, 2, 4, 8, 16}
 	for i := range sizes {
@@ -143,7 +143,7 @@ func planSlices(bounds ...[4]int) []fwd.UBatchSlice {
 	return s
 }
 
-// groupTap is a coordinator that keeps what passed through it.
+// groupTap is a coordinator that keeps what passed through it. It hides what else the coordinator has.
 type groupTap struct {
 	fwd.Coordinator
 	exchanges int
@@ -200,8 +200,8 @@ var groupAgreement = cmp.Comparer(func(a, b *mat.VecDense) bool {
 	return mat.Equal(a, b)
 })
 
-// settleGoroutines waits for goroutines that are ending, and checks that then there are no more
-// than before.
+// settleGoroutines waits for goroutines that are ending, and checks that then there are no more than
+// before.
 func settleGoroutines(t *testing.T, before int) {
 	t.Helper()
 	for deadline := time.Now().Add(10 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
@@ -226,8 +226,8 @@ func ubatchPass(n int) fwd.Pass {
 	return p
 }
 
-// providers returns options of Runners whose telemetry nobody records. The key "global" has no
-// providers: its Runners use the global ones.
+// providers returns options of Runners whose telemetry nobody records. The key "global" has no providers:
+// its Runners use the global ones.
 func providers() map[string][]fwd.Option {
 	return map[string][]fwd.Option{
 		"noop": {

@@ -229,7 +229,7 @@ func (m *member) begin(v fwd.Vote) error {
 
 func twice(rank int, step uint64) error {
 	return &fwd.RankError{
-		Err:   fmt.Errorf("%w: rank %d votes twice in step %d", fwd.ErrLockstep, rank, step),
+		Err:   fmt.Errorf("%w: rank %d voted twice in a step", fwd.ErrLockstep, rank),
 		Step:  step,
 		Ranks: []int{rank},
 	}
@@ -248,6 +248,21 @@ func (m *member) enter(v fwd.Vote) {
 	m.send(toAll, m.sent)
 	m.open.add(m.rank, v)
 	m.endIfFull()
+}
+
+// missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
+func (m *member) missingVotes() (ranks []int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.waiting {
+		return nil
+	}
+	for rank, here := range m.open.here {
+		if !here {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
 }
 
 // again sends this rank's vote again, as long as it waits.
@@ -273,7 +288,7 @@ func (m *member) endIfFull() {
 			break
 		}
 	}
-	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+	if rankErr := (*fwd.RankError)(nil); errors.As(err, &rankErr) {
 		votes, step = nil, rankErr.Step
 	}
 	m.answer = m.sent
@@ -386,7 +401,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 }
 
 func (m *member) handleBad(from int, err error) {
-	if v, ok := errors.AsType[versionError](err); ok {
+	if v := versionError(0); errors.As(err, &v) {
 		m.stats.Foreign++
 		m.refuse("rank %d sends %v", from, v)
 		return

@@ -58,8 +58,11 @@ func (e *sentinel) ErrorType() string { return e.word }
 
 // The errors of this package, beside those of fwd.
 var (
-	ErrRankTaken = &sentinel{"rank_taken", "another process has this rank"}
-	ErrClosed    = &sentinel{"closed", "the coordinator is closed"}
+	// ErrRankTaken says that another process has this rank.
+	ErrRankTaken error = &sentinel{"rank_taken", "another process has this rank"}
+
+	// ErrClosed says that Close has been called.
+	ErrClosed error = &sentinel{"closed", "the coordinator is closed"}
 )
 
 // DefaultSubjectPrefix is what the subjects of all groups begin with.
@@ -169,7 +172,8 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 
 // isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
 func isAbsent(err error) bool {
-	op, ok := errors.AsType[*net.OpError](err)
+	var op *net.OpError
+	ok := errors.As(err, &op)
 	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && (op.Op == "dial" || op.Timeout()) {
 		return true
 	}
@@ -426,6 +430,10 @@ func (c *Coordinator) Size() int { return c.member.size }
 func (c *Coordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	return c.member.exchange(ctx, v)
 }
+
+// Missing returns the ranks whose votes the open Exchange waits for, in ascending order, or nil if none
+// is open. It may be called at any time, from any goroutine, and does not wait.
+func (c *Coordinator) Missing() []int { return c.member.missingVotes() }
 
 // Stats are counts since Join. All but Resent and Broken count messages that told this rank nothing about its round.
 type Stats struct {

@@ -38,7 +38,7 @@ func NewExecutor(m *Model) (*Executor, error) {
 	for i := range len(m.layers) + 1 {
 		stage, err := fwd.NewGraphCache(fwd.GraphPiecewise,
 			func(ctx context.Context) error { return m.eager(ctx, i, e.current(ctx)) },
-			func(ctx context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+			func(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 				return e.captureStage(ctx, i, key)
 			})
 		if err != nil {
@@ -88,23 +88,17 @@ func (e *Executor) current(ctx context.Context) *activations {
 	return e.active[u]
 }
 
-func (e *Executor) captureStage(ctx context.Context, i int, key fwd.BatchDescriptor) (fwd.Graph, error) {
+func (e *Executor) captureStage(ctx context.Context, i int, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 	s, err := e.model.plan(ctx, i, key.NumTokens)
 	if err != nil {
 		return nil, err
 	}
 	e.captures.Add(1)
-	return replay(func(ctx context.Context) error {
+	return func(ctx context.Context) error {
 		e.replays.Add(1)
 		return s.run(ctx, e.current(ctx))
-	}), nil
+	}, nil
 }
-
-// replay is a [fwd.Graph] that is a function.
-type replay func(ctx context.Context) error
-
-// Replay implements [fwd.Graph].
-func (r replay) Replay(ctx context.Context) error { return r(ctx) }
 
 // fullGraph is the whole model laid out for one shape.
 type fullGraph struct {
@@ -113,7 +107,7 @@ type fullGraph struct {
 	tensors    activations
 }
 
-func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 	g := &fullGraph{tensors: activations{tokens: make([]int, key.NumTokens)}}
 	for i := range len(e.model.layers) + 1 {
 		s, err := e.model.plan(ctx, i, key.NumTokens)
@@ -130,7 +124,7 @@ func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ f
 		g.attentions = append(g.attentions, p)
 	}
 	e.captures.Add(1)
-	return replay(func(ctx context.Context) error {
+	return func(ctx context.Context) error {
 		e.replays.Add(1)
 		if len(e.tokens) != key.NumTokens {
 			return fmt.Errorf("model: a batch of %d tokens for a graph of %d", len(e.tokens), key.NumTokens)
@@ -142,7 +136,7 @@ func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ f
 		}
 		e.hidden = g.tensors.hidden
 		return nil
-	}), nil
+	}, nil
 }
 
 func (g *fullGraph) run(ctx context.Context) error {

@@ -23,10 +23,10 @@ func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.Forwa
 		slots[i], tokens[i] = table[5]*blockSize, i%50
 	}
 	fc := &fwd.ForwardContext{
-		NoCompileLayers: layers,
-		AttnMetadata:    []map[string]any{{"": meta}},
-		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       requests, NumTokensUnpadded: requests,
+		Layers:       layers,
+		AttnMetadata: []map[string]any{{"": meta}},
+		SlotMapping:  []map[string]any{{"": slots}},
+		NumTokens:    requests, NumTokensUnpadded: requests,
 		GraphMode: mode,
 		Batch:     fwd.BatchDescriptor{NumTokens: requests},
 	}
@@ -118,7 +118,7 @@ func TestGraphRefuses(t *testing.T) {
 
 // split returns a pass in microbatches, all rows of which are of one request.
 func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
-	fc := &fwd.ForwardContext{NoCompileLayers: layers}
+	fc := &fwd.ForwardContext{Layers: layers}
 	for _, meta := range metas {
 		first, n := fc.NumTokens, len(meta.Positions)
 		fc.NumTokens += n

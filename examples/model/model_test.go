@@ -57,10 +57,10 @@ func pass(layers map[string]any, adapter, first, count, padding int) context.Con
 		meta.Adapters = append(slices.Repeat([]int{adapter}, count), make([]int, padding)...)
 	}
 	return fwd.NewContext(context.Background(), &fwd.ForwardContext{
-		NoCompileLayers: layers,
-		AttnMetadata:    []map[string]any{{"": meta}},
-		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       count + padding, NumTokensUnpadded: count,
+		Layers:       layers,
+		AttnMetadata: []map[string]any{{"": meta}},
+		SlotMapping:  []map[string]any{{"": slots}},
+		NumTokens:    count + padding, NumTokensUnpadded: count,
 	})
 }
 
@@ -110,7 +110,7 @@ func TestForward(t *testing.T) {
 // TestDummyPass: without metadata there is nothing to attend to, and nothing is written, but the pass goes through.
 func TestDummyPass(t *testing.T) {
 	m, layers := newTest(t, 2)
-	ctx := fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3, Dummy: true})
+	ctx := fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 3, Dummy: true})
 	if _, err := m.Forward(ctx, make([]int, 3)); err != nil {
 		t.Fatal(err)
 	}
@@ -147,8 +147,8 @@ func TestForwardErrors(t *testing.T) {
 		{"fewer tokens than slots", pass(layers, 0, 0, 3, 0), []int{1, 2}, nil, "layers.0.attn: 2 rows with 3 slots and 3 positions"},
 		{"unknown token", pass(layers, 0, 0, 2, 0), []int{1, 50}, nil, "token 50 in row 1 is not in the vocabulary of 50"},
 		{"no tokens", pass(layers, 0, 0, 0, 0), nil, nil, "without tokens"},
-		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe: 2 rows for 1 workers of 3 rows each"},
-		{"a graph for unequal ranks", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}), []int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
+		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe: 2 rows for 1 workers of 3 rows each"},
+		{"a graph for unequal ranks", fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}), []int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
 	} {
 		_, err := m.Forward(c.ctx, c.tokens)
 		if err == nil || (c.is != nil && !errors.Is(err, c.is)) || !strings.Contains(err.Error(), c.want) {

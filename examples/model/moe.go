@@ -117,20 +117,16 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		if err != nil {
 			return nil, err
 		}
-		for ctx, chunk := range chunks {
+		for _, chunk := range chunks {
 			at := Place{m.Name, chunk.Index}
 			if chunk.Index*workers.MaxChunk >= slices.Max(sizes) {
 				return nil, fmt.Errorf("model: %v: nobody has rows for it, the local sizes are %v", at, sizes)
 			}
-			if chunk.Start < 0 || chunk.End > share || chunk.Start >= chunk.End {
-				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Start, chunk.End, share)
+			if chunk.Rows.Start < 0 || chunk.Rows.Stop > share || chunk.Rows.Start >= chunk.Rows.Stop {
+				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Rows.Start, chunk.Rows.Stop, share)
 			}
-			sizes, ok := fwd.LocalSizes(ctx)
-			if !ok {
-				return nil, fmt.Errorf("model: %v: no local sizes in the context", at)
-			}
-			first, end := s*share+chunk.Start, s*share+chunk.End
-			c := chunkPlan{at: at, sizes: sizes, in: padded.Slice(first, end, 0, width).(*mat.Dense)}
+			first, end := s*share+chunk.Rows.Start, s*share+chunk.Rows.Stop
+			c := chunkPlan{at: at, sizes: chunk.Sizes, in: padded.Slice(first, end, 0, width).(*mat.Dense)}
 			if chunk.Keep {
 				c.out = p.mixed.Slice(first, end, 0, width).(*mat.Dense)
 			}
