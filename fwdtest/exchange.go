@@ -67,8 +67,8 @@ func randomVote(random *rand.Rand, step uint64) fwd.Vote {
 	return withRandomSpan(random, v)
 }
 
-// withRandomSpan returns the vote with a whole span context, half of one, or none: not every vote has
-// one.
+// withRandomSpan returns the vote with a whole span context, half of one, or none: not every vote
+// has one.
 func withRandomSpan(random *rand.Rand, v fwd.Vote) fwd.Vote {
 	var traceID [16]byte
 	var spanID [8]byte
@@ -96,8 +96,8 @@ func withRandomSpan(random *rand.Rand, v fwd.Vote) fwd.Vote {
 	return v
 }
 
-// arrivalOrder checks that nobody returns before the last rank has come, in whatever order they come,
-// and that all get all votes.
+// arrivalOrder checks that nobody returns before the last rank has come, in whatever order they
+// come, and that all get all votes.
 func (s suite) arrivalOrder(t *testing.T) {
 	groups := map[int]*group{3: s.group(t, 3), 4: s.group(t, 4)}
 	for _, order := range arrivalOrders() {
@@ -109,8 +109,8 @@ func (s suite) arrivalOrder(t *testing.T) {
 	}
 }
 
-// arrivalOrders returns every order of 3 ranks, and those of 4 in which each rank has its turn as the
-// first and as the last.
+// arrivalOrders returns every order of 3 ranks, and those of 4 in which each rank has its turn as
+// the first and as the last.
 func arrivalOrders() [][]int {
 	orders := permutations(3)
 	for i, order := range permutations(4) {

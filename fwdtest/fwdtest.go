@@ -8,13 +8,13 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// TestCoordinator checks that the coordinators which newGroup makes do what [fwd.Coordinator] promises,
-// each promise in a subtest of its own. All subtests have ended when it returns.
+// TestCoordinator checks that the coordinators which newGroup makes do what [fwd.Coordinator]
+// promises, each promise in a subtest of its own. All subtests have ended when it returns.
 //
-// newGroup makes the coordinators of a new group of size ranks, 1 to 8; element i is that of rank i.
-// None of them has exchanged yet. It registers what has to be closed with the Cleanup of the t that it
-// is given, which is the subtest's, and calls the Fatal of that t if it can't make a group. Several
-// subtests call it concurrently. With -short there are fewer steps.
+// newGroup makes the coordinators of a new group of size ranks, 1 to 8; element i is that of rank
+// i. None of them has exchanged yet. It registers what has to be closed with the Cleanup of the t
+// that it is given, which is the subtest's, and calls the Fatal of that t if it can't make a group.
+// Several subtests call it concurrently. With -short there are fewer steps.
 func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.Coordinator) {
 	s := suite{newGroup: newGroup}
 	s.measure(t)
@@ -130,8 +130,8 @@ var parts = []part{
 }
 
 // measure lets a group take some rounds and notes how long they take. Nobody outside can see when a
-// vote has come to the other ranks: the suite gives it 20 times as long as a round usually takes, or
-// twice as long as the slowest took.
+// vote has come to the other ranks: the suite gives it 20 times as long as a round usually takes,
+// or twice as long as the slowest took.
 func (s *suite) measure(t *testing.T) {
 	g := s.group(t, 4)
 	var took []time.Duration
@@ -150,8 +150,8 @@ func (s *suite) measure(t *testing.T) {
 	s.settle = min(max(20*s.round, 2*took[len(took)-1], 25*time.Millisecond), time.Second)
 }
 
-// many returns n, the number of steps of a long run. It returns fewer with -short, and if n steps would
-// take more than 5 seconds.
+// many returns n, the number of steps of a long run. It returns fewer with -short, and if n steps
+// would take more than 5 seconds.
 func (s suite) many(n int) int {
 	if testing.Short() {
 		n /= 10

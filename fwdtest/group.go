@@ -21,8 +21,8 @@ const (
 	atOnce   = 2 * time.Second
 )
 
-// group is one group under test. Its ranks do as the contract says: each votes for the step after the
-// last one that it knows of.
+// group is one group under test. Its ranks do as the contract says: each votes for the step after
+// the last one that it knows of.
 type group struct {
 	*testing.T
 	ranks  []fwd.Coordinator
@@ -89,7 +89,8 @@ func differ(got, want []fwd.Vote) error {
 	return nil
 }
 
-// same reports whether two votes say the same. Whether a span context is remote is not part of that.
+// same reports whether two votes say the same. Whether a span context is remote is not part of
+// that.
 func same(v, w *fwd.Vote) bool {
 	return v.Step == w.Step && v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded &&
 		v.NumReqs == w.NumReqs && v.NumActiveLoRAs == w.NumActiveLoRAs &&
@@ -242,9 +243,9 @@ func (c *call) agreed() {
 	c.steps[c.rank] = step
 }
 
-// fail checks that the calls return an error of that kind, with the group's next step and those ranks.
-// It gives the ranks that were missing time to hear of it: over a network, a rank that comes while the
-// news is on its way can't know.
+// fail checks that the calls return an error of that kind, with the group's next step and those
+// ranks. It gives the ranks that were missing time to hear of it: over a network, a rank that comes
+// while the news is on its way can't know.
 func (g *group) fail(calls []*call, kind error, ranks ...int) {
 	g.Helper()
 	g.step++
@@ -274,7 +275,8 @@ func (c *call) failed(kind error) *fwd.RankError {
 	return err
 }
 
-// refused checks that the call returns immediately, with an error of that kind alone and without votes.
+// refused checks that the call returns immediately, with an error of that kind alone and without
+// votes.
 func (c *call) refused(kind error) {
 	c.Helper()
 	if c.returned(atOnce); len(c.votes) != 0 || !errors.Is(c.err, kind) {

@@ -18,9 +18,9 @@ func current() footprint {
 	return footprint{runtime.NumGoroutine(), int(stats.HeapAlloc)}
 }
 
-// leavesNothing checks that do, which does something so many times, leaves neither goroutines nor memory
-// behind. The process may have other goroutines, which come and go, and memory for things that are made
-// once. So one good try of several is enough: a leak shows in each.
+// leavesNothing checks that do, which does something so many times, leaves neither goroutines nor
+// memory behind. The process may have other goroutines, which come and go, and memory for things
+// that are made once. So one good try of several is enough: a leak shows in each.
 func leavesNothing(t *testing.T, times int, do func()) {
 	t.Helper()
 	most := footprint{goroutines: times / 4, bytes: 32*times + 64<<10}

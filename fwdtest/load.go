@@ -13,12 +13,12 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// watch is where goroutines that exchange by themselves report: each its end, and a call that does not
-// end.
+// watch is where goroutines that exchange by themselves report: each its end, and a call that does
+// not end.
 type watch chan error
 
-// run calls f with 0 to n-1 concurrently, and waits until they have returned. The first error fails the
-// test and ends the contexts of the others.
+// run calls f with 0 to n-1 concurrently, and waits until they have returned. The first error fails
+// the test and ends the contexts of the others.
 func run(t *testing.T, n int, f func(ctx context.Context, w watch, i int) error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
@@ -102,8 +102,8 @@ func (s suite) severalGroups(t *testing.T) {
 	})
 }
 
-// chaos lets contexts end at any time, for a while. Every exchange must end, and the group must come
-// together again when all is calm.
+// chaos lets contexts end at any time, for a while. Every exchange must end, and the group must
+// come together again when all is calm.
 func (s suite) chaos(t *testing.T) {
 	g := s.group(t, 4)
 	c := chaos{group: g, votes: map[uint64][]fwd.Vote{}}
@@ -128,8 +128,8 @@ type chaos struct {
 	failed int
 }
 
-// rank lets one rank take steps until ctx ends. About every other exchange has a context that ends about
-// when the others come.
+// rank lets one rank take steps until ctx ends. About every other exchange has a context that ends
+// about when the others come.
 func (c *chaos) rank(ctx context.Context, w watch, rank int) error {
 	random := rand.New(rand.NewPCG(uint64(rank), 42))
 	upTo := func(d time.Duration) time.Duration { return time.Duration(random.Int64N(int64(d))) }
@@ -188,8 +188,8 @@ func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
 	return got.Step, nil
 }
 
-// comeTogether lets all ranks come until they get the votes, and then take several steps. A few rounds
-// may fail first because of what the ranks have not heard of yet.
+// comeTogether lets all ranks come until they get the votes, and then take several steps. A few
+// rounds may fail first because of what the ranks have not heard of yet.
 func (g *group) comeTogether() {
 	g.Helper()
 	g.pause()

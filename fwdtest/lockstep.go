@@ -7,8 +7,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// differentSteps checks that all ranks fail if they come at different steps, with the highest step and
-// the ranks that are not at it. The group is whole again in the next one.
+// differentSteps checks that all ranks fail if they come at different steps, with the highest step
+// and the ranks that are not at it. The group is whole again in the next one.
 func (s suite) differentSteps(t *testing.T) {
 	g := s.group(t, 3)
 	for _, tt := range []struct {
@@ -32,8 +32,8 @@ func (s suite) differentSteps(t *testing.T) {
 	}
 }
 
-// restarted checks that a restarted rank costs one failed step, whichever it is and whenever it comes,
-// and that two cost no more.
+// restarted checks that a restarted rank costs one failed step, whichever it is and whenever it
+// comes, and that two cost no more.
 func (s suite) restarted(t *testing.T) {
 	g := s.group(t, 3)
 	for _, restarted := range [][]int{{0}, {1}, {2}, {0, 2}, {1, 2}} {
@@ -49,8 +49,8 @@ func (s suite) restarted(t *testing.T) {
 	}
 }
 
-// restartedAfterFirstStep restarts a rank after the very first step, so that it says again what it said
-// before. The coordinator may let it fail alone, as a rank that votes twice, or let all fail.
+// restartedAfterFirstStep restarts a rank after the very first step, so that it says again what it
+// said before. The coordinator may let it fail alone, as a rank that votes twice, or let all fail.
 func (s suite) restartedAfterFirstStep(t *testing.T) {
 	g := s.group(t, 2)
 	g.together()
@@ -68,7 +68,8 @@ func (s suite) restartedAfterFirstStep(t *testing.T) {
 	g.together()
 }
 
-// restartedAgain checks that a rank which restarts right after its first, failed step costs another.
+// restartedAgain checks that a rank which restarts right after its first, failed step costs
+// another.
 func (s suite) restartedAgain(t *testing.T) {
 	g := s.group(t, 2)
 	for range 4 {

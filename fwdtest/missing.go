@@ -9,8 +9,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// ending is a way in which a context ends. It returns a context, a function that returns when that has
-// ended, and the cause.
+// ending is a way in which a context ends. It returns a context, a function that returns when that
+// has ended, and the cause.
 type ending func(g *group) (ctx context.Context, end func(), cause error)
 
 func cancelled(g *group) (context.Context, func(), error) {
@@ -29,9 +29,9 @@ func deadlineExceeded(g *group) (context.Context, func(), error) {
 	return ctx, func() { <-ctx.Done(); cancel() }, context.DeadlineExceeded
 }
 
-// missing returns a check in which the context of a rank ends first. All that wait fail immediately,
-// with the ranks that had not come, and that rank alone also has the cause. Then the group goes on, and
-// those that come late get no error.
+// missing returns a check in which the context of a rank ends first. All that wait fail
+// immediately, with the ranks that had not come, and that rank alone also has the cause. Then the
+// group goes on, and those that come late get no error.
 func missing(ending ending) func(s suite, t *testing.T) {
 	return func(s suite, t *testing.T) {
 		g := s.group(t, 4)
@@ -53,8 +53,8 @@ func missing(ending ending) func(s suite, t *testing.T) {
 	}
 }
 
-// late lets a rank come late to one broken step or to several, as the last, as the first or in between:
-// its vote counts in the group's step.
+// late lets a rank come late to one broken step or to several, as the last, as the first or in
+// between: its vote counts in the group's step.
 func (s suite) late(t *testing.T) {
 	g := s.group(t, 3)
 	for broken := 1; broken <= 3; broken++ {
@@ -70,8 +70,8 @@ func (s suite) late(t *testing.T) {
 	}
 }
 
-// lateByDifferentSteps lets two ranks be late by different numbers of steps, and lets a late rank come
-// to a round that breaks too.
+// lateByDifferentSteps lets two ranks be late by different numbers of steps, and lets a late rank
+// come to a round that breaks too.
 func (s suite) lateByDifferentSteps(t *testing.T) {
 	g := s.group(t, 3)
 	g.together()
@@ -86,8 +86,8 @@ func (s suite) lateByDifferentSteps(t *testing.T) {
 	g.together()
 }
 
-// lateAndRestarted checks that a late rank which was also restarted is out of step, as any restarted
-// one, and that one which waits alone learns the group's step from its broken round.
+// lateAndRestarted checks that a late rank which was also restarted is out of step, as any
+// restarted one, and that one which waits alone learns the group's step from its broken round.
 func (s suite) lateAndRestarted(t *testing.T) {
 	g := s.group(t, 2)
 	for range 5 {
@@ -111,8 +111,8 @@ func (s suite) lateAndRestarted(t *testing.T) {
 	g.together()
 }
 
-// endedBefore checks that a rank whose context has ended before it comes, when nobody is there, fails
-// immediately.
+// endedBefore checks that a rank whose context has ended before it comes, when nobody is there,
+// fails immediately.
 func (s suite) endedBefore(t *testing.T) {
 	g := s.group(t, 3)
 	ended, cancel := context.WithCancelCause(t.Context())
@@ -128,8 +128,8 @@ func (s suite) endedBefore(t *testing.T) {
 	}
 }
 
-// endedBeforeTheLastCame lets a rank come last whose context has ended. It need not wait, so the round
-// may be complete, or it may break; but it does the same for all.
+// endedBeforeTheLastCame lets a rank come last whose context has ended. It need not wait, so the
+// round may be complete, or it may break; but it does the same for all.
 func (s suite) endedBeforeTheLastCame(t *testing.T) {
 	g := s.group(t, 3)
 	ended, cancel := context.WithCancel(t.Context())

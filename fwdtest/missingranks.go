@@ -76,8 +76,8 @@ func (s suite) missingNoneOpen(t *testing.T) {
 	g.together()
 }
 
-// missingWaiting checks that the ranks which have come name exactly those which have not, in whatever
-// order they come.
+// missingWaiting checks that the ranks which have come name exactly those which have not, in
+// whatever order they come.
 func (s suite) missingWaiting(t *testing.T) {
 	groups := map[int]*group{3: s.missingGroup(t, 3), 4: s.missingGroup(t, 4)}
 	for _, order := range arrivalOrders() {
@@ -95,8 +95,8 @@ func (s suite) missingWaiting(t *testing.T) {
 	}
 }
 
-// missingAfterBrokenSteps checks that a round which opens after broken ones begins anew: ranks that were
-// in those are missing until they come again, and a late rank counts as any other.
+// missingAfterBrokenSteps checks that a round which opens after broken ones begins anew: ranks that
+// were in those are missing until they come again, and a late rank counts as any other.
 func (s suite) missingAfterBrokenSteps(t *testing.T) {
 	g := s.missingGroup(t, 4)
 	g.together()
@@ -121,8 +121,8 @@ func (s suite) missingAfterBrokenSteps(t *testing.T) {
 	g.misses()
 }
 
-// missingAnyTime lets several goroutines ask while the group takes steps as fast as it can. Nobody can
-// say which ranks are missing at that moment, but no rank waits for itself, nor for nobody.
+// missingAnyTime lets several goroutines ask while the group takes steps as fast as it can. Nobody
+// can say which ranks are missing at that moment, but no rank waits for itself, nor for nobody.
 func (s suite) missingAnyTime(t *testing.T) {
 	g := s.missingGroup(t, 4)
 	stop := make(chan struct{})

@@ -108,13 +108,15 @@ func (f *fleet) agreed(all []planned) {
 	}
 }
 
-// failed checks that all ranks get a RankError of that kind, with the group's next step and that rank.
+// failed checks that all ranks get a RankError of that kind, with the group's next step and that
+// rank.
 func (f *fleet) failed(all []planned, kind error, odd int) {
 	f.Helper()
 	f.step++
 	for rank, p := range all {
 		var err *fwd.RankError
-		if !errors.As(p.err, &err) || !errors.Is(err, kind) || err.Step != f.step || !slices.Equal(err.Ranks, []int{odd}) {
+		if !errors.As(p.err, &err) || !errors.Is(err, kind) || err.Step != f.step ||
+			!slices.Equal(err.Ranks, []int{odd}) {
 			f.Fatalf("rank %d: error %v, want a RankError that is %v, in step %d with ranks [%d]",
 				rank, p.err, kind, f.step, odd)
 		}
@@ -160,8 +162,8 @@ func (s suite) planSchedules(t *testing.T) {
 	}
 }
 
-// planIdle checks that an idle rank neither lowers the mode nor forbids microbatches, and that its dummy
-// pass takes the shape on which the others agree.
+// planIdle checks that an idle rank neither lowers the mode nor forbids microbatches, and that its
+// dummy pass takes the shape on which the others agree.
 func (s suite) planIdle(t *testing.T) {
 	f := s.fleet(t, 3)
 	for idle := range f.runners {
@@ -210,8 +212,8 @@ func (s suite) planAllIdle(t *testing.T) {
 	}
 }
 
-// planConfiguredDifferently checks that all ranks get an error that names the one with other graphs, and
-// that the next step works, with the right ones.
+// planConfiguredDifferently checks that all ranks get an error that names the one with other
+// graphs, and that the next step works, with the right ones.
 func (s suite) planConfiguredDifferently(t *testing.T) {
 	f := s.fleet(t, 3)
 	for odd := range f.runners {
@@ -287,7 +289,8 @@ func (f *fleet) warmUp(rank int) (next func() planned) {
 	}
 }
 
-// planWarmUpAnotherGraph lets one rank begin its warm-up again while the others go on to the next graph.
+// planWarmUpAnotherGraph lets one rank begin its warm-up again while the others go on to the next
+// graph.
 func (s suite) planWarmUpAnotherGraph(t *testing.T) {
 	f := s.fleet(t, 3)
 	for odd := range f.runners {
@@ -342,8 +345,8 @@ func (s suite) planBegin(t *testing.T) {
 	}
 }
 
-// planBeginMissing lets the ctx of a begun plan end before the last rank has come: all that have begun
-// get an error that names it. It comes late, and the group is whole.
+// planBeginMissing lets the ctx of a begun plan end before the last rank has come: all that have
+// begun get an error that names it. It comes late, and the group is whole.
 func (s suite) planBeginMissing(t *testing.T) {
 	f := s.fleet(t, 3)
 	f.together()

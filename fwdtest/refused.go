@@ -7,8 +7,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// invalidVote checks that a vote which can't be right is refused before anything is sent: the rank has
-// not come, and its next vote is its first.
+// invalidVote checks that a vote which can't be right is refused before anything is sent: the rank
+// has not come, and its next vote is its first.
 func (s suite) invalidVote(t *testing.T) {
 	g := s.group(t, 2)
 	peer := g.begin(t.Context(), 1)
@@ -45,8 +45,8 @@ func (g *group) again(step uint64) {
 	}
 }
 
-// secondCall checks that a rank which calls again while it waits is refused, and that the round is not
-// disturbed.
+// secondCall checks that a rank which calls again while it waits is refused, and that the round is
+// not disturbed.
 func (s suite) secondCall(t *testing.T) {
 	g := s.group(t, 3)
 	for range 3 {

@@ -9,8 +9,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// withRunners returns the suite for groups in which a Runner drives each rank: then it is the Runner
-// that has to know the step.
+// withRunners returns the suite for groups in which a Runner drives each rank: then it is the
+// Runner that has to know the step.
 func (s suite) withRunners() suite {
 	newGroup := s.newGroup
 	s.newGroup = func(t *testing.T, size int) []fwd.Coordinator {
@@ -24,8 +24,8 @@ func (s suite) withRunners() suite {
 	return s
 }
 
-// planner is a rank that votes by its Runner's Plan, in the shape of a coordinator. A rank that begins
-// anew has a new Runner.
+// planner is a rank that votes by its Runner's Plan, in the shape of a coordinator. A rank that
+// begins anew has a new Runner.
 type planner struct {
 	fwd.Coordinator
 	runner *fwd.Runner
@@ -33,8 +33,8 @@ type planner struct {
 	votes  []fwd.Vote // that it got
 }
 
-// Exchange plans a step with v's tokens. It checks that the Runner votes v, apart from its fingerprint,
-// and that it agrees on the votes that it gets.
+// Exchange plans a step with v's tokens. It checks that the Runner votes v, apart from its
+// fingerprint, and that it agrees on the votes that it gets.
 func (p *planner) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	if v.Step == 1 {
 		var err error
