@@ -419,28 +419,47 @@ func (f *fleet) resume(cfg Config, first outcome, requests []Request) outcome {
 	return second
 }
 
-// forgetful is a coordinator whose answer gets lost now and then, after the others have had theirs: this rank thinks that the
-// exchange failed, and they don't.
+// forgetful is a coordinator whose answer gets lost now and then, after the others have had theirs: this
+// rank thinks that the exchange failed, and they don't.
 type forgetful struct {
 	fwd.Coordinator
-	calls atomic.Int64
-	lose  func(nth int64) bool
+	warmUps, steps atomic.Int64
+	lose           func(warmUp, step int64) bool // the nth answer of either kind
 }
 
 func (c *forgetful) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	votes, err := c.Coordinator.Exchange(ctx, v)
-	if err == nil && c.lose(c.calls.Add(1)) {
+	if err != nil {
+		return nil, err
+	}
+	warmUp, step := int64(0), int64(0)
+	if v.WarmUp {
+		warmUp = c.warmUps.Add(1)
+	} else {
+		step = c.steps.Add(1)
+	}
+	if c.lose(warmUp, step) {
 		return nil, &fwd.RankError{Err: fwd.ErrRankMissing, Step: votes[0].Step, Ranks: []int{0}}
 	}
-	return votes, err
+	return votes, nil
 }
 
-// TestProcessesLostAnswers: ranks that have drifted apart, in any group, find each other again, and the answers are right.
+// TestProcessesLostAnswers: ranks that have drifted apart, in their steps or in their warm-up, find each
+// other again, and the answers are right.
 func TestProcessesLostAnswers(t *testing.T) {
-	every := func(n int64) func(int64) bool { return func(nth int64) bool { return nth%n == 5 } }
+	lost := func(c fwd.Coordinator, lose func(warmUp, step int64) bool) fwd.Coordinator {
+		return &forgetful{Coordinator: c, lose: lose}
+	}
 	for name, lose := range map[string]func(p *Process){
-		"target": func(p *Process) { p.Target = &forgetful{Coordinator: p.Target, lose: every(17)} },
-		"draft":  func(p *Process) { p.Draft = &forgetful{Coordinator: p.Draft, lose: every(31)} },
+		"steps": func(p *Process) {
+			p.Target = lost(p.Target, func(_, step int64) bool { return step%17 == 5 })
+		},
+		"warm-up of the model": func(p *Process) {
+			p.Target = lost(p.Target, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
+		},
+		"warm-up of the draft": func(p *Process) {
+			p.Draft = lost(p.Draft, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
+		},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
 			cfg := Config{DataParallelSize: 3, NumSpeculativeTokens: 2, GraphMode: fwd.GraphFullAndPiecewise, ExchangeTimeout: 300 * time.Millisecond}

@@ -81,7 +81,7 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 	own := r.note(now, interrupt)
 	pass, err := r.plan(ctx, step, own)
 	if err != nil {
-		return false, err
+		return true, err
 	}
 	r.missing = time.Time{}
 	all := notesOf(pass.Agreement, own)
