@@ -118,13 +118,13 @@ func TestReuse(t *testing.T) {
 			name: "one token per request, of a mixed batch", target: &one, draft: &one, oneToken: true,
 			batch: []fwd.Schedule{planBatch(9, 0, 5, 1), planBatch(6)},
 			again: []fwd.Schedule{planDecode(3), planDecode(1)},
-			want: []fwd.Pass{decode(3, 4, 4, 3), decode(1, 1, 4, 1)},
+			want:  []fwd.Pass{decode(3, 4, 4, 3), decode(1, 1, 4, 1)},
 		},
 		{
 			name: "one token per request, of another q", target: &three, draft: &one, oneToken: true,
 			batch: []fwd.Schedule{planBatch(3, 3), planBatch(3, 3, 3)},
 			again: []fwd.Schedule{planDecode(2), planDecode(3)},
-			want: []fwd.Pass{decode(2, 2, 4, 2), decode(3, 4, 4, 3)},
+			want:  []fwd.Pass{decode(2, 2, 4, 2), decode(3, 4, 4, 3)},
 		},
 		{
 			name: "the same batch, of another q: not uniform here", target: &three, draft: &one,
