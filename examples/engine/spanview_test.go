@@ -146,6 +146,10 @@ func (v *spanView) checkReason(s *span, queryLen int, bad func(format string, ar
 		if mode == "FULL" || s.graphPadded() != size || v.dp == 1 {
 			bad("lowered from a graph of %d tokens", size)
 		}
+	case "full_excluded":
+		if mode != "PIECEWISE" || !s.bool("fwd.dummy") || uniform {
+			bad("an idle rank that did not follow the others")
+		}
 	case "ubatch":
 		if mode != "NONE" || s.graphPadded() != size || s.int("fwd.ubatches") == 0 {
 			bad("not split instead of a graph of %d tokens", size)
