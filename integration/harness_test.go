@@ -272,3 +272,17 @@ func inRank(rank int, middleware fwd.Middleware) func(int) []fwd.Middleware {
 		return []fwd.Middleware{middleware}
 	}
 }
+
+// nthPass is middleware that calls do in the n-th pass that serves requests, with what runs the model.
+func nthPass(n int64, do func(ctx context.Context, next fwd.ForwardFunc) error) fwd.Middleware {
+	var passes atomic.Int64
+	return func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error {
+			if !fwd.MustFromContext(ctx).Dummy && passes.Add(1) == n {
+				return do(ctx, next)
+			}
+			return next(ctx)
+		}
+	}
+}
+
