@@ -45,11 +45,13 @@ type described struct {
 }
 
 // newDescribed returns steps with everything that a span can say. The values are worked out by hand.
-func newDescribed() []described { return []described{decoding(), lowered(), split(), failing()} }
+func newDescribed() []described {
+	return []described{decodingStep(), loweredStep(), splitStep(), failingStep()}
+}
 
-// decoding is a step of decode batches, with an idle rank: there are full graphs, and all ranks run the
+// decodingStep is a step of decode batches, with an idle rank: there are full graphs, and all ranks run the
 // size of the largest.
-func decoding() described {
+func decodingStep() described {
 	all := attrs{
 		"fwd.phase": "decode", "fwd.graph.mode": "FULL", "fwd.graph.reason": "exact",
 		"fwd.num_tokens": int64(4), "fwd.dp.max_tokens": int64(4),
@@ -65,16 +67,16 @@ func decoding() described {
 		},
 		common: attrs{"fwd.step": int64(1), "fwd.dp.max_tokens_rank": int64(0)},
 		passes: []attrs{
-			with(all, counts(3, 3), padding(1, 0, 0.25), attrs{"fwd.batch.num_active_loras": int64(2)}),
-			with(all, counts(2, 2), padding(0, 2, 0.5), second),
-			with(all, counts(1, 1), padding(0, 3, 0.75)),
-			with(all, counts(1, 1), padding(0, 3, 0.75), second, attrs{"fwd.dummy": true}),
+			with(all, batchOf(3, 3), padding(1, 0, 0.25), attrs{"fwd.batch.num_active_loras": int64(2)}),
+			with(all, batchOf(2, 2), padding(0, 2, 0.5), second),
+			with(all, batchOf(1, 1), padding(0, 3, 0.75)),
+			with(all, batchOf(1, 1), padding(0, 3, 0.75), second, attrs{"fwd.dummy": true}),
 		},
 	}
 }
 
-// lowered is a step in which a prompt that no graph can hold takes the graphs away from all ranks.
-func lowered() described {
+// loweredStep is a step in which a prompt that no graph can hold takes the graphs away from all ranks.
+func loweredStep() described {
 	all := attrs{
 		"fwd.phase": "decode", "fwd.graph.mode": "NONE", "fwd.graph.reason": "dp_rank",
 		"fwd.num_tokens": int64(1), "fwd.dp.max_tokens": int64(40),
@@ -88,16 +90,16 @@ func lowered() described {
 			"fwd.step": int64(2), "fwd.dp.max_tokens_rank": int64(2), "fwd.dp.lowest_mode_rank": int64(2),
 		},
 		passes: []attrs{
-			with(all, counts(1, 1), padding(0, 0, 0)),
-			with(all, counts(1, 1), padding(0, 0, 0)),
-			with(all, counts(40, 1), padding(0, 0, 0), large),
-			with(all, counts(2, 2), padding(0, 0, 0), two),
+			with(all, batchOf(1, 1), padding(0, 0, 0)),
+			with(all, batchOf(1, 1), padding(0, 0, 0)),
+			with(all, batchOf(40, 1), padding(0, 0, 0), large),
+			with(all, batchOf(2, 2), padding(0, 0, 0), two),
 		},
 	}
 }
 
-// split is a step of prompts on all ranks, in two microbatches, which use no graphs.
-func split() described {
+// splitStep is a step of prompts on all ranks, in two microbatches, which use no graphs.
+func splitStep() described {
 	all := attrs{
 		"fwd.phase": "mixed", "fwd.graph.mode": "NONE", "fwd.graph.reason": "ubatch",
 		"fwd.num_tokens": int64(32), "fwd.dp.max_tokens": int64(32),
@@ -107,10 +109,10 @@ func split() described {
 		step:   step{schedules: []fwd.Schedule{tokens(17, 3), tokens(20), tokens(18), tokens(9, 9, 9)}},
 		common: attrs{"fwd.step": int64(3), "fwd.dp.max_tokens_rank": int64(0)},
 		passes: []attrs{
-			with(all, counts(20, 2), padding(12, 0, 0.375)),
-			with(all, counts(20, 1), padding(12, 0, 0.375)),
-			with(all, counts(18, 1), padding(14, 0, 0.4375)),
-			with(all, counts(27, 3), padding(5, 0, 0.15625)),
+			with(all, batchOf(20, 2), padding(12, 0, 0.375)),
+			with(all, batchOf(20, 1), padding(12, 0, 0.375)),
+			with(all, batchOf(18, 1), padding(14, 0, 0.4375)),
+			with(all, batchOf(27, 3), padding(5, 0, 0.15625)),
 		},
 		parts: []attrs{
 			{"fwd.ubatch.index": int64(0), "fwd.num_tokens": int64(16)},
@@ -119,14 +121,14 @@ func split() described {
 	}
 }
 
-// failing is a step in which a layer of rank 1 fails.
-func failing() described {
+// failingStep is a step in which a layer of rank 1 fails.
+func failingStep() described {
 	layer := &layerError{}
 	one := with(attrs{
 		"fwd.phase": "decode", "fwd.graph.mode": "FULL", "fwd.graph.reason": "exact",
 		"fwd.num_tokens": int64(1), "fwd.dp.max_tokens": int64(1),
 		"fwd.batch.num_reqs": int64(1), "fwd.batch.uniform": true,
-	}, counts(1, 1), padding(0, 0, 0))
+	}, batchOf(1, 1), padding(0, 0, 0))
 	return described{
 		step: step{
 			schedules: onAll(tokens(1)),
@@ -144,14 +146,15 @@ func failing() described {
 	}
 }
 
-// counts are those of a pass of requests.
-func counts(unpadded, reqs int) attrs {
+// batchOf returns the attributes of a pass with so many tokens of so many requests.
+func batchOf(unpadded, reqs int) attrs {
 	return attrs{
 		"fwd.num_tokens_unpadded": int64(unpadded), "fwd.num_reqs": int64(reqs),
 		"fwd.name": "target", "fwd.dummy": false,
 	}
 }
 
+// padding returns the attributes of padding.
 func padding(graph, dp int, ratio float64) attrs {
 	return attrs{
 		"fwd.padding.graph": int64(graph), "fwd.padding.dp": int64(dp), "fwd.padding.ratio": ratio,

@@ -1,26 +1,23 @@
 // Tests that a trace shows which rank failed, was slow, or lowered the mode.
+
 package integration
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/forwardctx/fwd"
 	"github.com/google/go-cmp/cmp"
-	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.opentelemetry.io/otel/attribute"
-	"go.opentelemetry.io/otel/metric/noop"
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TestFailingLayer: the step in which a layer failed is found by its error.type, and says which rank it was.
+// TestFailingLayer: the step in which a layer failed is found by its error.type, and says which rank it
+// was.
 func TestFailingLayer(t *testing.T) {
 	s := newService(t, "http")
 	c := s.config()
@@ -31,32 +28,42 @@ func TestFailingLayer(t *testing.T) {
 	if want := new(layerError); !errors.As(err, &want) {
 		t.Fatal(err)
 	}
-	checkTrees(t, s.spans(t))
+	spans := s.spans(t)
+	checkTrees(t, spans)
 	found := s.find(t, map[string]string{"error.type": "not_a_number"})
 	if len(found) != 1 {
 		t.Fatalf("%d traces with the error, want the step's alone", len(found))
 	}
+	if n := len(steps(spans)); n != stats.Steps+1 {
+		t.Errorf("%d steps, want one more than the %d that went well", n, stats.Steps)
+	}
 	step := s.trace(t, found[0])
 	checkStep(t, step)
 	for _, pass := range named(step, "fwd.forward") {
-		if pass.Attributes["fwd.step"] != int64(stats.Steps+1) || !pass.Error {
-			t.Errorf("rank %v: step %v, error %v, want step %d to have failed on all ranks",
-				pass.Attributes["fwd.dp.rank"], pass.Attributes["fwd.step"], pass.Error, stats.Steps+1)
+		rank := pass.Attributes["fwd.dp.rank"]
+		if !pass.Error {
+			t.Errorf("rank %v: want the step to have failed on all ranks", rank)
 		}
-		if culprit := pass.Message == "layers.7.mlp: not a number"; culprit != (pass.Attributes["fwd.dp.rank"] == int64(2)) {
-			t.Errorf("rank %v failed with %q", pass.Attributes["fwd.dp.rank"], pass.Message)
+		if culprit := pass.Message == "layers.7.mlp: not a number"; culprit != (rank == int64(2)) {
+			t.Errorf("rank %v failed with %q", rank, pass.Message)
 		}
 	}
 }
 
+const (
+	slow  = 2 // the rank that is slow
+	delay = 300 * time.Millisecond
+)
+
+// mark makes a rank slow in its pass, and says so on the pass's span.
+func mark(ctx context.Context, where string) {
+	trace.SpanFromContext(ctx).SetAttributes(attribute.String("test.delayed", where))
+	time.Sleep(delay)
+}
+
 // TestSlowestRank: which rank held up a step is found from its trace, wherever it lost the time.
 func TestSlowestRank(t *testing.T) {
-	const slow, delay = 2, 300 * time.Millisecond
 	s := newService(t, "grpc")
-	mark := func(ctx context.Context, where string) {
-		trace.SpanFromContext(ctx).SetAttributes(attribute.String("test.delayed", where))
-		time.Sleep(delay)
-	}
 	for where, middleware := range map[string]fwd.Middleware{
 		"before the model": nthPass(7, func(ctx context.Context, next fwd.ForwardFunc) error {
 			mark(ctx, "before the model")
@@ -68,20 +75,22 @@ func TestSlowestRank(t *testing.T) {
 		}),
 	} {
 		c := s.config()
+		c.NumUBatches = 0                       // waits of microbatches overlap
 		c.NumSpeculativeTokens = len(where) % 2 // one of them with a draft model
 		c.Middleware = inRank(slow, middleware)
 		serve(t, c, newRequests(20, 20, 20))
 	}
-	g := newGroup(t, fwd.DispatcherConfig{}, fwd.ParallelConfig{}, fwd.WithStepTrace(), fwd.WithTracerProvider(s.provider))
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{}, fwd.ParallelConfig{})
 	g.before = func(rank int) {
 		if rank == slow {
 			time.Sleep(delay)
 		}
 	}
-	if err := g.step(t.Context(), make([]fwd.Schedule, ranks), nil, func(ctx context.Context, rank int) error {
+	late := step{schedules: onAll(tokens(1)), forward: func(ctx context.Context, rank int) error {
 		trace.SpanFromContext(ctx).SetAttributes(attribute.String("test.delayed", "late to the vote"))
 		return nil
-	}); err != nil {
+	}}
+	if err := g.take(t.Context(), late); err != nil {
 		t.Fatal(err)
 	}
 	s.spans(t)
@@ -93,30 +102,77 @@ func TestSlowestRank(t *testing.T) {
 		step := s.trace(t, found[0])
 		rank, lost, ok := SlowestRank(step)
 		if !ok || rank != slow || lost < delay/2 || lost > 2*delay {
-			t.Errorf("%s: rank %d with %v (%v), want rank %d with about %v: %+v", where, rank, lost, ok, slow, delay, RankTimes(step))
+			t.Errorf("%s: rank %d with %v (%v), want rank %d with about %v: %+v",
+				where, rank, lost, ok, slow, delay, RankTimes(step))
+		}
+		for _, vote := range named(step, "fwd.coordinate") {
+			if last := vote.Attributes["fwd.dp.last_rank"]; where == "late to the vote" && last != int64(slow) {
+				t.Errorf("rank %v came last to the vote, want rank %d", last, slow)
+			}
 		}
 	}
 }
 
-// TestLoweringRank: which rank took the graphs from the others is found from the step's trace.
+// TestLoweringRank: which rank took the graphs from the others is found from the step's trace, also with a
+// draft model beside it.
 func TestLoweringRank(t *testing.T) {
-	s := newService(t, "grpc")
-	requests := newRequests(ranks, 1, 20)
-	requests[1].Prompt = make([]int, 100) // on rank 1, for which there is no graph
-	serve(t, s.config(), requests)
-	s.spans(t)
-	found := s.find(t, map[string]string{"fwd.graph.reason": "dp_rank"})
-	if len(found) == 0 {
-		t.Fatal("no rank was lowered")
+	for name, guesses := range map[string]int{"target": 0, "target and draft": 1} {
+		t.Run(name, func(t *testing.T) {
+			s := newService(t, "grpc")
+			requests := newRequests(ranks, 1, 20)
+			requests[1].Prompt = make([]int, 100) // on rank 1, for which there is no graph
+			c := s.config()
+			c.NumSpeculativeTokens = guesses
+			serve(t, c, requests)
+			s.spans(t)
+			found := s.find(t, map[string]string{"fwd.graph.reason": "dp_rank"})
+			if len(found) == 0 {
+				t.Fatal("no rank was lowered")
+			}
+			seen := map[string]bool{}
+			for _, id := range found {
+				rank, reason, ok := LoweringRank(s.trace(t, id))
+				if !ok || rank != 1 {
+					t.Errorf("rank %d, %q, %v, want rank 1", rank, reason, ok)
+				}
+				seen[reason] = true
+			}
+			if !seen["too_large"] {
+				t.Errorf("the reasons are %v, want the batch that is too large among them", seen)
+			}
+			for _, id := range s.find(t, map[string]string{"fwd.graph.mode": "FULL"}) {
+				if slices.Contains(found, id) {
+					continue // a pass of the draft model was lowered
+				}
+				if rank, reason, ok := LoweringRank(s.trace(t, id)); ok {
+					t.Errorf("rank %d lowered a step of full graphs: %q", rank, reason)
+				}
+			}
+		})
 	}
-	for _, id := range found {
-		if rank, reason, ok := LoweringRank(s.trace(t, id)); !ok || rank != 1 || reason != "too_large" {
-			t.Errorf("rank %d, %q, %v, want rank 1 for a batch too large", rank, reason, ok)
+}
+
+// TestRankTimes: waits inside a pass don't count as a rank's own time, and no time is negative.
+func TestRankTimes(t *testing.T) {
+	at := func(ms int) time.Time { return time.UnixMilli(int64(ms)) }
+	spanOf := func(name string, rank, from, to int, wait float64) Span {
+		a := attrs{"fwd.dp.rank": int64(rank)}
+		if wait > 0 {
+			a["fwd.wait_time"] = wait
 		}
+		return Span{Name: name, Start: at(from), End: at(to), Attributes: a}
 	}
-	for _, id := range s.find(t, map[string]string{"fwd.graph.mode": "FULL"}) {
-		if rank, reason, ok := LoweringRank(s.trace(t, id)); ok {
-			t.Errorf("rank %d lowered a step of full graphs: %q", rank, reason)
-		}
+	got := RankTimes([]Span{
+		spanOf("fwd.coordinate", 0, 0, 10, 0), spanOf("fwd.forward", 0, 10, 50, 0.030),
+		spanOf("fwd.coordinate", 1, 8, 10, 0), spanOf("fwd.forward", 1, 10, 50, 0),
+		spanOf("fwd.coordinate", 2, 2, 10, 0), spanOf("fwd.forward", 2, 10, 50, 0.070),
+	})
+	want := []RankTime{
+		{Rank: 1, Late: 8e6, Own: 40e6, Wait: 2e6},
+		{Rank: 0, Own: 10e6, Wait: 40e6},
+		{Rank: 2, Late: 2e6, Wait: 78e6},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("times (-want +got):\n%s", diff)
 	}
 }

@@ -5,5 +5,5 @@ import (
 	"syscall"
 )
 
-// dieWithParent makes the kernel kill the process when this one dies, by a timeout of the tests for one.
+// dieWithParent makes the kernel kill the process when this one dies, for example by a timeout of the tests.
 func dieWithParent(c *exec.Cmd) { c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }
