@@ -58,7 +58,7 @@ func start(t *testing.T, args ...string) *program {
 func (p *program) wait() int {
 	p.Helper()
 	if err := p.cmd.Wait(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
 			p.Fatal(err)
 		}
 	}

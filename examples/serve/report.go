@@ -241,6 +241,7 @@ var reasonMeaning = map[string]string{
 	"no_key":    "no graph for such a batch",
 	"too_large": "larger than any graph",
 	"dp_rank":   "another rank had no such graph",
+	"ubatch":    "the pass is split into microbatches",
 }
 
 func seconds(s float64) time.Duration {
