@@ -131,29 +131,39 @@ func newPrometheus(t *testing.T) (_ *otelprometheus.Exporter, url string) {
 	return exporter, server.URL
 }
 
-// scrapes are what Prometheus would have stored of a scrape each minute.
-type scrapes [][]sample
+// scrapes are what Prometheus would have stored of a scrape each minute. It implements
+// [storage.Queryable].
+type scrapes struct {
+	n      int
+	labels map[string]labels.Labels   // of each series, by what String returns
+	stored map[string][]chunks.Sample // by the same key
+}
 
-func (ss scrapes) at(i int) time.Time { return time.Unix(0, 0).Add(time.Duration(i) * time.Minute) }
+// add stores the next scrape.
+func (ss *scrapes) add(samples []sample) {
+	if ss.n == 0 {
+		ss.labels, ss.stored = map[string]labels.Labels{}, map[string][]chunks.Sample{}
+	}
+	for _, s := range samples {
+		all := maps.Clone(s.labels)
+		all[labels.MetricName] = s.name
+		l := labels.FromMap(all)
+		key := l.String()
+		ss.labels[key] = l
+		ss.stored[key] = append(ss.stored[key], point{at: minute(ss.n).UnixMilli(), value: s.value})
+	}
+	ss.n++
+}
+
+func minute(n int) time.Time { return time.Unix(0, 0).Add(time.Duration(n) * time.Minute) }
 
 // Querier implements [storage.Queryable].
-func (ss scrapes) Querier(int64, int64) (storage.Querier, error) {
-	stored := map[string][]chunks.Sample{}
-	of := map[string]labels.Labels{}
-	for i, samples := range ss {
-		for _, s := range samples {
-			all := maps.Clone(s.labels)
-			all[labels.MetricName] = s.name
-			l := labels.FromMap(all)
-			of[l.String()] = l
-			stored[l.String()] = append(stored[l.String()], point{at: ss.at(i).UnixMilli(), value: s.value})
-		}
-	}
+func (ss *scrapes) Querier(int64, int64) (storage.Querier, error) {
 	matching := func(_ bool, _ *storage.SelectHints, matchers ...*labels.Matcher) storage.SeriesSet {
 		set := &seriesSet{at: -1}
-		for _, key := range slices.Sorted(maps.Keys(stored)) {
-			if matchesAll(of[key], matchers) {
-				set.series = append(set.series, storage.NewListSeries(of[key], stored[key]))
+		for _, key := range slices.Sorted(maps.Keys(ss.stored)) {
+			if matchesAll(ss.labels[key], matchers) {
+				set.series = append(set.series, storage.NewListSeries(ss.labels[key], ss.stored[key]))
 			}
 		}
 		return set
@@ -190,10 +200,10 @@ func (*seriesSet) Warnings() annotations.Annotations { return nil }
 
 // query returns what Prometheus's own engine answers at the last scrape. Its keys are the values of the
 // labels in by, separated by spaces.
-func (ss scrapes) query(t *testing.T, query string, by ...string) map[string]float64 {
+func (ss *scrapes) query(t *testing.T, query string, by ...string) map[string]float64 {
 	t.Helper()
 	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e7, Timeout: patience})
-	q, err := engine.NewInstantQuery(context.Background(), ss, nil, query, ss.at(len(ss)-1))
+	q, err := engine.NewInstantQuery(context.Background(), ss, nil, query, minute(ss.n-1))
 	if err != nil {
 		t.Fatal(err)
 	}

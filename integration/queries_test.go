@@ -96,9 +96,9 @@ func TestQueries(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		ss = append(ss, samples)
+		ss.add(samples)
 	}
-	want := r.answers(float64(len(ss)))
+	want := r.answers(float64(ss.n))
 	for _, q := range queries {
 		var by []string // the labels of the answer, in the order in which the query has them
 		if m := regexp.MustCompile(`sum by \(([^)]*)\)`).FindStringSubmatch(q.query); m != nil {
