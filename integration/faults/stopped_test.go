@@ -53,8 +53,10 @@ func TestTakenOver(t *testing.T) {
 			if n := g.check(rank, oldFile); n != finished {
 				t.Errorf("the first rank %d has %d results, and says %d", rank, n, finished)
 			}
-			if r := g.complete()[rank]; r.Resumed != resumed || r.FailedSteps != 0 {
-				t.Errorf("rank %d: %+v, want %d resumed and no failed step", rank, r, resumed)
+			// The new process asks for a warm-up while the others ask for a step. That exchange fails, and
+			// then all of them warm up together.
+			if r := g.complete()[rank]; r.Resumed != resumed || r.FailedSteps > 1 {
+				t.Errorf("rank %d: %+v, want %d resumed and at most one failed step", rank, r, resumed)
 			}
 		})
 	}

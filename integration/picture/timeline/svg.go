@@ -208,9 +208,8 @@ func (p *picture) bar(s *Span, r row) {
 		switch {
 		case needs+pad <= w:
 			p.text(x+pad, baseline, textSize, c.text, "start", "", text)
-			duration := milliseconds(s.Duration())
-			if s.Kind() != Coordinate && needs+pad+3*pad+textWidth(duration, textSize) <= w {
-				p.text(x+w-pad, baseline, textSize, c.text, "end", "", duration)
+			if s.Kind() != Coordinate {
+				p.durationIn(s, x+w-pad, baseline, w-needs-4*pad, c)
 			}
 		case x+w+needs <= right:
 			p.text(x+w+pad, baseline, textSize, ink, "start", "", text)
@@ -220,6 +219,16 @@ func (p *picture) bar(s *Span, r row) {
 			continue
 		}
 		return
+	}
+}
+
+// durationIn writes a span's duration at the end of its bar, with as much of it as there is room for.
+func (p *picture) durationIn(s *Span, x, baseline, room float64, c colour) {
+	for _, text := range durations(s) {
+		if textWidth(text, textSize) <= room {
+			p.text(x, baseline, textSize, c.text, "end", "", text)
+			return
+		}
 	}
 }
 
