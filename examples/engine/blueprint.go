@@ -3,7 +3,6 @@ package engine
 import (
 	"cmp"
 	"fmt"
-	"log/slog"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
@@ -50,7 +49,7 @@ func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelCon
 		return nil, fmt.Errorf("engine: %w", err)
 	}
 	b := &blueprint{name: name, model: m, dispatcher: dispatcher, parallel: parallel}
-	b.printGaps(c.Logger)
+	c.printGaps(b)
 	return b, nil
 }
 
@@ -65,13 +64,14 @@ func (c *Config) captureSizes(queryLen int) ([]int, error) {
 	return fwd.RoundCaptureSizes(fwd.DefaultCaptureSizes(largest), queryLen)
 }
 
-// printGaps says which batches have no graph of the kind that the graph mode promises.
-func (b *blueprint) printGaps(logger *slog.Logger) {
-	if logger == nil {
+// printGaps says which batches have no graph of the kind that the graph mode promises. Of several
+// processes, which have the same, the first does.
+func (c *Config) printGaps(b *blueprint) {
+	if c.Logger == nil || c.Process != nil && c.Process.Rank > 0 {
 		return
 	}
 	for _, gap := range b.dispatcher.Gaps() {
-		logger.Warn("some batches don't run by the graphs that the mode promises; add capture sizes",
+		c.Logger.Warn("some batches don't run by the graphs that the mode promises; add capture sizes",
 			"model", cmp.Or(b.name, "target"), "gap", gap.String())
 	}
 }

@@ -195,7 +195,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,
 		Speed:                  o.speed,
-		Logger:                 o.logger(stderr),
+		Logger:                 newLogger(stderr),
 	}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp, o.instance())
@@ -240,13 +240,9 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	return err
 }
 
-// logger returns what prints warnings. Of several processes only the first says what all of them know.
-func (o *options) logger(stderr io.Writer) *slog.Logger {
-	options := &slog.HandlerOptions{Level: slog.LevelWarn}
-	if o.nats != "" && o.rank > 0 {
-		options.Level = slog.LevelError
-	}
-	return slog.New(slog.NewTextHandler(stderr, options))
+// newLogger returns a logger of warnings.
+func newLogger(stderr io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }
 
 // outcome is what came of a run.
