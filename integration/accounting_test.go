@@ -1,5 +1,5 @@
-// Tests that spans are accounted for: what ran is in Jaeger, or counted as dropped, or not sampled; and
-// requests are linked to the passes that served them.
+// Tests that spans are accounted for: what ran is in Jaeger, or counted as dropped, or not sampled;
+// and requests are linked to the passes that served them.
 
 package integration
 
@@ -26,8 +26,8 @@ func (e *ended) OnEnd(sdktrace.ReadOnlySpan)                   { e.n.Add(1) }
 func (*ended) Shutdown(context.Context) error                  { return nil }
 func (*ended) ForceFlush(context.Context) error                { return nil }
 
-// TestNothingLost: at a pace that leaves the exporter some time, every span of every rank of 2,000 steps is
-// in Jaeger, with OpenTelemetry's default queue.
+// TestNothingLost: at a pace that leaves the exporter some time, every span of every rank of 2,000
+// steps is in Jaeger, with OpenTelemetry's default queue.
 func TestNothingLost(t *testing.T) {
 	const numSteps = 2000
 	before := readCounts(t)
@@ -68,8 +68,8 @@ func (e slowExporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnly
 	return e.SpanExporter.ExportSpans(ctx, spans)
 }
 
-// TestDropsCounted: if the exporter is too slow and the queue short, what Jaeger holds and what was counted
-// as dropped add up to what ran.
+// TestDropsCounted: if the exporter is too slow and the queue short, what Jaeger holds and what was
+// counted as dropped add up to what ran.
 func TestDropsCounted(t *testing.T) {
 	const numSteps = 2000
 	before := readCounts(t)
@@ -95,8 +95,8 @@ func TestDropsCounted(t *testing.T) {
 	}
 }
 
-// TestSampling: with a parent-based sampler a step is recorded whole, on all ranks, or not at all, whatever
-// the ranks' callers are.
+// TestSampling: with a parent-based sampler a step is recorded whole, on all ranks, or not at all,
+// whatever the ranks' callers are.
 func TestSampling(t *testing.T) {
 	for name, callers := range map[string]bool{"without callers": false, "with callers": true} {
 		t.Run(name, func(t *testing.T) { testSampling(t, callers) })
@@ -140,8 +140,8 @@ func testSampling(t *testing.T, callers bool) {
 	}
 }
 
-// TestRequests: a request's own trace says how long it waited and how long its answer took, and the passes
-// that served it are linked to it.
+// TestRequests: a request's own trace says how long it waited and how long its answer took, and the
+// passes that served it are linked to it.
 func TestRequests(t *testing.T) {
 	s := newService(t, "grpc")
 	requests := newRequests(12, 200, 8)
@@ -165,7 +165,8 @@ func TestRequests(t *testing.T) {
 	for _, s := range served {
 		r := &requests[s.Attributes["engine.request.id"].(int64)]
 		checkRequest(t, &s, r)
-		// There is a pass for each token, and one more for each part of the prompt beyond a step's budget.
+		// There is a pass for each token, and one more for each part of the prompt beyond a step's
+		// budget.
 		if n := links[s.TraceID+s.SpanID]; n < r.MaxTokens || n > r.MaxTokens+(len(r.Prompt)-1)/8 {
 			t.Errorf("request %d: %d passes are linked to it for %d tokens and a prompt of %d",
 				r.ID, n, r.MaxTokens, len(r.Prompt))

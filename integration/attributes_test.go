@@ -44,13 +44,14 @@ type described struct {
 	parts  []attrs        // of the microbatches of each rank
 }
 
-// newDescribed returns steps with everything that a span can say. The values are worked out by hand.
+// newDescribed returns steps with everything that a span can say. The values are worked out by
+// hand.
 func newDescribed() []described {
 	return []described{decodingStep(), loweredStep(), splitStep(), failingStep()}
 }
 
-// decodingStep is a step of decode batches, with an idle rank: there are full graphs, and all ranks run the
-// size of the largest.
+// decodingStep is a step of decode batches, with an idle rank: there are full graphs, and all ranks
+// run the size of the largest.
 func decodingStep() described {
 	all := attrs{
 		"fwd.phase": "decode", "fwd.graph.mode": "FULL", "fwd.graph.reason": "exact",
@@ -75,7 +76,8 @@ func decodingStep() described {
 	}
 }
 
-// loweredStep is a step in which a prompt that no graph can hold takes the graphs away from all ranks.
+// loweredStep is a step in which a prompt that no graph can hold takes the graphs away from all
+// ranks.
 func loweredStep() described {
 	all := attrs{
 		"fwd.phase": "decode", "fwd.graph.mode": "NONE", "fwd.graph.reason": "dp_rank",
@@ -218,8 +220,8 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// checkLastRanks checks that the exchanges of a step say which rank came last, all of them the same one.
-// Which one it is depends on time.
+// checkLastRanks checks that the exchanges of a step say which rank came last, all of them the same
+// one. Which one it is depends on time.
 func checkLastRanks(t *testing.T, spans []Span) {
 	t.Helper()
 	last := map[any]any{}

@@ -21,21 +21,22 @@ type RankTime struct {
 	Wait time.Duration
 }
 
-// Cost is how long the others had to wait for this rank, or would have had to if none of them were as
-// slow.
+// Cost is how long the others had to wait for this rank, or would have had to if none of them were
+// as slow.
 func (r RankTime) Cost() time.Duration { return r.Late + r.Own }
 
-// RankTimes returns what each rank did in a step, the costliest first. The spans are those of the step's
-// trace.
+// RankTimes returns what each rank did in a step, the costliest first. The spans are those of the
+// step's trace.
 //
 // Ranks wait for each other in two places. In the vote a slow rank comes last, when all others have
-// started their fwd.coordinate spans. In a pass, the lengths of the fwd.forward spans don't show the slow
-// rank if the model exchanges rows between the ranks: the passes then end together. But each pass says
-// how long it has waited, in the attribute fwd.wait_time. It does so if the model tells fwd about its
-// waits with [fwd.Waited], as the example engine does.
+// started their fwd.coordinate spans. In a pass, the lengths of the fwd.forward spans don't show
+// the slow rank if the model exchanges rows between the ranks: the passes then end together. But
+// each pass says how long it has waited, in the attribute fwd.wait_time. It does so if the model
+// tells fwd about its waits with [fwd.Waited], as the example engine does.
 //
-// The starts of spans are compared across ranks, so ranks on several hosts need synchronized clocks.
-// Without them, fwd.dp.last_rank of the fwd.coordinate spans still says who came last to the vote.
+// The starts of spans are compared across ranks, so ranks on several hosts need synchronized
+// clocks. Without them, fwd.dp.last_rank of the fwd.coordinate spans still says who came last to
+// the vote.
 //
 // The longest pass of a rank counts. The passes of a draft model lie inside it.
 func RankTimes(step []Span) []RankTime {
@@ -109,9 +110,9 @@ func firstVotes(step []Span) map[int64]time.Time {
 	return first
 }
 
-// SlowestRank returns the rank that the others waited for in a step, and how much sooner the step would
-// have ended if that rank had been as quick as the next slowest. It returns false if the trace has fewer
-// than two ranks.
+// SlowestRank returns the rank that the others waited for in a step, and how much sooner the step
+// would have ended if that rank had been as quick as the next slowest. It returns false if the
+// trace has fewer than two ranks.
 func SlowestRank(step []Span) (rank int, lost time.Duration, ok bool) {
 	ranks := RankTimes(step)
 	if len(ranks) < 2 {
@@ -120,9 +121,9 @@ func SlowestRank(step []Span) (rank int, lost time.Duration, ok bool) {
 	return ranks[0].Rank, ranks[0].Cost() - ranks[1].Cost(), true
 }
 
-// LoweringRank returns the first rank that kept the others from the graph mode that they had wanted in a
-// step, and that rank's own reason for not having it, a word of fwd.graph.reason. It returns false if no
-// rank was lowered.
+// LoweringRank returns the first rank that kept the others from the graph mode that they had wanted
+// in a step, and that rank's own reason for not having it, a word of fwd.graph.reason. It returns
+// false if no rank was lowered.
 func LoweringRank(step []Span) (rank int, reason string, ok bool) {
 	step = slices.DeleteFunc(slices.Clone(step), func(s Span) bool { return s.Name != "fwd.forward" })
 	slices.SortStableFunc(step, func(a, b Span) int { return a.Start.Compare(b.Start) })

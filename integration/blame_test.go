@@ -16,8 +16,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TestFailingLayer: the step in which a layer failed is found by its error.type, and says which rank it
-// was.
+// TestFailingLayer: the step in which a layer failed is found by its error.type, and says which
+// rank it was.
 func TestFailingLayer(t *testing.T) {
 	s := newService(t, "http")
 	c := s.config()
@@ -113,8 +113,8 @@ func TestSlowestRank(t *testing.T) {
 	}
 }
 
-// TestLoweringRank: which rank took the graphs from the others is found from the step's trace, also with a
-// draft model beside it.
+// TestLoweringRank: which rank took the graphs from the others is found from the step's trace, also
+// with a draft model beside it.
 func TestLoweringRank(t *testing.T) {
 	for name, guesses := range map[string]int{"target": 0, "target and draft": 1} {
 		t.Run(name, func(t *testing.T) {

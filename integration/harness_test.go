@@ -1,4 +1,5 @@
-// Helpers: services in Jaeger under which tests keep their spans, and the engines whose spans these are.
+// Helpers: services in Jaeger under which tests keep their spans, and the engines whose spans these
+// are.
 
 package integration
 
@@ -51,7 +52,8 @@ type service struct {
 	exporter *countingExporter
 }
 
-// countingExporter counts the spans that an exporter delivered, and those that it could not deliver.
+// countingExporter counts the spans that an exporter delivered, and those that it could not
+// deliver.
 type countingExporter struct {
 	sdktrace.SpanExporter
 	delivered, failed atomic.Int64
@@ -67,7 +69,8 @@ func (e *countingExporter) ExportSpans(ctx context.Context, spans []sdktrace.Rea
 	return nil
 }
 
-// newService returns a new service in the shared Jaeger, with the options and OpenTelemetry's defaults.
+// newService returns a new service in the shared Jaeger, with the options and OpenTelemetry's
+// defaults.
 func newService(t *testing.T, protocol string, options ...sdktrace.TracerProviderOption) *service {
 	t.Helper()
 	return newServiceIn(t, shared, protocol, nil, options...)
@@ -107,7 +110,8 @@ func (s *service) flush(t *testing.T) {
 	}
 }
 
-// spans hands all spans over. It returns what Jaeger holds, as soon as that is as many as were exported.
+// spans hands all spans over. It returns what Jaeger holds, as soon as that is as many as were
+// exported.
 func (s *service) spans(t *testing.T) []Span {
 	t.Helper()
 	s.flush(t)
@@ -160,8 +164,8 @@ func named(spans []Span, name string) []Span {
 	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
 }
 
-// steps returns the traces of steps in which passes ran. Other traces are those of requests, of the warm-up,
-// and of exchanges after which nobody ran, since no rank had anything to do.
+// steps returns the traces of steps in which passes ran. Other traces are those of requests, of the
+// warm-up, and of exchanges after which nobody ran, since no rank had anything to do.
 func steps(spans []Span) map[string][]Span {
 	traces := byTrace(spans)
 	for id, trace := range traces {
@@ -173,8 +177,8 @@ func steps(spans []Span) map[string][]Span {
 }
 
 // counts are what OpenTelemetry's own metrics say about the spans of this process: how many a span
-// processor dropped because its queue was full, how many were exported, and how many were not although an
-// exporter had them.
+// processor dropped because its queue was full, how many were exported, and how many were not
+// although an exporter had them.
 type counts struct{ dropped, exported, failed int64 }
 
 func (c counts) minus(d counts) counts {
@@ -183,8 +187,8 @@ func (c counts) minus(d counts) counts {
 
 var ownMetrics = sdkmetric.NewManualReader()
 
-// countDrops makes OpenTelemetry count what becomes of spans, as a program does that wants to know. It is
-// the only use of a global provider here.
+// countDrops makes OpenTelemetry count what becomes of spans, as a program does that wants to know.
+// It is the only use of a global provider here.
 func countDrops() error {
 	otel.SetMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(ownMetrics)))
 	// Failed exports are counted. The default handler would print them too.
@@ -224,8 +228,8 @@ func (c *counts) add(name string, n int64, failed bool) {
 	}
 }
 
-// config returns the configuration of an engine that shows everything: graphs, microbatches, and steps
-// across all ranks. It sends its spans to the service.
+// config returns the configuration of an engine that shows everything: graphs, microbatches, and
+// steps across all ranks. It sends its spans to the service.
 func (s *service) config() engine.Config { return config(s.provider) }
 
 func config(provider trace.TracerProvider) engine.Config {
@@ -266,7 +270,8 @@ func serve(t *testing.T, c engine.Config, requests []engine.Request) ([]engine.R
 	return results, stats
 }
 
-// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to
+// maxAnswer.
 func newRequests(n, maxPrompt, maxAnswer int) []engine.Request {
 	rng := rand.New(rand.NewPCG(7, uint64(n)))
 	requests := make([]engine.Request, n)

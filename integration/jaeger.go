@@ -1,6 +1,6 @@
-// Package integration shows what the spans and metrics of fwd are good for once they are in Jaeger and
-// Prometheus. Its tests run the real programs. The code that reads a trace back ([Jaeger]), and that
-// finds out which rank held up a step ([SlowestRank], [LoweringRank]), is here to be copied.
+// Package integration shows what the spans and metrics of fwd are good for once they are in Jaeger
+// and Prometheus. Its tests run the real programs. The code that reads a trace back ([Jaeger]), and
+// that finds out which rank held up a step ([SlowestRank], [LoweringRank]), is here to be copied.
 package integration
 
 import (
@@ -43,8 +43,8 @@ func (s *Span) Duration() time.Duration { return s.End.Sub(s.Start) }
 // Jaeger is the address of Jaeger v2's query API, such as http://localhost:16686.
 type Jaeger string
 
-// Find returns the ids of at most limit traces of a service that have a span with all these attributes.
-// The values are written as in Jaeger's search box: 3 as "3" and true as "true".
+// Find returns the ids of at most limit traces of a service that have a span with all these
+// attributes. The values are written as in Jaeger's search box: 3 as "3" and true as "true".
 func (j Jaeger) Find(
 	ctx context.Context, service string, tags map[string]string, limit int,
 ) ([]string, error) {

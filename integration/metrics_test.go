@@ -1,5 +1,5 @@
-// Tests of the library's own metrics: what Prometheus reads is what ran, and the number of series is
-// bounded.
+// Tests of the library's own metrics: what Prometheus reads is what ran, and the number of series
+// is bounded.
 
 package integration
 
@@ -24,9 +24,10 @@ import (
 	tracenoop "go.opentelemetry.io/otel/trace/noop"
 )
 
-// longRun takes steps with batches of every size, over and over. Ranks 0 and 1 have the same batches, rank
-// 2 has half as much, and rank 3 is idle and always comes last. Each pass and each exchange takes 3 ms by
-// the Runners' clocks. What longRun counts is what the metrics should say, in their own labels.
+// longRun takes steps with batches of every size, over and over. Ranks 0 and 1 have the same
+// batches, rank 2 has half as much, and rank 3 is idle and always comes last. Each pass and each
+// exchange takes 3 ms by the Runners' clocks. What longRun counts is what the metrics should say,
+// in their own labels.
 type longRun struct {
 	group     *group
 	passes    map[string]float64 // by "RANK MODE REASON BUCKET DUMMY PHASE ERROR"
@@ -79,8 +80,8 @@ func newLongRun(t *testing.T, provider *sdkmetric.MeterProvider) *longRun {
 	}
 }
 
-// take takes a step in which ranks 0 and 1 have n tokens and rank 2 has half as many. Without fail its
-// error is nil.
+// take takes a step in which ranks 0 and 1 have n tokens and rank 2 has half as many. Without fail
+// its error is nil.
 func (r *longRun) take(t *testing.T, n int, decode bool, fail error) {
 	t.Helper()
 	half := max(n/2, 2)
@@ -101,8 +102,8 @@ func (r *longRun) take(t *testing.T, n int, decode bool, fail error) {
 // sequences returns a schedule of n requests that decode.
 func sequences(n int) fwd.Schedule { return tokens(slices.Repeat([]int{1}, n)...) }
 
-// takeInOrder takes a step in one goroutine: the ranks vote in their order, then run their passes. With
-// fail, the pass of rank 2 fails.
+// takeInOrder takes a step in one goroutine: the ranks vote in their order, then run their passes.
+// With fail, the pass of rank 2 fails.
 func (g *group) takeInOrder(ctx context.Context, schedules []fwd.Schedule, fail error) error {
 	waits := make([]func() (fwd.Pass, error), len(g.runners))
 	for rank, r := range g.runners {
@@ -127,7 +128,8 @@ func (g *group) takeInOrder(ctx context.Context, schedules []fwd.Schedule, fail 
 	return errors.Join(errs...)
 }
 
-// count counts the pass of a rank that has own tokens, in a step in which the largest rank has most.
+// count counts the pass of a rank that has own tokens, in a step in which the largest rank has
+// most.
 func (r *longRun) count(rank, own, most int, decode bool, fail error) {
 	mode, reason, phase := "PIECEWISE", "relaxed", "mixed"
 	if decode {
@@ -236,8 +238,8 @@ func numSeries(samples []sample, job map[string]string) map[string]float64 {
 	return series
 }
 
-// TestPrometheus: the metrics through OpenTelemetry's Prometheus exporter, after a run with every batch
-// size. Their number is bounded: twice the run has the same series.
+// TestPrometheus: the metrics through OpenTelemetry's Prometheus exporter, after a run with every
+// batch size. Their number is bounded: twice the run has the same series.
 func TestPrometheus(t *testing.T) {
 	exporter, url := newPrometheus(t)
 	r := newLongRun(t, sdkmetric.NewMeterProvider(sdkmetric.WithReader(exporter)))
@@ -253,8 +255,8 @@ func TestPrometheus(t *testing.T) {
 	}
 }
 
-// TestMetricsOverOTLP: the same metrics through the collector in Jaeger's binary, which gives them to
-// Prometheus.
+// TestMetricsOverOTLP: the same metrics through the collector in Jaeger's binary, which gives them
+// to Prometheus.
 func TestMetricsOverOTLP(t *testing.T) {
 	exporter, err := otlpmetricgrpc.New(t.Context(),
 		otlpmetricgrpc.WithEndpoint(shared.grpc), otlpmetricgrpc.WithInsecure())

@@ -91,8 +91,8 @@ func appendSamples(samples []sample, name string, m *dto.Metric) []sample {
 	return samples
 }
 
-// sum adds up the samples of a name that have these labels. Its keys are the values of the labels in by,
-// separated by spaces.
+// sum adds up the samples of a name that have these labels. Its keys are the values of the labels
+// in by, separated by spaces.
 func sum(samples []sample, name string, labels map[string]string, by ...string) map[string]float64 {
 	sums := map[string]float64{}
 	for _, s := range samples {
@@ -117,8 +117,8 @@ var approximately = cmp.Comparer(func(a, b float64) bool {
 	return math.Abs(a-b) <= 1e-9*max(math.Abs(a), math.Abs(b))
 })
 
-// newPrometheus returns OpenTelemetry's Prometheus exporter, and the URL at which Prometheus would scrape
-// it until the test ends.
+// newPrometheus returns OpenTelemetry's Prometheus exporter, and the URL at which Prometheus would
+// scrape it until the test ends.
 func newPrometheus(t *testing.T) (_ *otelprometheus.Exporter, url string) {
 	t.Helper()
 	registry := prometheus.NewRegistry()
@@ -198,8 +198,8 @@ func (s *seriesSet) At() storage.Series              { return s.series[s.at] }
 func (*seriesSet) Err() error                        { return nil }
 func (*seriesSet) Warnings() annotations.Annotations { return nil }
 
-// query returns what Prometheus's own engine answers at the last scrape. Its keys are the values of the
-// labels in by, separated by spaces.
+// query returns what Prometheus's own engine answers at the last scrape. Its keys are the values of
+// the labels in by, separated by spaces.
 func (ss *scrapes) query(t *testing.T, query string, by ...string) map[string]float64 {
 	t.Helper()
 	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e7, Timeout: patience})

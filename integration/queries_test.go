@@ -112,8 +112,8 @@ func TestQueries(t *testing.T) {
 
 // answers returns what the queries should answer after so many equal minutes.
 //
-// Each pass takes 3 ms, and so does each exchange. That is in the bucket from 2.56 to 5.12 ms, within which
-// a quantile is interpolated.
+// Each pass takes 3 ms, and so does each exchange. That is in the bucket from 2.56 to 5.12 ms,
+// within which a quantile is interpolated.
 func (r *longRun) answers(minutes float64) map[string]map[string]float64 {
 	const from, width = 0.00256, 0.00256
 	const median, p99 = from + 0.5*width, from + 0.99*width

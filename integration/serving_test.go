@@ -1,4 +1,5 @@
-// Tests that serving goes on with every token the same, whatever is wrong with what telemetry is sent to.
+// Tests that serving goes on with every token the same, whatever is wrong with what telemetry is
+// sent to.
 
 package integration
 
@@ -19,9 +20,9 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
-// blocked is an exporter that blocks until the test is over. With spans it ignores deadlines too. With
-// metrics it does not, because OpenTelemetry's periodic reader waits for its exporter when it is shut down,
-// whatever its own deadline is.
+// blocked is an exporter that blocks until the test is over. With spans it ignores deadlines too.
+// With metrics it does not, because OpenTelemetry's periodic reader waits for its exporter when it
+// is shut down, whatever its own deadline is.
 type blocked struct {
 	sdkmetric.Exporter
 	over chan struct{}
@@ -60,8 +61,8 @@ func (b blocked) Shutdown(context.Context) error   { return nil }
 // endpoint stands for something that isn't Jaeger: both protocols lead to the same address.
 func endpoint(address string) *process { return &process{grpc: address, http: address} }
 
-// TestServingGoesOn: whatever is wrong with Jaeger, every token is the same, the run takes no longer than its
-// passes, what could not be kept is counted, and the end does not wait either.
+// TestServingGoesOn: whatever is wrong with Jaeger, every token is the same, the run takes no
+// longer than its passes, what could not be kept is counted, and the end does not wait either.
 func TestServingGoesOn(t *testing.T) {
 	requests := newRequests(2*ranks, 40, 100)
 	requests[0].MaxTokens = longAnswer
@@ -136,8 +137,8 @@ func newOutage(t *testing.T, p *process, protocol string) *outage {
 	return o
 }
 
-// config returns the configuration of an engine, in the middle of whose run a Jaeger of the test's own is
-// killed.
+// config returns the configuration of an engine, in the middle of whose run a Jaeger of the test's
+// own is killed.
 func (o *outage) config() engine.Config {
 	kill := nthPass(longAnswer/2, func(ctx context.Context, next fwd.ForwardFunc) error {
 		if o.process != nil && o.process.command != nil && o.process != shared {
@@ -152,7 +153,8 @@ func (o *outage) config() engine.Config {
 	}
 }
 
-// end shuts down, and checks that this takes no longer than it may, and that all spans are accounted for.
+// end shuts down, and checks that this takes no longer than it may, and that all spans are
+// accounted for.
 func (o *outage) end(t *testing.T) {
 	t.Helper()
 	shutdown := 500 * time.Millisecond
@@ -167,8 +169,9 @@ func (o *outage) end(t *testing.T) {
 	if d := time.Since(began); d > shutdown+5*time.Second {
 		t.Errorf("the end took %v, with a deadline of %v", d, shutdown)
 	}
-	// What is in the queue and in the batch when the deadline comes is lost, and the shutdown's error says
-	// so. Exporters of earlier tests may still give up on a batch, so this one counts its failures itself.
+	// What is in the queue and in the batch when the deadline comes is lost, and the shutdown's error
+	// says so. Exporters of earlier tests may still give up on a batch, so this one counts its
+	// failures itself.
 	c := counts{readCounts(t).minus(o.before).dropped, o.spans.delivered.Load(), o.spans.failed.Load()}
 	lost, ran := c.dropped+c.failed, o.ran.n.Load()
 	rest := ran - c.exported - lost

@@ -1,4 +1,5 @@
-// Tests of the traces of steps: which spans they have, how these hang together, and how they are found.
+// Tests of the traces of steps: which spans they have, how these hang together, and how they are
+// found.
 
 package integration
 
@@ -12,8 +13,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// checkTrees checks that every span has ended, not before it began, that its parent is there, and that a
-// microbatch lies in its pass.
+// checkTrees checks that every span has ended, not before it began, that its parent is there, and
+// that a microbatch lies in its pass.
 func checkTrees(t *testing.T, spans []Span) {
 	t.Helper()
 	byID := map[string]*Span{}
@@ -39,15 +40,15 @@ func checkTrees(t *testing.T, spans []Span) {
 	}
 }
 
-// checkStep checks that a trace without callers' spans is a step of all ranks: rank 0's fwd.coordinate is
-// the root, and the other ranks' and all passes are its children.
+// checkStep checks that a trace without callers' spans is a step of all ranks: rank 0's
+// fwd.coordinate is the root, and the other ranks' and all passes are its children.
 func checkStep(t *testing.T, spans []Span) {
 	t.Helper()
 	checkChildren(t, spans, "fwd.coordinate", "fwd.forward")
 }
 
-// checkChildren checks that a trace has rank 0's fwd.coordinate as its root, and as its children the other
-// spans of each rank with these names.
+// checkChildren checks that a trace has rank 0's fwd.coordinate as its root, and as its children
+// the other spans of each rank with these names.
 func checkChildren(t *testing.T, spans []Span, names ...string) {
 	t.Helper()
 	var root string
@@ -79,8 +80,8 @@ func checkChildren(t *testing.T, spans []Span, names ...string) {
 	}
 }
 
-// TestNesting: with the callers' spans, a step is below rank 0's caller, and each rank's spans are linked
-// to that of their own caller.
+// TestNesting: with the callers' spans, a step is below rank 0's caller, and each rank's spans are
+// linked to that of their own caller.
 func TestNesting(t *testing.T) {
 	s := newService(t, "grpc")
 	g := newTracedGroup(t, s, fwd.DispatcherConfig{},
@@ -153,8 +154,8 @@ type passCounts struct {
 	Modes, Reasons        map[string]int
 }
 
-// countPasses counts the passes in the traces of steps, and checks their microbatches and how many ranks
-// they say are idle.
+// countPasses counts the passes in the traces of steps, and checks their microbatches and how many
+// ranks they say are idle.
 func countPasses(t *testing.T, steps map[string][]Span) passCounts {
 	t.Helper()
 	counts := passCounts{Modes: map[string]int{}, Reasons: map[string]int{}, Steps: len(steps)}
@@ -215,8 +216,8 @@ func countStats(stats *engine.Stats) passCounts {
 	return counts
 }
 
-// TestSteps: what an engine does is in Jaeger, step by step: each is a trace of its own, and nothing is
-// missing or left open.
+// TestSteps: what an engine does is in Jaeger, step by step: each is a trace of its own, and
+// nothing is missing or left open.
 func TestSteps(t *testing.T) {
 	for protocol := range protocols {
 		t.Run(protocol, func(t *testing.T) {
@@ -259,8 +260,8 @@ func TestSteps(t *testing.T) {
 	}
 }
 
-// TestFind: passes are found by their mode, reason, name and phase, and by whether they are dummies, with
-// a search for one tag.
+// TestFind: passes are found by their mode, reason, name and phase, and by whether they are
+// dummies, with a search for one tag.
 func TestFind(t *testing.T) {
 	s := newService(t, "grpc")
 	c := s.config()

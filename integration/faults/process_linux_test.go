@@ -1,3 +1,5 @@
+// Helpers for processes that only Linux has.
+
 package faults
 
 import (

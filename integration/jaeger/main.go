@@ -1,11 +1,12 @@
-// Command jaeger builds the Jaeger that this module pins, the program that users run, and prints where
-// the binary is. It keeps the binary in a cache outside the tree, one for each Go version and go.sum. The
-// first build takes minutes and about 4 GiB of memory, later ones nothing. If there are arguments, it runs
-// the binary with them instead of printing where it is:
+// Command jaeger builds the Jaeger that this module pins, the program that users run, and prints
+// where the binary is. It keeps the binary in a cache outside the tree, one for each Go version and
+// go.sum. The first build takes minutes and about 4 GiB of memory, later ones nothing. If there are
+// arguments, it runs the binary with them instead of printing where it is:
 //
 //	go -C integration/jaeger run . --config ../jaeger.yaml
 //
-// FWD_JAEGER names a binary to use without building one. FWD_JAEGER_CACHE names the folder of the cache.
+// FWD_JAEGER names a binary to use without building one. FWD_JAEGER_CACHE names the folder of the
+// cache.
 package main
 
 import (
@@ -51,8 +52,8 @@ func main() {
 	}
 }
 
-// build returns the binary, and builds it if there is none yet. It expects this module in the current
-// directory.
+// build returns the binary, and builds it if there is none yet. It expects this module in the
+// current directory.
 func build() (string, error) {
 	if binary := os.Getenv("FWD_JAEGER"); binary != "" {
 		return binary, nil
@@ -80,7 +81,8 @@ func build() (string, error) {
 		return "", err
 	}
 
-	// The file has another name until it is whole: a build may be interrupted, or two may run at a time.
+	// The file has another name until it is whole: a build may be interrupted, or two may run at a
+	// time.
 	part, err := os.CreateTemp(folder, "part-*")
 	if err != nil {
 		return "", err

@@ -103,9 +103,9 @@ func plain(recorded []sdktrace.ReadOnlySpan) []timeline.Span {
 	return spans
 }
 
-// showsAll reports whether a step has everything that the picture should show: all ranks, one of them
-// idle, some of them lowered by another one, and padding of both kinds. Nothing of this depends on
-// time, so every run has such steps.
+// showsAll reports whether a step has everything that the picture should show: all ranks, one of
+// them idle, some of them lowered by another one, and padding of both kinds. Nothing of this
+// depends on time, so every run has such steps.
 func showsAll(spans []timeline.Span) bool {
 	count := map[string]int{}
 	for i := range spans {
@@ -132,9 +132,10 @@ func showsAll(spans []timeline.Span) bool {
 		count[timeline.GraphPadding] > 0 && count[timeline.DPPadding] > 1
 }
 
-// clarity rises with the share of a step in which ranks waited for the last vote, as long as there is
-// room in the picture to write on the passes. It falls with the time that ranks waited after the last
-// vote: by then they only waited for a processor. A rank that is idle should not be the last one.
+// clarity rises with the share of a step in which ranks waited for the last vote, as long as there
+// is room in the picture to write on the passes. It falls with the time that ranks waited after the
+// last vote: by then they only waited for a processor. A rank that is idle should not be the last
+// one.
 func clarity(spans []timeline.Span) float64 {
 	var last, end, shortest float64
 	idle := false // the last rank is

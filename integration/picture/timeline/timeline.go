@@ -99,8 +99,8 @@ func (s *Span) IsDummy() bool {
 // noRank is the rank of spans that are not of any.
 const noRank = -1
 
-// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name that
-// don't overlap.
+// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name
+// that don't overlap.
 type row struct {
 	depth int
 	thin  bool
@@ -227,8 +227,8 @@ func (st *step) ofKind(kind string) (spans []*Span) {
 	return spans
 }
 
-// lastVote returns the exchange of the rank that voted last, if other ranks waited for it: the one that
-// the exchanges name, or else the one that began last.
+// lastVote returns the exchange of the rank that voted last, if other ranks waited for it: the one
+// that the exchanges name, or else the one that began last.
 func (st *step) lastVote() *Span {
 	exchanges := st.ofKind(Coordinate)
 	if len(exchanges) < 2 {

@@ -72,8 +72,8 @@ func newSteps() map[string][]Span {
 	return steps
 }
 
-// mark is a text of a picture. While it is being read, width is the size of its font and text is its
-// anchor.
+// mark is a text of a picture. While it is being read, width is the size of its font and text is
+// its anchor.
 type mark struct {
 	x, y, width float64
 	text        string
@@ -217,8 +217,8 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// TestRows: rows stand by rank, children are indented below their parents, and thin bars share a row
-// as long as they have the same name and don't overlap.
+// TestRows: rows stand by rank, children are indented below their parents, and thin bars share a
+// row as long as they have the same name and don't overlap.
 func TestRows(t *testing.T) {
 	got := map[string]string{}
 	for name, spans := range map[string][]Span{
