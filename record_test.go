@@ -470,3 +470,33 @@ func TestReport(t *testing.T) {
 		t.Errorf("without counts: %v", err)
 	}
 }
+
+// Passes that run and passes that are reported share a device too, on the real clock as on any other.
+func TestQueueOfRunAndReport(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		records := recordsOf(t, fwd.Config{}, func(r *fwd.Runner) {
+			pass := fwd.Pass{NumTokens: 1}
+			for range 3 {
+				began := time.Now()
+				if err := r.Run(t.Context(), pass, func(context.Context) error {
+					time.Sleep(time.Second) // of simulated time
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(2 * time.Second)
+				if err := r.Report(t.Context(), pass, began, time.Now(), nil); err != nil { // begun before the other
+					t.Error(err)
+				}
+			}
+		}, fwd.WithQueue(new(fwd.Queue)))
+		var got []time.Duration
+		for _, rec := range records {
+			got = append(got, rec.Duration/time.Second)
+		}
+		if diff := cmp.Diff([]time.Duration{1, 2, 1, 2, 1, 2}, got); diff != "" {
+			t.Errorf("seconds (-want +got):\n%s", diff)
+		}
+	})
+}
