@@ -667,6 +667,15 @@ func (i instant) until(j instant) time.Duration {
 	return j.mono - i.mono + j.clock.Sub(i.clock)
 }
 
+// onClock returns i with a time of day in place of the monotonic one, for comparison with instants that
+// callers have given. Those of one process compare exactly.
+func (i instant) onClock() instant {
+	if i.mono == 0 {
+		return i
+	}
+	return instant{clock: processStart.Add(i.mono)}
+}
+
 // timeOf returns the time of day.
 func (r *Runner) timeOf(i instant) time.Time {
 	if r.clock != nil {
@@ -864,7 +873,7 @@ func (x *traced) endForward(run *run, err error) {
 	ended := r.now()
 	duration := max(run.began.until(ended), 0)
 	if r.queue != nil {
-		duration = r.queue.duration(run.began, ended)
+		duration = r.queue.duration(run.began.onClock(), ended.onClock())
 	}
 	x.end(recordable(&run.passContext), ended.clock, duration, err)
 }

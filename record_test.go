@@ -385,7 +385,17 @@ func TestProfileLabels(t *testing.T) {
 	t.Parallel()
 	parallel := fwd.ParallelConfig{DataParallelSize: 4, DataParallelRank: 3}
 	cfg := fwd.Config{Name: "target", Parallel: parallel}
-	r, err := fwd.New(cfg, fwd.WithMiddleware(fwd.ProfileLabels()))
+	// Middleware inside the labels looks up in a context of the package's own, which is fast.
+	inside := func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error {
+			own := fmt.Sprintf("%T", fwd.NewContext(ctx, &fwd.ForwardContext{}))
+			if got := fmt.Sprintf("%T", ctx); got != own {
+				t.Errorf("below the labels the context is a %s, want a %s", got, own)
+			}
+			return next(ctx)
+		}
+	}
+	r, err := fwd.New(cfg, fwd.WithMiddleware(fwd.ProfileLabels(), inside))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -399,10 +409,6 @@ func TestProfileLabels(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("labels (-want +got):\n%s", diff)
-		}
-		own := fmt.Sprintf("%T", fwd.NewContext(ctx, &fwd.ForwardContext{}))
-		if got := fmt.Sprintf("%T", ctx); got != own {
-			t.Errorf("below the labels the context is a %s, want a %s", got, own)
 		}
 		passCheck(t, "below the labels", ctx, "pass", 2, nil, -1)
 		return nil
@@ -463,4 +469,34 @@ func TestReport(t *testing.T) {
 	if err := report(two, fwd.Pass{NumTokens: 1}); err != nil {
 		t.Errorf("without counts: %v", err)
 	}
+}
+
+// Passes that run and passes that are reported share a device too, on the real clock as on any other.
+func TestQueueOfRunAndReport(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		records := recordsOf(t, fwd.Config{}, func(r *fwd.Runner) {
+			pass := fwd.Pass{NumTokens: 1}
+			for range 3 {
+				began := time.Now()
+				if err := r.Run(t.Context(), pass, func(context.Context) error {
+					time.Sleep(time.Second) // of simulated time
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(2 * time.Second)
+				if err := r.Report(t.Context(), pass, began, time.Now(), nil); err != nil { // begun before the other
+					t.Error(err)
+				}
+			}
+		}, fwd.WithQueue(new(fwd.Queue)))
+		var got []time.Duration
+		for _, rec := range records {
+			got = append(got, rec.Duration/time.Second)
+		}
+		if diff := cmp.Diff([]time.Duration{1, 2, 1, 2, 1, 2}, got); diff != "" {
+			t.Errorf("seconds (-want +got):\n%s", diff)
+		}
+	})
 }
