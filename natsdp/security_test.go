@@ -324,7 +324,10 @@ func TestRefusedBefore(t *testing.T) {
 	if !errors.Is(err, nats.ErrPermissionViolation) || ctx.Err() != nil {
 		t.Errorf("joining as another rank: %v, want %v, and soon", err, nats.ErrPermissionViolation)
 	}
-	together(t, joinAll(t, name, 1, func(int) []natsdp.Option { return []natsdp.Option{natsdp.WithConn(conn)} }), 1)
+	group := joinAll(t, name, 1, func(int) []natsdp.Option {
+		return []natsdp.Option{natsdp.WithConn(conn)}
+	})
+	together(t, group, 1)
 }
 
 // Whatever anybody sends on the subjects of a group is counted and ignored, unless it speaks for a
