@@ -298,7 +298,7 @@ func (m *member) endIfFull() {
 	var err error
 	for i := range votes {
 		if votes[i].Step != step {
-			_, err = fwd.Agree(votes, 0) // says who is where
+			_, err = fwd.Agree(votes, 0) // whose error says at which steps the ranks are
 			break
 		}
 	}
@@ -542,7 +542,7 @@ func (m *member) handleBroken(msg *message) {
 		m.fail(msg)
 	case msg.round == m.round+1:
 		m.leftBehind(msg.round, msg.step, msg.lowest)
-	default: // there were others before it, of which this rank has not heard, or not yet
+	default: // this rank has not heard of the rounds before it, or not yet
 		m.leftBehind(msg.round, msg.step, min(msg.lowest, m.step+1))
 	}
 }

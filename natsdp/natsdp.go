@@ -359,7 +359,7 @@ func (c *Coordinator) unsubscribe() {
 	_, _ = c.all.Unsubscribe(), c.direct.Unsubscribe()
 }
 
-// hangUp closes the connection, once the goodbye is on its way.
+// hangUp closes the connection after the goodbye is on its way.
 func (c *Coordinator) hangUp() {
 	if c.conn.IsConnected() {
 		_ = c.conn.FlushTimeout(lingerMost)
