@@ -36,6 +36,8 @@ type detector struct {
 	blame func(args, output string) string
 	// control returns what is wrong with the package without a fault; only the first call looks.
 	control func() error
+	// parts returns what the detector is linked from; only the first call looks.
+	parts func() (*parts, error)
 }
 
 // servedCombinations are flags of serve under which its answers, or its own checks, depend on every part
@@ -135,8 +137,9 @@ func newBench(ctx context.Context, m modules, src sources, tmp string, w who) *b
 			if err != nil {
 				return err
 			}
-			return d.look(ctx, dir, overlay).controlError(detectorNames[i])
+			return d.look(ctx, &control, dir, overlay).controlError(detectorNames[i])
 		})
+		d.parts = sync.OnceValues(func() (*parts, error) { return d.findParts(ctx) })
 	}
 	return b
 }
@@ -192,7 +195,7 @@ func (b *bench) try(ctx context.Context, f fault) result {
 		}
 		if v.err == nil {
 			began := time.Now()
-			*v = d.look(ctx, dir, overlay)
+			*v = d.look(ctx, &f, dir, overlay)
 			v.took = time.Since(began)
 		}
 		v.asked = true
@@ -214,10 +217,12 @@ func (b *bench) prepare(f *fault) (dir, overlay string, err error) {
 }
 
 // look builds the detector with an overlay, in dir, and runs it until it notices something.
-func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
+func (d *detector) look(ctx context.Context, f *fault, dir, overlay string) verdict {
 	program := filepath.Join(dir, "detector")
-	if err := d.make(ctx, program, overlay); err != nil {
-		return verdict{err: err}
+	if !d.relinked(ctx, f, dir, program) {
+		if err := d.make(ctx, program, overlay); err != nil {
+			return verdict{err: err}
+		}
 	}
 	for _, run := range d.runs {
 		if v := d.run(ctx, program, run); v.noticed || v.err != nil {
@@ -225,6 +230,15 @@ func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
 		}
 	}
 	return verdict{}
+}
+
+// relinked tries to make the detector in the quick way. A compiler's complaint comes out in the other way.
+func (d *detector) relinked(ctx context.Context, f *fault, dir, program string) bool {
+	if f.file == "" || d.parts == nil {
+		return false
+	}
+	p, err := d.parts()
+	return err == nil && p.relink(ctx, f, dir, program) == nil
 }
 
 // make builds the detector. Compilers live for seconds: leaving most of their garbage to their end saves a

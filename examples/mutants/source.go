@@ -56,7 +56,7 @@ func (f *fault) apply(source string) (string, error) {
 		return "", fmt.Errorf("fault %s: want its text once in %s, found it %d times:\n%s",
 			f.name, f.file, n, indent(f.old, "\t| "))
 	}
-	return strings.Replace(source, f.old, f.new, 1), nil
+	return strings.Replace(source, f.old, sameLines(f.old, f.new), 1), nil
 }
 
 // line returns the number of the first changed line of source.
