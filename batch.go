@@ -108,7 +108,7 @@ func (r *Runner) Begin(ctx context.Context, s Schedule) (wait func() (Pass, erro
 		return nil, err
 	}
 	e.draft.lengths = slices.Clone(e.draft.lengths)
-	if err := r.open(ctx, e); err != nil {
+	if err := r.open(ctx, e, true); err != nil {
 		return nil, err
 	}
 	e.begin()

@@ -901,11 +901,12 @@ type begun struct {
 	ctx      context.Context
 	over     bool          // it ended when it began: this rank came last, or was refused
 	err      error         // of a rank whose exchange was over
+	waits    bool          // its round is open
 	stop     func() bool   // of what follows the end of ctx; nil: ctx never ends
 	deadline time.Duration // 0: none
 	cause    error         // of the deadline
 	expired  bool
-	ended    time.Duration // when the round ended, if there was a deadline
+	ended    time.Duration // when the round ended
 }
 
 // Rank implements [Coordinator].
@@ -969,6 +970,7 @@ func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, c
 	if c.begun.over {
 		return
 	}
+	c.begun.waits = true
 	if timeout > 0 {
 		c.begun.deadline = now() + timeout
 		g.arm(c.begun.deadline)
@@ -1013,12 +1015,12 @@ func (c *localRank) await() ([]Vote, error) {
 	return nil, err
 }
 
-// endedAt returns when the round of the latest Exchange ended, or otherwise if that is not known.
-func (c *localRank) endedAt(otherwise time.Duration) time.Duration {
+// endedAt returns when the round of the latest Exchange, which began then, ended.
+func (c *localRank) endedAt(began time.Duration) time.Duration {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()
-	if c.begun.ended == 0 {
-		return otherwise
+	if c.begun.over {
+		return began
 	}
 	return c.begun.ended
 }
@@ -1134,11 +1136,11 @@ func (g *localGroup) end(self *localRank, last int, step uint64, err *RankError)
 			continue
 		}
 		c.here, c.last, c.lastRank = false, step, last
-		if c.begun.deadline != 0 { // it may ask later than the round ends
+		if c.begun.waits { // it may ask later than the round ends
 			if ended == 0 {
 				ended = now()
 			}
-			c.begun.deadline, c.begun.ended = 0, ended
+			c.begun.waits, c.begun.deadline, c.begun.ended = false, 0, ended
 		}
 		if c != self {
 			c.wake <- err.clone() // never blocks: a rank waits once a round, and the buffer holds one

@@ -510,7 +510,7 @@ func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
 // TokenMultiple, and one that wraps ErrLockstep if an exchange is open.
 func (r *Runner) WithGraphs(d *Dispatcher) (*Runner, error) {
 	if r == nil {
-		r = nilRunner
+		r = &Runner{parallel: nilRunner.parallel, state: new(state)} // not nilRunner, whose state all would share
 	}
 	if e, _ := r.state.exchanging(); e != nil && e.waiting() {
 		return nil, r.busy(e)
@@ -1171,6 +1171,7 @@ type exchange struct {
 	span     *coordinateSpan // nil: nobody listens
 	began    instant
 	over     atomic.Bool   // the outcome is there
+	joined   atomic.Bool   // of a local one: its vote is in
 	local    bool          // begun at a rank of a local group, which waits without a goroutine
 	mu       sync.Mutex    // held while the outcome is fetched
 	done     chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
@@ -1180,8 +1181,9 @@ type exchange struct {
 	err       error
 }
 
-// open opens the Runner's next exchange, which must be settled.
-func (r *Runner) open(ctx context.Context, e *exchange) error {
+// open opens the Runner's next exchange, which must be settled. If it is to be begun, its caller does not
+// wait for the votes.
+func (r *Runner) open(ctx context.Context, e *exchange, begun bool) error {
 	if r.coordinator == nil {
 		return invalidf("rank %d of %d has no coordinator; use WithCoordinator",
 			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
@@ -1189,6 +1191,9 @@ func (r *Runner) open(ctx context.Context, e *exchange) error {
 	e.runner, e.lastRank = r, -1
 	e.ctx, e.began = ctx, r.now()
 	e.draft.vote.Config = r.fingerprint
+	if e.local = begun && r.local != nil; begun && !e.local {
+		e.done = make(chan struct{})
+	}
 	for other := r.state.openExchange(e); other != nil; other = r.state.openExchange(e) {
 		if other.waiting() {
 			return r.busy(other)
@@ -1237,7 +1242,7 @@ func (r *Runner) busy(open *exchange) error {
 
 // exchange opens an exchange and waits for its outcome.
 func (r *Runner) exchange(ctx context.Context, e *exchange) error {
-	if err := r.open(ctx, e); err != nil {
+	if err := r.open(ctx, e, false); err != nil {
 		return err
 	}
 	return e.settle()
@@ -1246,13 +1251,12 @@ func (r *Runner) exchange(ctx context.Context, e *exchange) error {
 // begin starts the exchange without waiting for its outcome.
 func (e *exchange) begin() {
 	r := e.runner
-	if r.local != nil {
-		e.local = true
+	if e.local {
 		vote := e.draft.vote // a copy, since a late rank votes for another step
 		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		e.joined.Store(true)
 		return
 	}
-	e.done = make(chan struct{})
 	go func() {
 		defer close(e.done)
 		e.panicked = "fwd: the coordinator's Exchange ended its goroutine"
@@ -1268,7 +1272,7 @@ func (e *exchange) begin() {
 
 // waiting reports whether votes are still missing.
 func (e *exchange) waiting() bool {
-	if e.local {
+	if e.local && e.joined.Load() {
 		return e.runner.local.open()
 	}
 	return !e.over.Load()
@@ -1375,7 +1379,7 @@ func (e *exchange) finish(step uint64, a *Agreement, err error) {
 	}
 	ended := r.now()
 	if e.local && r.clock == nil {
-		ended.mono = r.local.endedAt(ended.mono)
+		ended.mono = r.local.endedAt(e.began.mono)
 	}
 	e.wait = max(e.began.until(ended), 0)
 	if c, ok := r.coordinator.(interface{ Last() int }); ok {

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"slices"
 	"time"
@@ -22,7 +23,7 @@ type Config struct {
 	MaxNumSeqs           int           // requests of a rank in a step; 0: 16
 	BlockSize            int           // tokens in a block of the KV cache; 0: 16
 	GraphMode            fwd.GraphMode // which passes run by graphs; zero: none
-	CaptureSizes         []int         // of graphs, in tokens; nil: the usual ones, up to 64
+	CaptureSizes         []int         // of graphs, in tokens; nil: the usual ones, for all decode batches and up to 64
 	NumUBatches          int           // microbatches of a split pass; 0 or 1: passes are not split
 	NumSpeculativeTokens int           // guesses of a draft model that a decoding request brings to each step; 0: no draft model
 	NumBlocks            int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
@@ -53,6 +54,7 @@ type Config struct {
 	TracerProvider trace.TracerProvider // nil: the global one
 	MeterProvider  metric.MeterProvider // nil: the global one
 	StepTrace      bool                 // one trace for a step across all ranks
+	Logger         *slog.Logger         // of what is worth a warning: gaps between graphs, failed passes; nil: none
 }
 
 // MaxRanks is the most ranks of an engine: each has a KV cache of its own in the same process.
@@ -133,3 +135,7 @@ func (c *Config) here() (first, count int) {
 	}
 	return 0, c.DataParallelSize
 }
+
+// longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a rank that
+// was restarted waits so long for the others to wake up. It is less than an exchange may take.
+func (c *Config) longestSleep() time.Duration { return min(time.Second, c.ExchangeTimeout/2) }

@@ -1,17 +1,20 @@
-// Package engine serves requests with a mixture-of-experts model over data-parallel ranks: continuous batching with chunked
-// prefill, a paged KV cache, expert parallelism and greedy sampling. Ranks are goroutines of one process, or processes
-// ([Process]), and each of them does in every step what a rank of a large engine does:
+// Package engine serves requests with a mixture-of-experts model over data-parallel ranks: continuous
+// batching with chunked prefill, a paged KV cache, expert parallelism, speculative decoding and greedy
+// sampling. Ranks are goroutines of one process, or processes ([Process]). Each of them does in every step
+// what a rank of a large engine does (rank.go):
 //
-//	schedule           which requests get how many tokens (scheduler.go)
-//	Runner.Plan        agree with the other ranks on graph mode and padding
-//	metadata           lay the batch out in rows, for attention and KV cache (batch.go)
-//	Runner.Run         the model, by a graph where there is one (instance.go), in which every mixture-of-experts layer
-//	                   exchanges rows with all ranks of the process (exchange.go)
-//	sample             the next token of each request that has caught up with itself
-//	propose            with speculative decoding, guesses at the tokens after it (speculate.go)
+//	schedule        which requests get how many tokens (scheduler.go)
+//	Runner.Plan     agree with the other ranks on graph mode and padding, and, by the note that comes with
+//	                each vote, whether to run the step, to sleep or to stop (note.go)
+//	Pass.Parts      lay the batch out in rows, and add what attention must know (batch.go)
+//	Runner.Run      the model, by a graph if there is one (instance.go), in which every mixture-of-experts
+//	                layer exchanges rows with all ranks of the process (exchange.go)
+//	sample          the next token of each request that has caught up with itself
+//	propose         with speculative decoding, guesses at the tokens after it (speculate.go)
 //
-// No rank can take a step alone. One that has nothing to do takes it as a dummy pass, and all stop after the same one
-// (gate.go, process.go). Before the first step the ranks warm up: they capture all graphs that a step can ask for.
+// No rank can take a step alone. A rank that has nothing to do takes it as a dummy pass, unless no rank has
+// anything to do: then nobody runs. Before the first step the ranks warm up: they capture all graphs that a
+// step can ask for. What is around the steps, how ranks start, fail and stop, is in run.go.
 package engine
 
 import (
@@ -19,12 +22,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/trace"
@@ -63,13 +63,14 @@ func (e *Engine) Progress() (finished, generated int) {
 	return int(e.finished.Load()), int(e.generated.Load())
 }
 
-// Run serves requests until all are finished or ctx ends, and returns the result of each in the order of requests,
-// finished or not, and the figures so far. When ctx ends, the step in flight is finished, since the ranks need each other
-// for that, and the error is ctx's cause. Any other error is of the first rank that failed. An engine runs once at a time.
+// Run serves requests until all are finished or ctx ends, and returns the result of each in the order of
+// requests, finished or not, and the figures so far. When ctx ends, the step in flight is finished, since
+// the ranks need each other for that, and the error is ctx's cause. Any other error is that of the first
+// rank that failed. An engine runs once at a time.
 //
-// An engine that is one of several processes serves requests of its own, which may be none, and takes part in the steps
-// until all ranks have finished theirs. When ctx ends, that goes on until the ranks ask each other the next time, at most
-// StopGrace later, and all of them stop; the others' error is [ErrInterrupted].
+// An engine that is one of several processes serves requests of its own, which may be none, and takes part
+// in the steps until all ranks have finished theirs. When ctx ends, all of them stop with the next step; the
+// others' error is [ErrInterrupted].
 func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, error) {
 	if !e.running.CompareAndSwap(false, true) {
 		return nil, Stats{}, errors.New("engine: it is running already")
@@ -77,78 +78,16 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	defer e.running.Store(false)
 	e.finished.Store(0)
 	e.generated.Store(0)
-	numBlocks, err := e.admit(requests)
+	run, err := e.newRun(requests)
 	if err != nil {
 		return nil, Stats{}, err
 	}
-
-	results := make([]Result, len(requests))
-	sequences := make([]*sequence, len(requests))
-	for i := range requests {
-		results[i].ID = requests[i].ID
-		sequences[i] = &sequence{request: &requests[i], result: &results[i]}
-	}
-	slices.SortStableFunc(sequences, func(a, b *sequence) int { return cmp.Compare(e.arrival(a.request), e.arrival(b.request)) })
-	ranks, err := e.newRanks(sequences, numBlocks)
-	if err != nil {
-		return nil, Stats{}, err
-	}
-
-	// Steps don't run under ctx itself: where it ended in mid-step, some ranks would have exchanged rows and others not.
-	stepCtx, fail := context.WithCancelCause(context.WithoutCancel(ctx))
-	var watching sync.WaitGroup
-	watching.Go(func() {
-		select {
-		case <-stepCtx.Done():
-			return
-		case <-ctx.Done():
-		}
-		select {
-		case <-stepCtx.Done():
-		case <-time.After(e.config.StopGrace):
-			fail(context.Cause(ctx))
-		}
-	})
-	all := func(do func(r *rank) error) {
-		var working sync.WaitGroup
-		for _, r := range ranks {
-			working.Go(func() {
-				if err := do(r); err != nil {
-					fail(fmt.Errorf("rank %d: %w", r.rank, err)) // ends the others' exchanges; the first error stays
-				}
-			})
-		}
-		working.Wait()
-	}
-	began := time.Now()
-	if ctx.Err() == nil {
-		all(func(r *rank) error { return r.warmUp(stepCtx) })
-	}
-	warmUp := time.Since(began)
-	began = time.Now()
-	for _, s := range sequences {
-		s.arrived = began.Add(e.arrival(s.request))
-	}
-	gate := e.newGate(ctx, sequences)
-	if stepCtx.Err() == nil {
-		all(func(r *rank) error { return r.serve(stepCtx, gate) })
-	}
-	err = context.Cause(stepCtx)
-	fail(nil)
-	watching.Wait()
-
-	if isRankError(err) && e.config.Process != nil && ctx.Err() != nil {
-		err = context.Cause(ctx) // whoever is missing was interrupted, as this rank was
-	}
-	stats := collect(ranks, len(requests), time.Since(began))
-	stats.WarmUp = warmUp
-	for _, s := range sequences {
-		s.endSpan()
-	}
+	err = run.supervise(ctx)
+	stats := run.end()
 	if err == nil && stats.Finished < len(requests) {
 		err = context.Cause(ctx)
 	}
-	return results, stats, err
+	return run.results, stats, err
 }
 
 // arrival returns when a request arrives, after the start.
@@ -184,74 +123,6 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 		numBlocks = max(numBlocks, need)
 	}
 	return numBlocks, nil
-}
-
-// newGate returns what the ranks of this process stop by.
-func (e *Engine) newGate(ctx context.Context, sequences []*sequence) gate {
-	if p := e.config.Process; p != nil {
-		return &processGate{ctx: ctx, group: p.Finish, timeout: e.config.ExchangeTimeout}
-	}
-	return newLocalGate(ctx, sequences, &e.finished)
-}
-
-// newRanks builds the ranks of this process and deals the requests out to them, in turn.
-func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error) {
-	cfg := &e.config
-	first, count := cfg.here()
-	targets, err := e.newInstances(e.target, numBlocks, cfg.Coordinators)
-	if err != nil {
-		return nil, err
-	}
-	drafts := make([]*instance, count)
-	if e.draft != nil {
-		if drafts, err = e.newInstances(e.draft, numBlocks, cfg.DraftCoordinators); err != nil {
-			return nil, err
-		}
-	}
-	ranks := make([]*rank, count)
-	for d := range count {
-		r := &rank{
-			rank:   first + d,
-			engine: e,
-			target: targets[d],
-			draft:  drafts[d],
-			scheduler: &scheduler{
-				blocks:  newBlockAllocator(numBlocks, cfg.BlockSize),
-				budget:  cfg.MaxNumBatchedTokens,
-				maxSeqs: cfg.MaxNumSeqs,
-				drafts:  cfg.NumSpeculativeTokens,
-			},
-			figures: newFigures(),
-		}
-		for i := d; i < len(sequences); i += count {
-			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
-		}
-		ranks[d] = r
-	}
-	return ranks, nil
-}
-
-// newInstances puts a model on the ranks of this process. They share its experts. All ranks agree among themselves; those of
-// another model have nothing to do with it.
-func (e *Engine) newInstances(b *blueprint, numBlocks int, coordinators []fwd.Coordinator) ([]*instance, error) {
-	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
-	if coordinators == nil {
-		var err error
-		if coordinators, err = fwd.NewLocalGroup(size); err != nil {
-			return nil, err
-		}
-	}
-	first, count := e.config.here()
-	group := newExpertGroup(count * sp)
-	group.first, group.total = first*sp, size*sp
-	instances := make([]*instance, count)
-	for i := range count {
-		var err error
-		if instances[i], err = newInstance(b, &e.config, first+i, numBlocks, coordinators[i], group); err != nil {
-			return nil, err
-		}
-	}
-	return instances, nil
 }
 
 // tracer returns the tracer of the spans that are the engine's own.

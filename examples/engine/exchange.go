@@ -10,8 +10,6 @@ import (
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
-	"go.opentelemetry.io/otel/attribute"
-	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -39,6 +37,7 @@ type expertGroup struct {
 type round struct {
 	messages []*message // by worker; nil: has not come
 	arrived  int
+	last     int // the rank that came last, once all have come
 	done     chan struct{}
 }
 
@@ -67,9 +66,7 @@ func newExpertGroup(size int) *expertGroup {
 type expertWorker struct {
 	group  *expertGroup
 	worker int // in the group
-
-	mu     sync.Mutex
-	waited time.Duration
+	rank   int // whose worker it is
 }
 
 // Dispatch implements [model.Exchanger].
@@ -106,21 +103,16 @@ type rankWorkers []*expertWorker
 func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 	var workers rankWorkers
 	for s := range sp {
-		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s - g.first})
+		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s - g.first, rank: rank})
 	}
 	return workers
 }
 
-// inPass is middleware that tells the group how each pass ended. So a worker that fails, or that goes through fewer
-// exchanges than the others, is noticed by those who wait for it. The pass's span says how long it waited for the others'
-// rows: the passes of a step are equally long, and this tells the rank that is waited for from those that wait.
+// inPass is middleware that tells the group how each pass ended. So the others notice if a worker that
+// they wait for has failed, or goes through fewer exchanges than they do.
 func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	return func(ctx context.Context) error {
-		before := ws.waiting()
 		err := next(ctx)
-		if span := trace.SpanFromContext(ctx); span.IsRecording() {
-			span.SetAttributes(attribute.Float64("engine.experts.wait_time", (ws.waiting() - before).Seconds()))
-		}
 		for _, w := range ws {
 			w.group.endPass(w.worker, err)
 		}
@@ -128,33 +120,24 @@ func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	}
 }
 
-// waiting returns how long a worker has waited for the others, on average.
-func (ws rankWorkers) waiting() time.Duration {
-	var sum time.Duration
-	for _, w := range ws {
-		w.mu.Lock()
-		sum += w.waited
-		w.mu.Unlock()
-	}
-	return sum / time.Duration(len(ws))
-}
-
-// meet leaves m for the others and returns the messages of all workers once everyone has come.
+// meet leaves m for the others and returns the messages of all workers once everyone has come. It tells
+// fwd how long it has waited for the last rank to come: the passes of a step are equally long on all ranks,
+// and this tells the rank that is waited for from those that wait.
 func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error) {
 	g := w.group
 	if ctx.Err() != nil {
 		return nil, g.fail(fmt.Errorf("expert worker %d left at %v: %w", w.worker, m, context.Cause(ctx)))
 	}
 	began := time.Now()
-	r, err := g.join(ctx, w.worker, m)
+	r, err := g.join(ctx, w, m)
 	if err != nil {
 		return nil, err
 	}
 	select {
 	case <-r.done:
-		w.mu.Lock()
-		w.waited += time.Since(began)
-		w.mu.Unlock()
+		if r.last != w.rank {
+			fwd.Waited(ctx, r.last, began)
+		}
 		return r.messages, nil
 	case <-g.broken:
 		return nil, g.err
@@ -163,7 +146,9 @@ func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error)
 	}
 }
 
-func (g *expertGroup) join(ctx context.Context, worker int, m *message) (*round, error) {
+// join puts m into the round that the worker's pass, or microbatch, is in.
+func (g *expertGroup) join(ctx context.Context, w *expertWorker, m *message) (*round, error) {
+	worker := w.worker
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.err != nil {
@@ -193,6 +178,7 @@ func (g *expertGroup) join(ctx context.Context, worker int, m *message) (*round,
 		return nil, g.failLocked(err)
 	}
 	delete(g.rounds, ubatch)
+	r.last = w.rank
 	close(r.done)
 	return r, nil
 }

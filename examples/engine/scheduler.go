@@ -34,14 +34,13 @@ type sequence struct {
 	blockTable []int
 	computed   int   // tokens whose keys and values are in the cache
 	drafts     []int // guesses at the tokens after the known ones, not verified yet
-	drafted    int   // tokens whose keys and values are in the draft model's cache
 	span       trace.Span
 	arrived    time.Time
 	scheduled  time.Time // first
 	firstToken time.Time
 }
 
-// token returns the token at a position of prompt, answer and guesses.
+// token returns the token at a position of prompt, answer and guesses, and 0 after them.
 func (s *sequence) token(position int) int {
 	for _, part := range [...][]int{s.request.Prompt, s.result.Tokens} {
 		if position < len(part) {
@@ -49,7 +48,10 @@ func (s *sequence) token(position int) int {
 		}
 		position -= len(part)
 	}
-	return s.drafts[position]
+	if position < len(s.drafts) {
+		return s.drafts[position]
+	}
+	return 0
 }
 
 // known is the number of tokens of prompt and answer.
@@ -61,7 +63,8 @@ func (s *sequence) pending() int { return s.known() + len(s.drafts) - s.computed
 // scheduled is a sequence's part of one step.
 type scheduled struct {
 	seq          *sequence
-	first, count int // tokens
+	first, count int  // tokens
+	still        bool // its rows are there to be counted, and are written nowhere
 }
 
 // scheduler decides what a rank computes in each step: continuous batching with chunked prefill. Sequences join and leave
@@ -76,6 +79,13 @@ type scheduler struct {
 	drafts  int // guesses that a sequence may have beyond its last token
 }
 
+// open says when serving begins, and so when each request arrives.
+func (s *scheduler) open(began time.Time, arrival func(*Request) time.Duration) {
+	for _, seq := range s.waiting {
+		seq.arrived = began.Add(arrival(seq.request))
+	}
+}
+
 // schedule returns the next step: first what is running, so that no admitted request starves, then new ones that have
 // arrived. It returns nothing when the rank is idle.
 func (s *scheduler) schedule(now time.Time) []scheduled {
@@ -84,7 +94,7 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 	take := func(seq *sequence) {
 		count := min(seq.pending(), budget)
 		budget -= count
-		batch = append(batch, scheduled{seq, seq.computed, count})
+		batch = append(batch, scheduled{seq: seq, first: seq.computed, count: count})
 	}
 	for _, seq := range s.running {
 		if budget > 0 {

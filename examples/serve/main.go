@@ -12,12 +12,11 @@
 //
 // All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be started again by the same
 // command: the others wait for it, and it serves what its results file lacks. The file nats.conf is a configuration of the server
-// with TLS and a user for each rank. The groups are GROUP-target, GROUP-finish and, with -spec, GROUP-draft.
+// with TLS and a user for each rank. The groups are GROUP-target and, with -spec, GROUP-draft.
 //
 // The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
 // that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
-// with the table so far; ranks that are processes all stop when one of them is interrupted, after at most 16 more steps. A second
-// Ctrl-C ends it at once.
+// with the table so far; ranks that are processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
 // was interrupted, and with 2 for bad flags.
@@ -29,6 +28,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"net"
 	"os"
@@ -195,6 +195,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,
 		Speed:                  o.speed,
+		Logger:                 newLogger(stderr),
 	}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp, o.instance())
@@ -237,6 +238,11 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		err = checked.err()
 	}
 	return err
+}
+
+// newLogger returns a logger of warnings.
+func newLogger(stderr io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }
 
 // outcome is what came of a run.

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -58,7 +59,7 @@ func start(t *testing.T, args ...string) *program {
 func (p *program) wait() int {
 	p.Helper()
 	if err := p.cmd.Wait(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
 			p.Fatal(err)
 		}
 	}
@@ -77,11 +78,17 @@ func (p *program) report() *report {
 	p.Helper()
 	exit := p.wait()
 	var r report
-	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.stderr.Len() > 0 {
+	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.complaints() != "" {
 		p.Fatalf("exit %d, stderr %q, %v in stdout %s", exit, &p.stderr, err, &p.stdout)
 	}
 	return &r
 }
+
+// warning is a line that warns of an exchange that will be tried again, or of one that was.
+var warning = regexp.MustCompile(`(?m)^time=\S+ level=WARN msg="(exchange of votes failed|rank came late).*\n`)
+
+// complaints returns what the program has printed to stderr beside such warnings.
+func (p *program) complaints() string { return warning.ReplaceAllString(p.stderr.String(), "") }
 
 // eventually waits until something is so.
 func eventually(t *testing.T, what string, so func() bool) {
@@ -262,11 +269,16 @@ func TestProcessesTelemetry(t *testing.T) {
 	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint).report()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.names["request"] != 5 || c.names["warm-up"] != 3 || c.names["fwd.forward"] <= 3*r.Steps || c.names["fwd.coordinate"] != 3*r.Steps || c.names["fwd.forward.duration"] == 0 {
+	passes := c.names["fwd.forward"] / 3
+	if c.names["request"] != 5 || c.names["warm-up"] != 3 || passes <= r.Steps || c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 3 ranks", c.names, r.Steps)
 	}
-	// The warm-ups of the ranks are traces of their own, as the requests are.
-	if want := r.Steps + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
+	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
+	if got, want := c.names["fwd.coordinate"], 3*(passes+2); got != want {
+		t.Errorf("%d exchanges of 3 ranks with %d passes each, want %d", got, passes, want)
+	}
+	// The warm-ups of the ranks are traces of their own, as the requests and the last exchange are.
+	if want := r.Steps + 1 + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
 		t.Errorf("%d traces of %d instances, want %d of 3", len(c.traces), len(c.instances), want)
 	}
 }

@@ -138,7 +138,7 @@ func serveRank(ctx context.Context, o *options, config engine.Config, weights *m
 	return out, err
 }
 
-// groups are what connects this rank with the others: a group for each model, and one to stop together.
+// groups are what connects this rank with the others: a group for each model.
 type groups struct {
 	conn    *nats.Conn
 	process engine.Process
@@ -174,7 +174,7 @@ func withoutPasswords(urls string) string {
 
 // join joins all groups at once, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
-	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target, "finish": &g.process.Finish}
+	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target}
 	if o.spec > 0 {
 		coordinators["draft"] = &g.process.Draft
 	}

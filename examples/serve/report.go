@@ -235,12 +235,14 @@ var modeMeaning = map[string]string{
 
 // reasonMeaning explains the reasons that this engine can have.
 var reasonMeaning = map[string]string{
-	"exact":     "full graph of a decode batch",
-	"relaxed":   "graph for any batch of the size",
-	"disabled":  "no graphs at all",
-	"no_key":    "no graph for such a batch",
-	"too_large": "larger than any graph",
-	"dp_rank":   "another rank had no such graph",
+	"exact":         "full graph of a decode batch",
+	"relaxed":       "graph for any batch of the size",
+	"disabled":      "no graphs at all",
+	"no_key":        "no graph for such a batch",
+	"too_large":     "larger than any graph",
+	"dp_rank":       "another rank had no such graph",
+	"full_excluded": "idle, in a step without full graphs",
+	"ubatch":        "the pass is split into microbatches",
 }
 
 func seconds(s float64) time.Duration {

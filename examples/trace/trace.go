@@ -104,7 +104,7 @@ func parse(record []string, columns [3]int) (row Row, column int, err error) {
 
 // inLine puts the line of a syntax error first, as in all other errors.
 func inLine(err error) error {
-	if syntax, ok := errors.AsType[*csv.ParseError](err); ok {
+	if syntax := (*csv.ParseError)(nil); errors.As(err, &syntax) {
 		return fmt.Errorf("line %d: %w", syntax.Line, syntax.Err)
 	}
 	return err
