@@ -510,7 +510,7 @@ func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
 // TokenMultiple, and one that wraps ErrLockstep if an exchange is open.
 func (r *Runner) WithGraphs(d *Dispatcher) (*Runner, error) {
 	if r == nil {
-		r = nilRunner
+		r = &Runner{parallel: nilRunner.parallel, state: new(state)} // not nilRunner, whose state all would share
 	}
 	if e, _ := r.state.exchanging(); e != nil && e.waiting() {
 		return nil, r.busy(e)

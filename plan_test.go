@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"sync"
 	"testing"
 
@@ -18,27 +17,33 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// planRank is one rank of a planned step: how it is configured, what is scheduled, and what comes out.
-type planRank struct {
-	dispatcher *fwd.DispatcherConfig // nil: none
-	schedule   fwd.Schedule
-	want       fwd.Pass // without Agreement
-	invalid    string   // what the error that is ErrInvalid says; empty: there is none
+// planCase is a step that is planned on all ranks.
+type planCase struct {
+	name     string
+	parallel fwd.ParallelConfig
+	graphs   *fwd.DispatcherConfig // nil: none
+	ranks    []planRank
 }
 
-// planGroup makes the Runners of ranks that are configured so.
-func planGroup(t *testing.T, parallel fwd.ParallelConfig, ranks []planRank) ([]*fwd.Runner, []*groupTap) {
+// planRank is what is scheduled on a rank, and what comes out.
+type planRank struct {
+	schedule fwd.Schedule
+	want     fwd.Pass // without Agreement
+}
+
+// planGroup makes the Runners of so many ranks.
+func planGroup(
+	t *testing.T, parallel fwd.ParallelConfig, graphs *fwd.DispatcherConfig, size int,
+) ([]*fwd.Runner, []*groupTap) {
 	t.Helper()
-	runners, taps := make([]*fwd.Runner, len(ranks)), make([]*groupTap, len(ranks))
-	parallel.DataParallelSize = len(ranks)
-	for rank, c := range localGroup(t, len(ranks)) {
-		parallel.DataParallelRank = rank
+	runners, taps := make([]*fwd.Runner, size), make([]*groupTap, size)
+	var d *fwd.Dispatcher
+	if graphs != nil {
+		d = planDispatcher(t, *graphs)
+	}
+	for rank, c := range localGroup(t, size) {
 		taps[rank] = &groupTap{Coordinator: c}
-		opts := []fwd.Option{fwd.WithCoordinator(taps[rank])}
-		if cfg := ranks[rank].dispatcher; cfg != nil {
-			opts = append(opts, fwd.WithDispatcher(planDispatcher(t, *cfg)))
-		}
-		r, err := fwd.New(fwd.Config{Parallel: parallel}, opts...)
+		r, err := fwd.New(fwd.Config{Parallel: parallel}, fwd.WithCoordinator(taps[rank]), fwd.WithDispatcher(d))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -47,8 +52,10 @@ func planGroup(t *testing.T, parallel fwd.ParallelConfig, ranks []planRank) ([]*
 	return runners, taps
 }
 
-// planStep plans a step on all ranks at once.
-func planStep(ctx context.Context, runners []*fwd.Runner, schedule func(rank int) fwd.Schedule) ([]fwd.Pass, []error) {
+// planStep plans a step on all ranks concurrently.
+func planStep(
+	ctx context.Context, runners []*fwd.Runner, schedule func(rank int) fwd.Schedule,
+) ([]fwd.Pass, []error) {
 	passes, errs := make([]fwd.Pass, len(runners)), make([]error, len(runners))
 	var wg sync.WaitGroup
 	for rank, r := range runners {
@@ -58,9 +65,20 @@ func planStep(ctx context.Context, runners []*fwd.Runner, schedule func(rank int
 	return passes, errs
 }
 
+// planOf plans a step with these schedules.
+func planOf(t *testing.T, runners []*fwd.Runner, schedules ...fwd.Schedule) []fwd.Pass {
+	t.Helper()
+	passes, errs := planStep(t.Context(), runners, func(rank int) fwd.Schedule { return schedules[rank] })
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	return passes
+}
+
 // planDiff compares plans without their agreements.
 func planDiff(want, got fwd.Pass) string {
-	return cmp.Diff(want, got, cmpopts.IgnoreFields(fwd.Pass{}, "Agreement"), cmpopts.EquateEmpty(), groupAgreement)
+	return cmp.Diff(want, got, cmpopts.IgnoreFields(fwd.Pass{}, "Agreement"),
+		cmpopts.IgnoreUnexported(fwd.Pass{}), cmpopts.EquateEmpty(), groupAgreement)
 }
 
 func planRequests(n, tokens int) []int {
@@ -71,240 +89,74 @@ func planRequests(n, tokens int) []int {
 	return reqs
 }
 
-// Steps 1 and 2 of a plan: what the schedule is dispatched to, and what is voted for.
-func TestPlanVote(t *testing.T) {
-	t.Parallel()
-	one, three := planMixed(1), planMixed(3)
-	lora := planMixed(1)
-	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
-	ubatch := fwd.ParallelConfig{NumUBatches: 2}
-	for _, tt := range []struct {
-		name       string
-		parallel   fwd.ParallelConfig
-		dispatcher *fwd.DispatcherConfig
-		schedule   fwd.Schedule
-		want       fwd.Vote
-	}{
-		{"decode", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}, fwd.Vote{NumTokens: 3, NumTokensPadded: 4, GraphMode: fwd.GraphFull}},
-		{"mixed", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{1, 2}}, fwd.Vote{NumTokens: 3, NumTokensPadded: 4, GraphMode: fwd.GraphPiecewise}},
-		{"decode q=3", ubatch, &three, fwd.Schedule{NumScheduledTokens: []int{3, 3, 3}}, fwd.Vote{NumTokens: 9, NumTokensPadded: 12, GraphMode: fwd.GraphFull}},
-		{"not all decode q=3", ubatch, &three, fwd.Schedule{NumScheduledTokens: []int{3, 2, 3}}, fwd.Vote{NumTokens: 8, NumTokensPadded: 12, GraphMode: fwd.GraphPiecewise}},
-		{"as many tokens as decode q=3", ubatch, &three, fwd.Schedule{NumScheduledTokens: []int{2, 4}}, fwd.Vote{NumTokens: 6, NumTokensPadded: 6, GraphMode: fwd.GraphPiecewise}},
-		{"full excluded", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, ExcludeFull: true}, fwd.Vote{NumTokens: 3, NumTokensPadded: 4, GraphMode: fwd.GraphPiecewise}},
-		{"eager", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, Eager: true}, fwd.Vote{NumTokens: 3, NumTokensPadded: 3}},
-		{"no dispatcher", ubatch, nil, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}, fwd.Vote{NumTokens: 3, NumTokensPadded: 3}},
-		{"too large", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{17}}, fwd.Vote{NumTokens: 17, NumTokensPadded: 17}},
-		{"adapters", ubatch, &lora, fwd.Schedule{NumScheduledTokens: []int{3}, NumActiveLoRAs: 2}, fwd.Vote{NumTokens: 3, NumTokensPadded: 4, GraphMode: fwd.GraphPiecewise}},
-		{"adapters without configuration", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{3}, NumActiveLoRAs: 2}, fwd.Vote{NumTokens: 3, NumTokensPadded: 3}},
-		{"a request without tokens", ubatch, &one, fwd.Schedule{NumScheduledTokens: []int{1, 0, 1}}, fwd.Vote{NumTokens: 2, NumTokensPadded: 2, GraphMode: fwd.GraphPiecewise}},
+// planBatch schedules requests with these tokens, and planDecode n requests with one token each.
+func planBatch(tokens ...int) fwd.Schedule { return fwd.Schedule{NumScheduledTokens: tokens} }
 
-		{"decode at the threshold", ubatch, nil, fwd.Schedule{NumScheduledTokens: planRequests(32, 1), AllowUBatches: true}, fwd.Vote{NumTokens: 32, NumTokensPadded: 32, UBatch: true}},
-		{"decode below the threshold", ubatch, nil, fwd.Schedule{NumScheduledTokens: planRequests(31, 1), AllowUBatches: true}, fwd.Vote{NumTokens: 31, NumTokensPadded: 31}},
-		{"prefill at the threshold", ubatch, nil, fwd.Schedule{NumScheduledTokens: []int{500, 12}, AllowUBatches: true}, fwd.Vote{NumTokens: 512, NumTokensPadded: 512, UBatch: true}},
-		{"prefill below the threshold", ubatch, nil, fwd.Schedule{NumScheduledTokens: []int{500, 11}, AllowUBatches: true}, fwd.Vote{NumTokens: 511, NumTokensPadded: 511}},
-		{"microbatches not allowed", ubatch, nil, fwd.Schedule{NumScheduledTokens: []int{5000}}, fwd.Vote{NumTokens: 5000, NumTokensPadded: 5000}},
-		{"microbatches off", fwd.ParallelConfig{NumUBatches: 1}, nil, fwd.Schedule{NumScheduledTokens: []int{5000}, AllowUBatches: true}, fwd.Vote{NumTokens: 5000, NumTokensPadded: 5000}},
-		{"microbatches not configured", fwd.ParallelConfig{}, nil, fwd.Schedule{NumScheduledTokens: []int{5000}, AllowUBatches: true}, fwd.Vote{NumTokens: 5000, NumTokensPadded: 5000}},
-		{"own decode threshold", fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 2}, nil, fwd.Schedule{NumScheduledTokens: []int{1, 1}, AllowUBatches: true}, fwd.Vote{NumTokens: 2, NumTokensPadded: 2, UBatch: true}},
-		{"own prefill threshold", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 40}, nil, fwd.Schedule{NumScheduledTokens: []int{40}, AllowUBatches: true}, fwd.Vote{NumTokens: 40, NumTokensPadded: 40, UBatch: true}},
-		{"padding does not count", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 4}, &one, fwd.Schedule{NumScheduledTokens: []int{3}, AllowUBatches: true}, fwd.Vote{NumTokens: 3, NumTokensPadded: 4, GraphMode: fwd.GraphPiecewise}},
+func planDecode(n int) fwd.Schedule { return planBatch(planRequests(n, 1)...) }
 
-		{"idle", ubatch, &one, fwd.Schedule{AllowUBatches: true}, fwd.Vote{NumTokens: 1, NumTokensPadded: 1, GraphMode: fwd.GraphFull}},
-		{"idle q=3", ubatch, &three, fwd.Schedule{}, fwd.Vote{NumTokens: 3, NumTokensPadded: 3, GraphMode: fwd.GraphFull}},
-		{"idle with adapters", ubatch, &one, fwd.Schedule{NumActiveLoRAs: 3}, fwd.Vote{NumTokens: 1, NumTokensPadded: 1, GraphMode: fwd.GraphFull}},
-		{"idle without dispatcher", ubatch, nil, fwd.Schedule{}, fwd.Vote{NumTokens: 1, NumTokensPadded: 1}},
-		{"idle and eager q=3", ubatch, &three, fwd.Schedule{Eager: true}, fwd.Vote{NumTokens: 3, NumTokensPadded: 3}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			rank := planRank{dispatcher: tt.dispatcher}
-			runners, taps := planGroup(t, tt.parallel, []planRank{rank, rank})
-			if _, errs := planStep(t.Context(), runners, func(int) fwd.Schedule { return tt.schedule }); errors.Join(errs...) != nil {
-				t.Fatal(errs)
-			}
-			tt.want.Step = 1
-			for rank, tap := range taps {
-				if diff := cmp.Diff(tt.want, tap.sent); diff != "" || tap.exchanges != 1 {
-					t.Errorf("rank %d voted %d times (-want +got):\n%s", rank, tap.exchanges, diff)
-				}
-			}
-		})
+func planSplit(s fwd.Schedule) fwd.Schedule { s.AllowUBatches = true; return s }
+
+func planEager(s fwd.Schedule) fwd.Schedule { s.Eager = true; return s }
+
+func planLoRAs(n int, s fwd.Schedule) fwd.Schedule { s.NumActiveLoRAs = n; return s }
+
+// planKey is the key of a graph for mixed batches, and planUniform that of one for uniform decode batches.
+func planKey(tokens int) fwd.BatchDescriptor { return fwd.BatchDescriptor{NumTokens: tokens} }
+
+func planUniform(tokens, reqs int) fwd.BatchDescriptor {
+	return fwd.BatchDescriptor{NumTokens: tokens, NumReqs: reqs, Uniform: true}
+}
+
+func withLoRAs(n int, d fwd.BatchDescriptor) fwd.BatchDescriptor {
+	d.HasLoRA, d.NumActiveLoRAs = true, n
+	return d
+}
+
+// planTokens are the counts of a pass: unpadded, after graph padding, final, and the requests.
+type planTokens [4]int
+
+// planPass is the plan of a mixed batch, and planDecoding that of a uniform decode batch.
+func planPass(n planTokens, mode fwd.GraphMode, reason fwd.Reason, batch fwd.BatchDescriptor) fwd.Pass {
+	return fwd.Pass{
+		NumTokensUnpadded: n[0], NumTokensGraph: n[1], NumTokens: n[2], NumReqs: n[3],
+		GraphMode: mode, Reason: reason, Batch: batch, Phase: "mixed",
 	}
 }
 
-// Steps 3 and 4 of a plan: what the ranks make of their agreement.
-func TestPlanAgreed(t *testing.T) {
+func planDecoding(n planTokens, mode fwd.GraphMode, reason fwd.Reason, batch fwd.BatchDescriptor) fwd.Pass {
+	p := planPass(n, mode, reason, batch)
+	p.Phase = "decode"
+	return p
+}
+
+// planDummy is the plan of an idle rank.
+func planDummy(n planTokens, mode fwd.GraphMode, reason fwd.Reason, batch fwd.BatchDescriptor) fwd.Pass {
+	p := planDecoding(n, mode, reason, batch)
+	p.Dummy = true
+	return p
+}
+
+func planCut(p fwd.Pass, bounds ...[4]int) fwd.Pass { p.UBatches = planSlices(bounds...); return p }
+
+// checkPlans plans each case on all its ranks, twice.
+func checkPlans(t *testing.T, cases []planCase) {
+	t.Helper()
 	t.Parallel()
-	one, three := planMixed(1), planMixed(3)
-	decodeOnly := planMixed(1)
-	decodeOnly.Mode = fwd.GraphFullDecodeOnly
-	full := planMixed(1)
-	full.Mode = fwd.GraphFull
-	lora := planMixed(1)
-	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
-	decode := func(n int) fwd.Schedule { return fwd.Schedule{NumScheduledTokens: planRequests(n, 1)} }
-	prefill := func(tokens ...int) fwd.Schedule { return fwd.Schedule{NumScheduledTokens: tokens} }
-	split := func(s fwd.Schedule) fwd.Schedule { s.AllowUBatches = true; return s }
-	desc := func(tokens int) fwd.BatchDescriptor { return fwd.BatchDescriptor{NumTokens: tokens} }
-	uniform := func(tokens, reqs int) fwd.BatchDescriptor {
-		return fwd.BatchDescriptor{NumTokens: tokens, NumReqs: reqs, Uniform: true}
-	}
-	// pass is a plan's usual fields: unpadded, after graph padding, final tokens, requests.
-	pass := func(unpadded, graph, tokens, reqs int, mode fwd.GraphMode, reason fwd.Reason, batch fwd.BatchDescriptor) fwd.Pass {
-		return fwd.Pass{NumTokensUnpadded: unpadded, NumTokensGraph: graph, NumTokens: tokens, NumReqs: reqs, GraphMode: mode, Reason: reason, Batch: batch}
-	}
-	dummy := func(p fwd.Pass) fwd.Pass { p.Dummy = true; return p }
-	cut := func(p fwd.Pass, bounds ...[4]int) fwd.Pass { p.UBatches = planSlices(bounds...); return p }
-
-	for _, tt := range []struct {
-		name     string
-		parallel fwd.ParallelConfig
-		ranks    []planRank
-	}{
-		{"full on all ranks", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(3), pass(3, 4, 8, 3, fwd.GraphFull, fwd.ReasonExact, uniform(8, 8)), ""},
-			{&one, decode(7), pass(7, 8, 8, 7, fwd.GraphFull, fwd.ReasonExact, uniform(8, 8)), ""},
-		}},
-		{"piecewise on all ranks", fwd.ParallelConfig{}, []planRank{
-			{&one, prefill(3), pass(3, 4, 16, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), ""},
-			{&one, prefill(2, 7), pass(9, 16, 16, 2, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), ""},
-		}},
-		{"lowered to piecewise", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(3), pass(3, 4, 8, 3, fwd.GraphPiecewise, fwd.ReasonDPRank, desc(8)), ""},
-			{&one, prefill(6), pass(6, 8, 8, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(8)), ""},
-		}},
-		{"lowered to piecewise beyond the full graphs", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(8), pass(8, 8, 16, 8, fwd.GraphPiecewise, fwd.ReasonDPRank, desc(16)), ""},
-			{&one, prefill(16), pass(16, 16, 16, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), ""},
-		}},
-		{"lowered to none: nobody pads for the others", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(3), pass(3, 4, 4, 3, fwd.GraphNone, fwd.ReasonDPRank, desc(4)), ""},
-			{&one, prefill(9, 8), pass(17, 17, 17, 2, fwd.GraphNone, fwd.ReasonTooLarge, desc(17)), ""},
-			{&one, prefill(5), pass(5, 8, 8, 1, fwd.GraphNone, fwd.ReasonDPRank, desc(8)), ""},
-			{&one, fwd.Schedule{NumScheduledTokens: []int{5}, Eager: true}, pass(5, 5, 5, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(5)), ""},
-			{&one, fwd.Schedule{}, dummy(pass(1, 1, 1, 1, fwd.GraphNone, fwd.ReasonDPRank, desc(1))), ""},
-		}},
-		{"no key lowers the others", fwd.ParallelConfig{}, []planRank{
-			{&decodeOnly, decode(3), pass(3, 4, 4, 3, fwd.GraphNone, fwd.ReasonDPRank, desc(4)), ""},
-			{&decodeOnly, prefill(3), pass(3, 3, 3, 1, fwd.GraphNone, fwd.ReasonNoKey, desc(3)), ""},
-		}},
-		{"full excluded on one rank", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(3), pass(3, 4, 4, 3, fwd.GraphPiecewise, fwd.ReasonDPRank, desc(4)), ""},
-			{&one, fwd.Schedule{NumScheduledTokens: []int{1}, ExcludeFull: true}, pass(1, 1, 4, 1, fwd.GraphPiecewise, fwd.ReasonFullExcluded, desc(4)), ""},
-		}},
-		{"full graphs for every batch", fwd.ParallelConfig{}, []planRank{
-			{&full, decode(3), pass(3, 4, 16, 3, fwd.GraphFull, fwd.ReasonRelaxed, desc(16)), ""},
-			{&full, prefill(9), pass(9, 16, 16, 1, fwd.GraphFull, fwd.ReasonRelaxed, desc(16)), ""},
-		}},
-		{"adapters stay a rank's own", fwd.ParallelConfig{}, []planRank{
-			{&lora, fwd.Schedule{NumScheduledTokens: []int{1, 1}, NumActiveLoRAs: 2}, pass(2, 2, 4, 2, fwd.GraphFull, fwd.ReasonExact, fwd.BatchDescriptor{NumTokens: 4, NumReqs: 4, Uniform: true, HasLoRA: true, NumActiveLoRAs: 5}), ""},
-			{&lora, decode(3), pass(3, 4, 4, 3, fwd.GraphFull, fwd.ReasonExact, uniform(4, 4)), ""},
-			{&lora, fwd.Schedule{NumActiveLoRAs: 3}, dummy(pass(1, 1, 4, 1, fwd.GraphFull, fwd.ReasonExact, uniform(4, 4))), ""},
-		}},
-		{"idle", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(3), pass(3, 4, 4, 3, fwd.GraphFull, fwd.ReasonExact, uniform(4, 4)), ""},
-			{&one, fwd.Schedule{}, dummy(pass(1, 1, 4, 1, fwd.GraphFull, fwd.ReasonExact, uniform(4, 4))), ""},
-		}},
-		{"idle beside prefill", fwd.ParallelConfig{}, []planRank{
-			{&one, prefill(11), pass(11, 16, 16, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), ""},
-			{&one, fwd.Schedule{}, dummy(pass(1, 1, 16, 1, fwd.GraphPiecewise, fwd.ReasonDPRank, desc(16))), ""},
-		}},
-		{"idle q=3", fwd.ParallelConfig{}, []planRank{
-			{&three, fwd.Schedule{}, dummy(pass(3, 3, 6, 1, fwd.GraphFull, fwd.ReasonExact, uniform(6, 2))), ""},
-			{&three, prefill(3, 3), pass(6, 6, 6, 2, fwd.GraphFull, fwd.ReasonExact, uniform(6, 2)), ""},
-		}},
-		{"all idle q=3", fwd.ParallelConfig{}, []planRank{
-			{&three, fwd.Schedule{}, dummy(pass(3, 3, 3, 1, fwd.GraphFull, fwd.ReasonExact, uniform(3, 1))), ""},
-			{&three, fwd.Schedule{}, dummy(pass(3, 3, 3, 1, fwd.GraphFull, fwd.ReasonExact, uniform(3, 1))), ""},
-		}},
-		{"idle q=3 lowered to none", fwd.ParallelConfig{}, []planRank{
-			{&three, fwd.Schedule{}, dummy(pass(3, 3, 3, 1, fwd.GraphNone, fwd.ReasonDPRank, desc(3))), ""},
-			{&three, prefill(49), pass(49, 49, 49, 1, fwd.GraphNone, fwd.ReasonTooLarge, desc(49)), ""},
-		}},
-		{"idle without dispatcher", fwd.ParallelConfig{}, []planRank{
-			{nil, fwd.Schedule{}, dummy(pass(1, 1, 1, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(1))), ""},
-			{nil, prefill(5, 6), pass(11, 11, 11, 2, fwd.GraphNone, fwd.ReasonDisabled, desc(11)), ""},
-		}},
-
-		{"microbatches of prefill", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8}, []planRank{
-			{nil, split(prefill(6, 4)), cut(pass(10, 10, 12, 2, fwd.GraphNone, fwd.ReasonDisabled, desc(12)), [4]int{0, 1, 0, 6}, [4]int{1, 2, 6, 12}), ""},
-			{nil, split(prefill(3, 3, 6)), cut(pass(12, 12, 12, 3, fwd.GraphNone, fwd.ReasonDisabled, desc(12)), [4]int{0, 2, 0, 6}, [4]int{2, 3, 6, 12}), ""},
-		}},
-		{"microbatches of padded decode", fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 4}, []planRank{
-			{&one, split(decode(5)), cut(pass(5, 8, 8, 5, fwd.GraphFull, fwd.ReasonExact, uniform(8, 8)), [4]int{0, 4, 0, 4}, [4]int{4, 8, 4, 8}), ""},
-			{&one, split(decode(8)), cut(pass(8, 8, 8, 8, fwd.GraphFull, fwd.ReasonExact, uniform(8, 8)), [4]int{0, 4, 0, 4}, [4]int{4, 8, 4, 8}), ""},
-		}},
-		{"microbatches of padded decode q=3", fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 4}, []planRank{
-			{&three, split(prefill(3, 3, 3)), cut(pass(9, 12, 12, 3, fwd.GraphFull, fwd.ReasonExact, uniform(12, 4)), [4]int{0, 2, 0, 6}, [4]int{2, 4, 6, 12}), ""},
-			{&three, split(prefill(3, 3, 3)), cut(pass(9, 12, 12, 3, fwd.GraphFull, fwd.ReasonExact, uniform(12, 4)), [4]int{0, 2, 0, 6}, [4]int{2, 4, 6, 12}), ""},
-		}},
-		{"three microbatches that cut requests", fwd.ParallelConfig{NumUBatches: 3, PrefillUBatchThreshold: 8}, []planRank{
-			{&one, split(prefill(14)), cut(pass(14, 16, 16, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), [4]int{0, 1, 0, 5}, [4]int{0, 1, 5, 10}, [4]int{0, 1, 10, 16}), ""},
-			{&one, split(prefill(7, 7)), cut(pass(14, 16, 16, 2, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), [4]int{0, 1, 0, 5}, [4]int{0, 2, 5, 10}, [4]int{1, 2, 10, 16}), ""},
-		}},
-		{"microbatches that one rank does not want", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8}, []planRank{
-			{nil, split(prefill(12)), pass(12, 12, 12, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(12)), ""},
-			{nil, split(prefill(7)), pass(7, 7, 7, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(7)), ""},
-		}},
-		{"microbatches of which the last would be empty", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8}, []planRank{
-			{nil, split(prefill(20)), pass(20, 20, 20, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(20)), ""},
-			{nil, split(prefill(10)), pass(10, 10, 10, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(10)), ""},
-		}},
-		{"microbatches of which the last is just not empty", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8}, []planRank{
-			{nil, split(prefill(20)), cut(pass(20, 20, 20, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(20)), [4]int{0, 1, 0, 10}, [4]int{0, 1, 10, 20}), ""},
-			{nil, split(prefill(11)), cut(pass(11, 11, 20, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(20)), [4]int{0, 1, 0, 10}, [4]int{0, 1, 10, 20}), ""},
-		}},
-		{"an idle rank beside microbatches", fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8, DecodeUBatchThreshold: 1}, []planRank{
-			{nil, split(prefill(20)), pass(20, 20, 20, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(20)), ""},
-			{nil, split(fwd.Schedule{}), dummy(pass(1, 1, 1, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(1))), ""},
-		}},
-		{"fewer tokens than microbatches: nobody splits, all pad", fwd.ParallelConfig{NumUBatches: 4, PrefillUBatchThreshold: 1, DecodeUBatchThreshold: 1}, []planRank{
-			{nil, split(prefill(3)), pass(3, 3, 3, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(3)), ""},
-			{nil, split(decode(1)), pass(1, 1, 3, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(3)), ""},
-			{nil, split(fwd.Schedule{}), dummy(pass(1, 1, 3, 1, fwd.GraphNone, fwd.ReasonDisabled, desc(3))), ""},
-		}},
-
-		{"other capture sizes", fwd.ParallelConfig{}, []planRank{
-			{&fwd.DispatcherConfig{Mode: fwd.GraphPiecewise, CaptureSizes: []int{4, 8}, MaxNumSeqs: 8}, prefill(4), fwd.Pass{}, "6 tokens"},
-			{&fwd.DispatcherConfig{Mode: fwd.GraphPiecewise, CaptureSizes: []int{6, 12}, MaxNumSeqs: 8}, prefill(5), pass(5, 6, 6, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(6)), ""},
-		}},
-		{"a smaller largest capture size", fwd.ParallelConfig{}, []planRank{
-			{&one, prefill(15), pass(15, 16, 16, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16)), ""},
-			{&fwd.DispatcherConfig{Mode: fwd.GraphPiecewise, CaptureSizes: []int{4, 8}, MaxNumSeqs: 8}, prefill(4), fwd.Pass{}, "too_large"},
-		}},
-		{"fewer sequences", fwd.ParallelConfig{}, []planRank{
-			{&one, decode(8), pass(8, 8, 8, 8, fwd.GraphFull, fwd.ReasonExact, uniform(8, 8)), ""},
-			{&fwd.DispatcherConfig{Mode: fwd.GraphFullAndPiecewise, CaptureSizes: []int{1, 2, 4, 8, 16}, MaxNumSeqs: 4}, decode(4), fwd.Pass{}, "FULL"},
-		}},
-		{"no piecewise graphs", fwd.ParallelConfig{}, []planRank{
-			{&decodeOnly, decode(4), fwd.Pass{}, "PIECEWISE"},
-			{&one, prefill(4), pass(4, 4, 4, 1, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(4)), ""},
-		}},
-	} {
+	for _, tt := range cases {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			runners, taps := planGroup(t, tt.parallel, tt.ranks)
-			for step := uint64(1); step <= 2; step++ { // the ranks stay in step whatever comes of their plans
-				passes, errs := planStep(t.Context(), runners, func(rank int) fwd.Schedule { return tt.ranks[rank].schedule })
-				votes := taps[0].votes
-				want, err := fwd.Agree(votes, tt.parallel.NumUBatches)
+			runners, taps := planGroup(t, tt.parallel, tt.graphs, len(tt.ranks))
+			for step := uint64(1); step <= 2; step++ {
+				var schedules []fwd.Schedule
+				for _, rank := range tt.ranks {
+					schedules = append(schedules, rank.schedule)
+				}
+				passes := planOf(t, runners, schedules...)
+				want, err := fwd.Agree(taps[0].votes, tt.parallel.NumUBatches)
 				if err != nil || want.Step != step {
 					t.Fatalf("agreement %+v, %v; want one of step %d", want, err, step)
 				}
 				for rank, pass := range passes {
-					if text := tt.ranks[rank].invalid; text != "" {
-						if err := errs[rank]; !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), "configured differently") || !strings.Contains(err.Error(), text) {
-							t.Errorf("rank %d: error %v, want one that ranks are configured differently with %q", rank, err, text)
-						}
-						if diff := cmp.Diff(fwd.Pass{}, pass); diff != "" {
-							t.Errorf("rank %d: a plan beside the error:\n%s", rank, diff)
-						}
-						continue
-					}
-					if errs[rank] != nil {
-						t.Errorf("rank %d: %v", rank, errs[rank])
-						continue
-					}
 					if diff := planDiff(tt.ranks[rank].want, pass); diff != "" {
 						t.Errorf("rank %d (-want +got):\n%s", rank, diff)
 					}
@@ -317,64 +169,350 @@ func TestPlanAgreed(t *testing.T) {
 	}
 }
 
-// Every reason, on a rank that decides for itself; a rank alone and a rank of a dense model decide alike.
-func TestPlanAlone(t *testing.T) {
+// voteCase is a schedule, and what a rank votes for.
+type voteCase struct {
+	name     string
+	parallel fwd.ParallelConfig
+	graphs   *fwd.DispatcherConfig
+	schedule fwd.Schedule
+	want     fwd.Vote
+}
+
+// checkVotes plans each case on two equal ranks. The fingerprint is tested elsewhere.
+func checkVotes(t *testing.T, cases []voteCase) {
+	t.Helper()
 	t.Parallel()
-	one := planMixed(1)
-	none := fwd.DispatcherConfig{Mode: fwd.GraphNone}
-	decodeOnly := planMixed(1)
-	decodeOnly.Mode = fwd.GraphFullDecodeOnly
-	sparse := planMixed(1)
-	sparse.CaptureSizes = []int{16}
-	lora, byCount, onlyLoRA := planMixed(1), planMixed(1), planMixed(1)
-	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
-	byCount.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4, SpecializeCount: true}
-	onlyLoRA.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4, Unspecialized: true}
-	desc := func(tokens int) fwd.BatchDescriptor { return fwd.BatchDescriptor{NumTokens: tokens} }
-	uniform4 := fwd.BatchDescriptor{NumTokens: 4, NumReqs: 4, Uniform: true}
-	type result struct {
-		tokens   int
-		mode     fwd.GraphMode
-		reason   fwd.Reason
-		batch    fwd.BatchDescriptor
-		ubatches []fwd.UBatchSlice
-	}
-	for _, tt := range []struct {
-		name       string
-		dispatcher *fwd.DispatcherConfig
-		schedule   fwd.Schedule
-		want       result
-	}{
-		{"exact", &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}, result{4, fwd.GraphFull, fwd.ReasonExact, uniform4, nil}},
-		{"relaxed", &one, fwd.Schedule{NumScheduledTokens: []int{2, 1}}, result{4, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(4), nil}},
-		{"more requests than sequences", &one, fwd.Schedule{NumScheduledTokens: planRequests(9, 1)}, result{16, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16), nil}},
-		{"no dispatcher", nil, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}, result{3, fwd.GraphNone, fwd.ReasonDisabled, desc(3), nil}},
-		{"mode none", &none, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}, result{3, fwd.GraphNone, fwd.ReasonDisabled, desc(3), nil}},
-		{"eager", &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, Eager: true}, result{3, fwd.GraphNone, fwd.ReasonDisabled, desc(3), nil}},
-		{"too large", &one, fwd.Schedule{NumScheduledTokens: []int{17}}, result{17, fwd.GraphNone, fwd.ReasonTooLarge, desc(17), nil}},
-		{"full excluded", &one, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, ExcludeFull: true}, result{4, fwd.GraphPiecewise, fwd.ReasonFullExcluded, desc(4), nil}},
-		{"full excluded and nothing else", &decodeOnly, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, ExcludeFull: true}, result{3, fwd.GraphNone, fwd.ReasonFullExcluded, desc(3), nil}},
-		{"full excluded where there is none", &one, fwd.Schedule{NumScheduledTokens: []int{3}, ExcludeFull: true}, result{4, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(4), nil}},
-		{"no key", &decodeOnly, fwd.Schedule{NumScheduledTokens: []int{2, 1}}, result{3, fwd.GraphNone, fwd.ReasonNoKey, desc(3), nil}},
-		{"lora none configured", &one, fwd.Schedule{NumScheduledTokens: []int{3}, NumActiveLoRAs: 1}, result{3, fwd.GraphNone, fwd.ReasonLoRA, desc(3), nil}},
-		{"lora too many", &byCount, fwd.Schedule{NumScheduledTokens: []int{3}, NumActiveLoRAs: 6}, result{3, fwd.GraphNone, fwd.ReasonLoRA, desc(3), nil}},
-		{"lora not without", &onlyLoRA, fwd.Schedule{NumScheduledTokens: []int{3}}, result{3, fwd.GraphNone, fwd.ReasonLoRA, desc(3), nil}},
-		{"lora", &lora, fwd.Schedule{NumScheduledTokens: []int{3}, NumActiveLoRAs: 1}, result{4, fwd.GraphPiecewise, fwd.ReasonRelaxed, fwd.BatchDescriptor{NumTokens: 4, HasLoRA: true, NumActiveLoRAs: 5}, nil}},
-		{"lora by count", &byCount, fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}, NumActiveLoRAs: 3}, result{4, fwd.GraphFull, fwd.ReasonExact, fwd.BatchDescriptor{NumTokens: 4, NumReqs: 4, Uniform: true, HasLoRA: true, NumActiveLoRAs: 4}, nil}},
-		{"split", nil, fwd.Schedule{NumScheduledTokens: []int{10, 2}, AllowUBatches: true}, result{12, fwd.GraphNone, fwd.ReasonDisabled, desc(12), planSlices([4]int{0, 1, 0, 6}, [4]int{0, 2, 6, 12})}},
-		{"split and padded", &one, fwd.Schedule{NumScheduledTokens: planRequests(7, 1), AllowUBatches: true}, result{8, fwd.GraphFull, fwd.ReasonExact, fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true}, planSlices([4]int{0, 4, 0, 4}, [4]int{4, 8, 4, 8})}},
-		{"split and padded, mixed", &one, fwd.Schedule{NumScheduledTokens: []int{10, 2}, AllowUBatches: true}, result{16, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16), planSlices([4]int{0, 1, 0, 8}, [4]int{0, 2, 8, 16})}},
-		{"last microbatch just not empty", &sparse, fwd.Schedule{NumScheduledTokens: []int{9}, AllowUBatches: true}, result{16, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16), planSlices([4]int{0, 1, 0, 8}, [4]int{0, 1, 8, 16})}},
-		{"last microbatch empty", &sparse, fwd.Schedule{NumScheduledTokens: []int{8}, AllowUBatches: true}, result{16, fwd.GraphPiecewise, fwd.ReasonRelaxed, desc(16), nil}},
-		{"one token can't be split", nil, fwd.Schedule{NumScheduledTokens: []int{1}, AllowUBatches: true}, result{1, fwd.GraphNone, fwd.ReasonDisabled, desc(1), nil}},
-	} {
+	for _, tt := range cases {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			for _, parallel := range []fwd.ParallelConfig{{}, {DataParallelSize: 4, DataParallelRank: 2, Dense: true}} {
+			runners, taps := planGroup(t, tt.parallel, tt.graphs, 2)
+			planOf(t, runners, tt.schedule, tt.schedule)
+			tt.want.Step = 1
+			for rank, tap := range taps {
+				diff := cmp.Diff(tt.want, tap.sent, cmpopts.IgnoreFields(fwd.Vote{}, "Config"))
+				if diff != "" || tap.exchanges != 1 {
+					t.Errorf("rank %d voted %d times (-want +got):\n%s", rank, tap.exchanges, diff)
+				}
+			}
+		})
+	}
+}
+
+// planVote is the vote for a batch: its tokens without and with padding, its requests, and its mode.
+func planVote(tokens, padded, reqs int, mode fwd.GraphMode) fwd.Vote {
+	return fwd.Vote{NumTokens: tokens, NumTokensPadded: padded, NumReqs: reqs, GraphMode: mode}
+}
+
+// decodeVote is planVote for a uniform decode batch.
+func decodeVote(tokens, padded, reqs int, mode fwd.GraphMode) fwd.Vote {
+	v := planVote(tokens, padded, reqs, mode)
+	v.Uniform = true
+	return v
+}
+
+// What a schedule is dispatched to.
+func TestPlanVote(t *testing.T) {
+	const none, piecewise, full = fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull
+	var ranks fwd.ParallelConfig
+	one, three := planMixed(1), planMixed(3)
+	lora := planMixed(1)
+	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
+	excluded := planDecode(3)
+	excluded.ExcludeFull, excluded.Note = true, 1<<63+5
+	excludedVote := decodeVote(3, 4, 3, piecewise)
+	excludedVote.ExcludeFull, excludedVote.Note = true, 1<<63+5
+	eagerVote := decodeVote(3, 3, 3, none)
+	eagerVote.Eager = true
+	prefill := planDecode(3)
+	prefill.Prefill = true
+	twoLoRAs := func(v fwd.Vote) fwd.Vote { v.NumActiveLoRAs = 2; return v }
+	checkVotes(t, []voteCase{
+		{"decode", ranks, &one, planDecode(3), decodeVote(3, 4, 3, full)},
+		{"mixed", ranks, &one, planBatch(1, 2), planVote(3, 4, 2, piecewise)},
+		{"decode q=3", ranks, &three, planBatch(3, 3, 3), decodeVote(9, 12, 3, full)},
+		{"not all decode q=3", ranks, &three, planBatch(3, 2, 3), planVote(8, 12, 3, piecewise)},
+		{"as many tokens as decode q=3", ranks, &three, planBatch(2, 4), planVote(6, 6, 2, piecewise)},
+		{"a prompt that looks like decode", ranks, &one, prefill, planVote(3, 4, 3, piecewise)},
+		{"full excluded", ranks, &one, excluded, excludedVote},
+		{"eager", ranks, &one, planEager(planDecode(3)), eagerVote},
+		{"no dispatcher", ranks, nil, planDecode(3), decodeVote(3, 3, 3, none)},
+		{"too large", ranks, &one, planBatch(17), planVote(17, 17, 1, none)},
+		{"adapters", ranks, &lora, planLoRAs(2, planBatch(3)), twoLoRAs(planVote(3, 4, 1, piecewise))},
+		{
+			"adapters without configuration", ranks, &one, planLoRAs(2, planBatch(3)),
+			twoLoRAs(planVote(3, 3, 1, none)),
+		},
+		{"requests without tokens", ranks, &one, planBatch(0, 1, 0, 1), decodeVote(2, 2, 2, full)},
+		{"mixed beside requests without tokens", ranks, &one, planBatch(2, 0), planVote(2, 2, 1, piecewise)},
+	})
+}
+
+// When a rank wants microbatches.
+func TestPlanVoteUBatches(t *testing.T) {
+	const none, piecewise = fwd.GraphNone, fwd.GraphPiecewise
+	one := planMixed(1)
+	ubatch := fwd.ParallelConfig{NumUBatches: 2}
+	ownDecode := fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 2}
+	ownPrefill := fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 40}
+	low := fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 4}
+	wanted := func(v fwd.Vote) fwd.Vote { v.UBatch = true; return v }
+	prefill := func(n int) fwd.Schedule {
+		s := planSplit(planDecode(n))
+		s.Prefill = true
+		return s
+	}
+	large := planSplit(planBatch(5000))
+	checkVotes(t, []voteCase{
+		{"decode at the threshold", ubatch, nil, planSplit(planDecode(32)), wanted(decodeVote(32, 32, 32, none))},
+		{"decode below", ubatch, nil, planSplit(planDecode(31)), decodeVote(31, 31, 31, none)},
+		{
+			"prefill at the threshold", ubatch, nil, planSplit(planBatch(500, 12)),
+			wanted(planVote(512, 512, 2, none)),
+		},
+		{"prefill below", ubatch, nil, planSplit(planBatch(500, 11)), planVote(511, 511, 2, none)},
+		{"prompts that look like decode", ubatch, nil, prefill(511), planVote(511, 511, 511, none)},
+		{"prompts at the threshold", ubatch, nil, prefill(512), wanted(planVote(512, 512, 512, none))},
+		{"not allowed", ubatch, nil, planBatch(5000), planVote(5000, 5000, 1, none)},
+		{"off", fwd.ParallelConfig{NumUBatches: 1}, nil, large, planVote(5000, 5000, 1, none)},
+		{"not configured", fwd.ParallelConfig{}, nil, large, planVote(5000, 5000, 1, none)},
+		{"own decode threshold", ownDecode, nil, planSplit(planDecode(2)), wanted(decodeVote(2, 2, 2, none))},
+		{"own prefill threshold", ownPrefill, nil, planSplit(planBatch(40)), wanted(planVote(40, 40, 1, none))},
+		{"padding does not count", low, &one, planSplit(planBatch(3)), planVote(3, 4, 1, piecewise)},
+	})
+}
+
+// TokenMultiple rounds what is dispatched and split. Votes and thresholds keep the tokens that are scheduled.
+func TestPlanTokenMultiple(t *testing.T) {
+	const none, piecewise, full = fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull
+	four := fwd.ParallelConfig{TokenMultiple: 4}
+	ubatch := fwd.ParallelConfig{TokenMultiple: 4, NumUBatches: 2, PrefillUBatchThreshold: 10}
+	ten := fwd.ParallelConfig{TokenMultiple: 4, NumUBatches: 3, PrefillUBatchThreshold: 10}
+	graphs := fwd.DispatcherConfig{
+		Mode: fwd.GraphFullAndPiecewise, CaptureSizes: []int{4, 8, 16}, MaxNumSeqs: 16,
+	}
+	t.Run("vote", func(t *testing.T) {
+		wanted := func(v fwd.Vote) fwd.Vote { v.UBatch = true; return v }
+		idle := fwd.Vote{NumTokens: 1, NumTokensPadded: 4, Uniform: true, Idle: true}
+		checkVotes(t, []voteCase{
+			{"rounded up", four, nil, planBatch(5), planVote(5, 8, 1, none)},
+			{"a multiple already", four, nil, planBatch(8), planVote(8, 8, 1, none)},
+			{"eager", four, &graphs, planBatch(17), planVote(17, 20, 1, none)},
+			{"dispatched", four, &graphs, planBatch(9), planVote(9, 16, 1, piecewise)},
+			{"decode", four, &graphs, planDecode(3), decodeVote(3, 4, 3, full)},
+			{"idle", four, nil, fwd.Schedule{}, idle},
+			{"below the threshold", ubatch, nil, planSplit(planBatch(9)), planVote(9, 12, 1, none)},
+			{"at the threshold", ubatch, nil, planSplit(planBatch(10)), wanted(planVote(10, 12, 1, none))},
+		})
+	})
+	t.Run("plan", func(t *testing.T) {
+		pass := planPass(planTokens{10, 12, 12, 1}, none, fwd.ReasonDisabled, planKey(12))
+		raised := planPass(planTokens{9, 12, 16, 1}, none, fwd.ReasonDisabled, planKey(16))
+		thirds := planCut(planPass(planTokens{16, 16, 16, 1}, none, fwd.ReasonDisabled, planKey(16)),
+			[4]int{0, 1, 0, 4}, [4]int{0, 1, 4, 8}, [4]int{0, 1, 8, 16})
+		few := planPass(planTokens{3, 4, 4, 1}, none, fwd.ReasonDisabled, planKey(4))
+		one := fwd.ParallelConfig{TokenMultiple: 4, NumUBatches: 2, PrefillUBatchThreshold: 1}
+		checkPlans(t, []planCase{
+			{"each its own", four, nil, []planRank{
+				{planBatch(10), pass},
+				{planBatch(3), few},
+				{fwd.Schedule{}, planDummy(planTokens{1, 4, 4, 1}, none, fwd.ReasonDisabled, planKey(4))},
+			}},
+			{"the split point is rounded down", ubatch, nil, []planRank{
+				{planSplit(planBatch(10)), planCut(pass, [4]int{0, 1, 0, 4}, [4]int{0, 1, 4, 12})},
+				{planSplit(planBatch(10)), planCut(pass, [4]int{0, 1, 0, 4}, [4]int{0, 1, 4, 12})},
+			}},
+			{"three parts", ten, nil, []planRank{
+				{planSplit(planBatch(16)), thirds},
+				{planSplit(planBatch(16)), thirds},
+			}},
+			{"too few for a multiple each", one, nil, []planRank{
+				{planSplit(planBatch(3)), few},
+				{planSplit(planBatch(3)), few},
+			}},
+			{"padded for the others", fwd.ParallelConfig{
+				TokenMultiple: 4, NumUBatches: 2, PrefillUBatchThreshold: 9,
+			}, nil, []planRank{
+				{planSplit(planBatch(9)), planCut(raised, [4]int{0, 1, 0, 8}, [4]int{0, 1, 8, 16})},
+				{planSplit(planBatch(14)), planCut(
+					planPass(planTokens{14, 16, 16, 1}, none, fwd.ReasonDisabled, planKey(16)),
+					[4]int{0, 1, 0, 8}, [4]int{0, 1, 8, 16})},
+			}},
+		})
+	})
+}
+
+// A graph's padding must keep the multiple, so New refuses capture sizes that don't.
+func TestTokenMultipleOfCaptureSizes(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		mode     fwd.GraphMode
+		multiple int
+		refused  bool
+	}{
+		{fwd.GraphPiecewise, 4, false},
+		{fwd.GraphPiecewise, 0, false},
+		{fwd.GraphPiecewise, 1, false},
+		{fwd.GraphPiecewise, 3, true},
+		{fwd.GraphFull, 8, true},
+		{fwd.GraphNone, 3, false}, // its sizes are not used
+	} {
+		d := planDispatcher(t, fwd.DispatcherConfig{Mode: tt.mode, CaptureSizes: []int{4, 8, 20}, MaxNumSeqs: 4})
+		cfg := fwd.Config{Parallel: fwd.ParallelConfig{TokenMultiple: tt.multiple}}
+		_, err := fwd.New(cfg, fwd.WithDispatcher(d))
+		if errors.Is(err, fwd.ErrInvalid) != tt.refused || (err == nil) == tt.refused {
+			t.Errorf("%+v: %v", tt, err)
+		}
+		r, err := fwd.New(cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.WithGraphs(d); errors.Is(err, fwd.ErrInvalid) != tt.refused || (err == nil) == tt.refused {
+			t.Errorf("%+v: WithGraphs: %v", tt, err)
+		}
+	}
+}
+
+// The graphs that ranks agree on.
+func TestPlanGraphs(t *testing.T) {
+	const none, piecewise, full = fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull
+	const exact, relaxed, lowered = fwd.ReasonExact, fwd.ReasonRelaxed, fwd.ReasonDPRank
+	var ranks fwd.ParallelConfig
+	one := planMixed(1)
+	decodeOnly, always, lora := planMixed(1), planMixed(1), planMixed(1)
+	decodeOnly.Mode = fwd.GraphFullDecodeOnly
+	always.Mode = fwd.GraphFull
+	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
+	excluded := fwd.Schedule{NumScheduledTokens: []int{1}, ExcludeFull: true}
+	checkPlans(t, []planCase{
+		{"full on all ranks", ranks, &one, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 8, 3}, full, exact, planUniform(8, 8))},
+			{planDecode(7), planDecoding(planTokens{7, 8, 8, 7}, full, exact, planUniform(8, 8))},
+		}},
+		{"piecewise on all ranks", ranks, &one, []planRank{
+			{planBatch(3), planPass(planTokens{3, 4, 16, 1}, piecewise, relaxed, planKey(16))},
+			{planBatch(2, 7), planPass(planTokens{9, 16, 16, 2}, piecewise, relaxed, planKey(16))},
+		}},
+		{"lowered to piecewise", ranks, &one, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 8, 3}, piecewise, lowered, planKey(8))},
+			{planBatch(6), planPass(planTokens{6, 8, 8, 1}, piecewise, relaxed, planKey(8))},
+		}},
+		{"lowered to piecewise beyond the full graphs", ranks, &one, []planRank{
+			{planDecode(8), planDecoding(planTokens{8, 8, 16, 8}, piecewise, lowered, planKey(16))},
+			{planBatch(16), planPass(planTokens{16, 16, 16, 1}, piecewise, relaxed, planKey(16))},
+		}},
+		{"lowered to none: nobody pads for the others", ranks, &one, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 4, 3}, none, lowered, planKey(4))},
+			{planBatch(9, 8), planPass(planTokens{17, 17, 17, 2}, none, fwd.ReasonTooLarge, planKey(17))},
+			{planBatch(5), planPass(planTokens{5, 8, 8, 1}, none, lowered, planKey(8))},
+			{planEager(planBatch(5)), planPass(planTokens{5, 5, 5, 1}, none, fwd.ReasonDisabled, planKey(5))},
+		}},
+		{"no key lowers the others", ranks, &decodeOnly, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 4, 3}, none, lowered, planKey(4))},
+			{planBatch(3), planPass(planTokens{3, 3, 3, 1}, none, fwd.ReasonNoKey, planKey(3))},
+		}},
+		{"full excluded on one rank", ranks, &one, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 4, 3}, piecewise, lowered, planKey(4))},
+			{excluded, planDecoding(planTokens{1, 1, 4, 1}, piecewise, fwd.ReasonFullExcluded, planKey(4))},
+		}},
+		{"full graphs for every batch", ranks, &always, []planRank{
+			{planDecode(3), planDecoding(planTokens{3, 4, 16, 3}, full, relaxed, planKey(16))},
+			{planBatch(9), planPass(planTokens{9, 16, 16, 1}, full, relaxed, planKey(16))},
+		}},
+		{"adapters stay a rank's own", ranks, &lora, []planRank{
+			{
+				planLoRAs(2, planDecode(2)),
+				planDecoding(planTokens{2, 2, 4, 2}, full, exact, withLoRAs(5, planUniform(4, 4))),
+			},
+			{planDecode(3), planDecoding(planTokens{3, 4, 4, 3}, full, exact, planUniform(4, 4))},
+		}},
+	})
+}
+
+// The microbatches that ranks agree on. They run without graphs, and the descriptor stays.
+func TestPlanUBatches(t *testing.T) {
+	const none, disabled, split = fwd.GraphNone, fwd.ReasonDisabled, fwd.ReasonUBatch
+	one, three := planMixed(1), planMixed(3)
+	prefill2 := fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 8}
+	prefill3 := fwd.ParallelConfig{NumUBatches: 3, PrefillUBatchThreshold: 8}
+	decode2 := fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 4}
+	low := fwd.ParallelConfig{NumUBatches: 4, PrefillUBatchThreshold: 1, DecodeUBatchThreshold: 1}
+	plain := func(unpadded, tokens, reqs int) fwd.Pass {
+		return planPass(planTokens{unpadded, unpadded, tokens, reqs}, none, disabled, planKey(tokens))
+	}
+	single := plain(1, 3, 1)
+	single.Phase = "decode"
+	halves := [][4]int{{0, 4, 0, 4}, {4, 8, 4, 8}}
+	threes := planCut(planDecoding(planTokens{9, 12, 12, 3}, none, split, planUniform(12, 4)),
+		[4]int{0, 2, 0, 6}, [4]int{2, 4, 6, 12})
+	mixed16 := func(reqs int) fwd.Pass {
+		return planPass(planTokens{14, 16, 16, reqs}, none, split, planKey(16))
+	}
+	checkPlans(t, []planCase{
+		{"prefill", prefill2, nil, []planRank{
+			{planSplit(planBatch(6, 4)), planCut(plain(10, 12, 2), [4]int{0, 1, 0, 6}, [4]int{1, 2, 6, 12})},
+			{planSplit(planBatch(3, 3, 6)), planCut(plain(12, 12, 3), [4]int{0, 2, 0, 6}, [4]int{2, 3, 6, 12})},
+		}},
+		{"requests without tokens", prefill2, nil, []planRank{
+			{planSplit(planBatch(0, 6, 0, 6)), planCut(plain(12, 12, 2), [4]int{0, 1, 0, 6}, [4]int{1, 2, 6, 12})},
+			{planSplit(planBatch(12, 0)), planCut(plain(12, 12, 1), [4]int{0, 1, 0, 6}, [4]int{0, 1, 6, 12})},
+		}},
+		{"padded decode", decode2, &one, []planRank{
+			{planSplit(planDecode(5)), planCut(
+				planDecoding(planTokens{5, 8, 8, 5}, none, split, planUniform(8, 8)), halves...)},
+			{planSplit(planDecode(8)), planCut(
+				planDecoding(planTokens{8, 8, 8, 8}, none, split, planUniform(8, 8)), halves...)},
+		}},
+		{"padded decode q=3", decode2, &three, []planRank{
+			{planSplit(planBatch(3, 3, 3)), threes},
+			{planSplit(planBatch(3, 3, 3)), threes},
+		}},
+		{"three that cut requests", prefill3, &one, []planRank{
+			{planSplit(planBatch(14)), planCut(mixed16(1),
+				[4]int{0, 1, 0, 5}, [4]int{0, 1, 5, 10}, [4]int{0, 1, 10, 16})},
+			{planSplit(planBatch(7, 7)), planCut(mixed16(2),
+				[4]int{0, 1, 0, 5}, [4]int{0, 2, 5, 10}, [4]int{1, 2, 10, 16})},
+		}},
+		{"one rank does not want them", prefill2, nil, []planRank{
+			{planSplit(planBatch(12)), plain(12, 12, 1)},
+			{planSplit(planBatch(7)), plain(7, 7, 1)},
+		}},
+		{"the last would be empty", prefill2, nil, []planRank{
+			{planSplit(planBatch(20)), plain(20, 20, 1)},
+			{planSplit(planBatch(10)), plain(10, 10, 1)},
+		}},
+		{"the last is just not empty", prefill2, nil, []planRank{
+			{planSplit(planBatch(20)), planCut(plain(20, 20, 1), [4]int{0, 1, 0, 10}, [4]int{0, 1, 10, 20})},
+			{planSplit(planBatch(11)), planCut(plain(11, 20, 1), [4]int{0, 1, 0, 10}, [4]int{0, 1, 10, 20})},
+		}},
+		{"fewer tokens than microbatches: nobody splits, all pad", low, nil, []planRank{
+			{planSplit(planBatch(3)), plain(3, 3, 1)},
+			{planSplit(planDecode(1)), single},
+		}},
+	})
+}
+
+// aloneCase is what a rank that decides for itself makes of a schedule.
+type aloneCase struct {
+	name     string
+	graphs   *fwd.DispatcherConfig
+	schedule fwd.Schedule
+	want     fwd.Pass
+}
+
+// checkAlone plans each case on a rank alone and on a rank of a dense model, which decide alike, and runs it.
+func checkAlone(t *testing.T, cases []aloneCase) {
+	t.Helper()
+	t.Parallel()
+	for _, tt := range cases {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			for _, parallel := range []fwd.ParallelConfig{
+				{}, {DataParallelSize: 4, DataParallelRank: 2, Dense: true}, {DataParallelRank: 2, Dense: true},
+			} {
 				parallel.NumUBatches, parallel.DecodeUBatchThreshold, parallel.PrefillUBatchThreshold = 2, 1, 1
 				var d *fwd.Dispatcher
-				if tt.dispatcher != nil {
-					d = planDispatcher(t, *tt.dispatcher)
+				if tt.graphs != nil {
+					d = planDispatcher(t, *tt.graphs)
 				}
 				r, err := fwd.New(fwd.Config{Parallel: parallel}, fwd.WithDispatcher(d))
 				if err != nil {
@@ -384,28 +522,124 @@ func TestPlanAlone(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				sum := 0
-				for _, n := range tt.schedule.NumScheduledTokens {
-					sum += n
+				if diff := planDiff(tt.want, pass); diff != "" || pass.Agreement != nil {
+					t.Errorf("%+v: agreement %v (-want +got):\n%s", parallel, pass.Agreement, diff)
 				}
-				want := fwd.Pass{
-					NumTokens: tt.want.tokens, NumTokensUnpadded: sum, NumTokensGraph: tt.want.tokens, NumReqs: len(tt.schedule.NumScheduledTokens),
-					GraphMode: tt.want.mode, Reason: tt.want.reason, Batch: tt.want.batch, UBatches: tt.want.ubatches,
-				}
-				if diff := cmp.Diff(want, pass, cmpopts.EquateEmpty(), groupAgreement); diff != "" {
-					t.Errorf("%+v (-want +got):\n%s", parallel, diff)
-				}
-				if err := r.Run(t.Context(), pass, func(ctx context.Context) error {
+				err = r.Run(t.Context(), pass, func(ctx context.Context) error {
 					if dp := fwd.MustFromContext(ctx).DP; dp != nil {
 						t.Errorf("%+v: the pass has DP metadata", parallel)
 					}
 					return nil
-				}); err != nil {
+				})
+				if err != nil {
 					t.Errorf("%+v: running the plan: %v", parallel, err)
 				}
 			}
 		})
 	}
+}
+
+// alonePass is the plan of a mixed batch, with or without a graph, on a rank alone.
+func alonePass(
+	tokens, padded, reqs int, mode fwd.GraphMode, reason fwd.Reason, key fwd.BatchDescriptor,
+) fwd.Pass {
+	return planPass(planTokens{tokens, padded, padded, reqs}, mode, reason, key)
+}
+
+// Every reason for a batch without adapters.
+func TestPlanAlone(t *testing.T) {
+	const none, piecewise, full = fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull
+	one, decodeOnly, always := planMixed(1), planMixed(1), planMixed(1)
+	decodeOnly.Mode, always.Mode = fwd.GraphFullDecodeOnly, fwd.GraphFull
+	off := fwd.DispatcherConfig{Mode: none}
+	excluded, mixed, prefill := planDecode(3), planBatch(3), planDecode(3)
+	excluded.ExcludeFull, mixed.ExcludeFull, prefill.Prefill = true, true, true
+	decode := func(p fwd.Pass) fwd.Pass { p.Phase = "decode"; return p }
+	four := alonePass(3, 4, 3, piecewise, fwd.ReasonRelaxed, planKey(4))
+	disabled := decode(alonePass(3, 3, 3, none, fwd.ReasonDisabled, planKey(3)))
+	checkAlone(t, []aloneCase{
+		{"exact", &one, planDecode(3), decode(alonePass(3, 4, 3, full, fwd.ReasonExact, planUniform(4, 4)))},
+		{"relaxed", &one, planBatch(2, 1), alonePass(3, 4, 2, piecewise, fwd.ReasonRelaxed, planKey(4))},
+		{"prefill", &one, prefill, four},
+		{
+			"more requests than full graphs", &one, planDecode(9),
+			decode(alonePass(9, 16, 9, piecewise, fwd.ReasonRelaxed, planKey(16))),
+		},
+		{
+			"more requests than buffers", &always, planDecode(9),
+			decode(alonePass(9, 9, 9, none, fwd.ReasonTooLarge, planKey(9))),
+		},
+		{"no dispatcher", nil, planDecode(3), disabled},
+		{"mode none", &off, planDecode(3), disabled},
+		{"eager", &one, planEager(planDecode(3)), disabled},
+		{"too large", &one, planBatch(17), alonePass(17, 17, 1, none, fwd.ReasonTooLarge, planKey(17))},
+		{
+			"full excluded", &one, excluded,
+			decode(alonePass(3, 4, 3, piecewise, fwd.ReasonFullExcluded, planKey(4))),
+		},
+		{
+			"full excluded and nothing else", &decodeOnly, excluded,
+			decode(alonePass(3, 3, 3, none, fwd.ReasonFullExcluded, planKey(3))),
+		},
+		{
+			"full excluded where there is none", &one, mixed,
+			alonePass(3, 4, 1, piecewise, fwd.ReasonRelaxed, planKey(4)),
+		},
+		{"no key", &decodeOnly, planBatch(2, 1), alonePass(3, 3, 2, none, fwd.ReasonNoKey, planKey(3))},
+		{
+			"a request without tokens", &one, planBatch(1, 0, 1, 1),
+			decode(alonePass(3, 4, 3, full, fwd.ReasonExact, planUniform(4, 4))),
+		},
+	})
+}
+
+// Batches with adapters.
+func TestPlanAloneLoRA(t *testing.T) {
+	const none, piecewise, full = fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull
+	one, lora, byCount, onlyLoRA := planMixed(1), planMixed(1), planMixed(1), planMixed(1)
+	lora.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4}
+	byCount.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4, SpecializeCount: true}
+	onlyLoRA.LoRA = &fwd.LoRAConfig{MaxLoRAs: 4, Unspecialized: true}
+	refused := alonePass(3, 3, 1, none, fwd.ReasonLoRA, planKey(3))
+	five := alonePass(3, 4, 1, piecewise, fwd.ReasonRelaxed, withLoRAs(5, planKey(4)))
+	counted := alonePass(3, 4, 3, full, fwd.ReasonExact, withLoRAs(4, planUniform(4, 4)))
+	counted.Phase = "decode"
+	checkAlone(t, []aloneCase{
+		{"none configured", &one, planLoRAs(1, planBatch(3)), refused},
+		{"too many", &lora, planLoRAs(5, planBatch(3)), refused},
+		{"too many by count", &byCount, planLoRAs(5, planBatch(3)), refused},
+		{"the most", &lora, planLoRAs(4, planBatch(3)), five},
+		{"not without", &onlyLoRA, planBatch(3), refused},
+		{"some", &lora, planLoRAs(1, planBatch(3)), five},
+		{"by count", &byCount, planLoRAs(3, planDecode(3)), counted},
+	})
+}
+
+// Microbatches of a rank that decides for itself.
+func TestPlanAloneUBatches(t *testing.T) {
+	const none, piecewise, split = fwd.GraphNone, fwd.GraphPiecewise, fwd.ReasonUBatch
+	one, sparse := planMixed(1), planMixed(1)
+	sparse.CaptureSizes = []int{16}
+	decode := func(p fwd.Pass) fwd.Pass { p.Phase = "decode"; return p }
+	sixteen := alonePass(12, 16, 2, none, split, planKey(16))
+	checkAlone(t, []aloneCase{
+		{"without graphs", nil, planSplit(planBatch(10, 2)), planCut(
+			alonePass(12, 12, 2, none, fwd.ReasonDisabled, planKey(12)), [4]int{0, 1, 0, 6}, [4]int{0, 2, 6, 12})},
+		{"padded", &one, planSplit(planDecode(7)), planCut(
+			decode(alonePass(7, 8, 7, none, split, planUniform(8, 8))), [4]int{0, 4, 0, 4}, [4]int{4, 8, 4, 8})},
+		{"padded, mixed", &one, planSplit(planBatch(10, 2)), planCut(
+			sixteen, [4]int{0, 1, 0, 8}, [4]int{0, 2, 8, 16})},
+		{"last just not empty", &sparse, planSplit(planBatch(9)), planCut(
+			alonePass(9, 16, 1, none, split, planKey(16)), [4]int{0, 1, 0, 8}, [4]int{0, 1, 8, 16})},
+		{
+			"last empty", &sparse, planSplit(planBatch(8)),
+			alonePass(8, 16, 1, piecewise, fwd.ReasonRelaxed, planKey(16)),
+		},
+		{
+			"one token can't be split", nil, planSplit(planBatch(1)),
+			decode(alonePass(1, 1, 1, none, fwd.ReasonDisabled, planKey(1))),
+		},
+	})
 }
 
 // A pass that nobody planned has no reason, and each reason has a word of its own.
@@ -415,12 +649,18 @@ func TestReasonWords(t *testing.T) {
 		t.Errorf("the zero reason is %v", got)
 	}
 	want := map[fwd.Reason]string{
-		fwd.ReasonUnknown: "unknown", fwd.ReasonExact: "exact", fwd.ReasonRelaxed: "relaxed", fwd.ReasonDisabled: "disabled", fwd.ReasonTooLarge: "too_large",
-		fwd.ReasonFullExcluded: "full_excluded", fwd.ReasonNoKey: "no_key", fwd.ReasonLoRA: "lora", fwd.ReasonDPRank: "dp_rank",
+		fwd.ReasonUnknown: "unplanned", fwd.ReasonExact: "exact", fwd.ReasonRelaxed: "relaxed",
+		fwd.ReasonDisabled: "disabled", fwd.ReasonTooLarge: "too_large", fwd.ReasonFullExcluded: "full_excluded",
+		fwd.ReasonNoKey: "no_key", fwd.ReasonLoRA: "lora", fwd.ReasonDPRank: "dp_rank", fwd.ReasonUBatch: "ubatch",
 	}
 	for reason, word := range want {
 		if got := reason.String(); got != word {
 			t.Errorf("reason %d is %q, want %q", reason, got, word)
+		}
+		text, err := reason.MarshalText()
+		again := fwd.Reason(99)
+		if unmarshalErr := again.UnmarshalText(text); err != nil || unmarshalErr != nil || again != reason {
+			t.Errorf("reason %v marshals to %q, %v, which is %v, %v", reason, text, err, again, unmarshalErr)
 		}
 	}
 }
@@ -428,21 +668,25 @@ func TestReasonWords(t *testing.T) {
 // A rank that nobody waits for has nothing to do when it is idle.
 func TestPlanIdleAlone(t *testing.T) {
 	t.Parallel()
-	for _, parallel := range []fwd.ParallelConfig{{}, {DataParallelSize: 1}, {DataParallelSize: 4, Dense: true}} {
+	for _, parallel := range []fwd.ParallelConfig{
+		{}, {DataParallelSize: 1}, {DataParallelSize: 4, Dense: true},
+	} {
 		r, err := fwd.New(fwd.Config{Parallel: parallel})
 		if err != nil {
 			t.Fatal(err)
 		}
-		if pass, err := r.Plan(t.Context(), fwd.Schedule{}); !errors.Is(err, fwd.ErrInvalid) {
-			t.Errorf("%+v: an idle Plan = %+v, %v; want %v", parallel, pass, err, fwd.ErrInvalid)
+		for _, s := range []fwd.Schedule{{}, planBatch(0, 0)} {
+			if pass, err := r.Plan(t.Context(), s); !errors.Is(err, fwd.ErrInvalid) {
+				t.Errorf("%+v: an idle Plan = %+v, %v; want %v", parallel, pass, err, fwd.ErrInvalid)
+			}
 		}
 	}
 	if _, err := (*fwd.Runner)(nil).Plan(t.Context(), fwd.Schedule{}); !errors.Is(err, fwd.ErrInvalid) {
 		t.Errorf("an idle Plan of a nil Runner: %v, want %v", err, fwd.ErrInvalid)
 	}
-	pass, err := (*fwd.Runner)(nil).Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{2, 3}})
-	want := fwd.Pass{NumTokens: 5, NumTokensUnpadded: 5, NumTokensGraph: 5, NumReqs: 2, Reason: fwd.ReasonDisabled, Batch: fwd.BatchDescriptor{NumTokens: 5}}
-	if diff := cmp.Diff(want, pass); diff != "" || err != nil {
+	pass, err := (*fwd.Runner)(nil).Plan(t.Context(), planBatch(2, 3))
+	want := alonePass(5, 5, 2, fwd.GraphNone, fwd.ReasonDisabled, planKey(5))
+	if diff := planDiff(want, pass); diff != "" || err != nil {
 		t.Errorf("Plan of a nil Runner: %v (-want +got):\n%s", err, diff)
 	}
 }
@@ -451,11 +695,12 @@ func TestPlanIdleAlone(t *testing.T) {
 func TestPlanDenseDoesNotExchange(t *testing.T) {
 	t.Parallel()
 	tap := &groupTap{Coordinator: localGroup(t, 2)[1]}
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1, Dense: true}}, fwd.WithCoordinator(tap))
+	parallel := fwd.ParallelConfig{DataParallelSize: 2, DataParallelRank: 1, Dense: true}
+	r, err := fwd.New(fwd.Config{Parallel: parallel}, fwd.WithCoordinator(tap))
 	if err != nil {
 		t.Fatal(err)
 	}
-	pass, err := r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{3}})
+	pass, err := r.Plan(t.Context(), planBatch(3))
 	if err != nil || pass.Agreement != nil {
 		t.Fatalf("Plan = %+v, %v", pass, err)
 	}
@@ -474,21 +719,19 @@ func TestPlanDenseDoesNotExchange(t *testing.T) {
 	}
 }
 
-// What Plan can't plan is refused before the other ranks hear of it: the next Plan is this rank's vote.
+// Plan refuses what it can't plan before the other ranks hear of it: the next Plan is this rank's vote.
 func TestPlanRefusedBeforeExchange(t *testing.T) {
 	t.Parallel()
 	one := planMixed(1)
-	runners, taps := planGroup(t, fwd.ParallelConfig{}, []planRank{{dispatcher: &one}, {dispatcher: &one}})
-	for _, s := range []fwd.Schedule{
-		{NumScheduledTokens: []int{-1}}, {NumScheduledTokens: []int{0, 0}}, {NumScheduledTokens: []int{1}, NumActiveLoRAs: -1},
-	} {
+	runners, taps := planGroup(t, fwd.ParallelConfig{}, &one, 2)
+	for _, s := range []fwd.Schedule{planBatch(-1), planLoRAs(-1, planBatch(1)), planLoRAs(-1, fwd.Schedule{})} {
 		if _, err := runners[0].Plan(t.Context(), s); !errors.Is(err, fwd.ErrInvalid) {
 			t.Errorf("Plan(%+v): %v, want %v", s, err, fwd.ErrInvalid)
 		}
 	}
-	_, errs := planStep(t.Context(), runners, func(int) fwd.Schedule { return fwd.Schedule{NumScheduledTokens: []int{1}} })
-	if errors.Join(errs...) != nil || taps[0].exchanges != 1 || taps[0].sent.Step != 1 {
-		t.Errorf("then %d exchanges, the last in step %d: %v", taps[0].exchanges, taps[0].sent.Step, errs)
+	planOf(t, runners, planBatch(1), planBatch(1))
+	if taps[0].exchanges != 1 || taps[0].sent.Step != 1 {
+		t.Errorf("then %d exchanges, the last in step %d", taps[0].exchanges, taps[0].sent.Step)
 	}
 }
 
@@ -500,14 +743,18 @@ func TestNoCoordinator(t *testing.T) {
 		t.Fatal(err)
 	}
 	never := func(context.Context) error { t.Error("the pass runs"); return nil }
-	if _, err := r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}}); !errors.Is(err, fwd.ErrInvalid) {
+	if _, err := r.Plan(t.Context(), planBatch(1)); !errors.Is(err, fwd.ErrInvalid) {
 		t.Errorf("Plan: %v, want %v", err, fwd.ErrInvalid)
 	}
 	if err := r.Run(t.Context(), fwd.Pass{NumTokens: 1}, never); !errors.Is(err, fwd.ErrInvalid) {
 		t.Errorf("Run: %v, want %v", err, fwd.ErrInvalid)
 	}
 	ran := false
-	if err := r.Run(t.Context(), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(1, 7)}, func(context.Context) error { ran = true; return nil }); err != nil || !ran {
+	err = r.Run(t.Context(), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(1, 7)}, func(context.Context) error {
+		ran = true
+		return nil
+	})
+	if err != nil || !ran {
 		t.Errorf("Run with counts: %v, ran %t", err, ran)
 	}
 }
@@ -515,9 +762,9 @@ func TestNoCoordinator(t *testing.T) {
 // Run's own exchange pads nobody, and each rank keeps its graph mode.
 func TestRunExchanges(t *testing.T) {
 	t.Parallel()
-	runners, taps := planGroup(t, fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 1}, make([]planRank, 3))
+	runners, taps := planGroup(t, fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 1}, nil, 3)
 	passes := []fwd.Pass{
-		{NumTokens: 8, NumTokensUnpadded: 5, GraphMode: fwd.GraphFull, Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true}},
+		{NumTokens: 8, NumTokensUnpadded: 5, NumReqs: 5, GraphMode: fwd.GraphFull, Batch: planUniform(8, 8)},
 		{NumTokens: 3, Dummy: true},
 		{NumTokens: 40, NumTokensUnpadded: 40, GraphMode: fwd.GraphPiecewise},
 	}
@@ -540,23 +787,32 @@ func TestRunExchanges(t *testing.T) {
 			if fc.DP == nil {
 				t.Fatalf("rank %d has no DP metadata", rank)
 			}
-			if diff := cmp.Diff([]int{8, 3, 40}, counts(fc.DP.NumTokensAcrossDPTo(nil))); diff != "" || fc.DP.Rank() != rank {
+			diff := cmp.Diff([]int{8, 3, 40}, counts(fc.DP.NumTokensAcrossDPTo(nil)))
+			if diff != "" || fc.DP.Rank() != rank {
 				t.Errorf("rank %d: counts as rank %d (-want +got):\n%s", rank, fc.DP.Rank(), diff)
 			}
 			if fc.GraphMode != passes[rank].GraphMode || fc.NumTokens != passes[rank].NumTokens {
-				t.Errorf("rank %d runs %d tokens in mode %v, want those of %+v", rank, fc.NumTokens, fc.GraphMode, passes[rank])
+				t.Errorf("rank %d runs %d tokens in mode %v, want those of %+v",
+					rank, fc.NumTokens, fc.GraphMode, passes[rank])
 			}
 		}
 	}
 	run()
-	for rank, want := range []fwd.Vote{{Step: 1, NumTokens: 5, NumTokensPadded: 8}, {Step: 1, NumTokens: 3, NumTokensPadded: 3}, {Step: 1, NumTokens: 40, NumTokensPadded: 40}} {
-		if diff := cmp.Diff(want, taps[rank].sent); diff != "" {
+	for rank, want := range []fwd.Vote{
+		{Step: 1, NumTokens: 5, NumTokensPadded: 8, NumReqs: 5},
+		{Step: 1, NumTokens: 3, NumTokensPadded: 3},
+		{Step: 1, NumTokens: 40, NumTokensPadded: 40},
+	} {
+		if diff := cmp.Diff(want, taps[rank].sent, cmpopts.IgnoreFields(fwd.Vote{}, "Config")); diff != "" {
 			t.Errorf("rank %d: vote (-want +got):\n%s", rank, diff)
 		}
 	}
-	// Refused before anything is exchanged: no tokens, slices without an agreement. Then the step is still to come.
-	for _, p := range []fwd.Pass{{}, {NumTokens: 4, UBatches: planSlices([4]int{0, 1, 0, 2}, [4]int{1, 2, 2, 4})}} {
-		if err := runners[1].Run(t.Context(), p, func(context.Context) error { t.Error("the pass runs"); return nil }); !errors.Is(err, fwd.ErrInvalid) {
+	// Refused before anything is exchanged: no tokens, slices without an agreement. Then the step is still to
+	// come.
+	never := func(context.Context) error { t.Error("the pass runs"); return nil }
+	halves := planSlices([4]int{0, 1, 0, 2}, [4]int{1, 2, 2, 4})
+	for _, p := range []fwd.Pass{{}, {NumTokens: 4, UBatches: halves}} {
+		if err := runners[1].Run(t.Context(), p, never); !errors.Is(err, fwd.ErrInvalid) {
 			t.Errorf("Run(%+v): %v, want %v", p, err, fwd.ErrInvalid)
 		}
 	}
@@ -568,78 +824,33 @@ func TestRunExchanges(t *testing.T) {
 	}
 }
 
-// A plan belongs to a step: Run takes its agreement and exchanges nothing again. All ranks see the same counts, run the
-// same number of chunks and microbatches, and the counts are those of the passes.
+// roundTrip is what a rank sees in a step.
+type roundTrip struct {
+	Counts   []int
+	Mode     fwd.GraphMode
+	Max      int
+	UBatches int
+	Sizes    [][]int // of every chunk, in every microbatch
+}
+
+// A plan belongs to a step: Run takes its agreement and exchanges nothing again. All ranks see the same
+// counts, run the same number of chunks and microbatches, and the counts are those of the passes.
 func TestPlanRunRoundTrip(t *testing.T) {
 	t.Parallel()
 	const size, steps = 4, 300
 	one := planMixed(1)
-	ranks := make([]planRank, size)
-	for rank := range ranks {
-		ranks[rank].dispatcher = &one
-	}
-	runners, taps := planGroup(t, fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 4, PrefillUBatchThreshold: 6}, ranks)
-	type seen struct {
-		Counts   []int
-		Mode     fwd.GraphMode
-		Max      int
-		UBatches int
-		Chunks   int
-		Sizes    [][]int // of every chunk, in every microbatch
-	}
-	results := make([][]seen, size)
+	parallel := fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 4, PrefillUBatchThreshold: 6}
+	runners, taps := planGroup(t, parallel, &one, size)
+	results := make([][]roundTrip, size)
 	var wg sync.WaitGroup
 	for rank, r := range runners {
-		results[rank] = make([]seen, steps)
+		results[rank] = make([]roundTrip, steps)
 		wg.Go(func() {
 			random := rand.New(rand.NewPCG(uint64(rank), 7))
 			for step := range steps {
-				schedule := fwd.Schedule{AllowUBatches: step%2 == 0, ExcludeFull: random.IntN(8) == 0, Eager: random.IntN(8) == 0}
-				switch random.IntN(6) {
-				case 0: // idle
-				case 1:
-					schedule.NumScheduledTokens = []int{1 + random.IntN(18), 1 + random.IntN(3)}
-				default:
-					schedule.NumScheduledTokens = planRequests(4+random.IntN(5), 1)
-				}
-				pass, err := r.Plan(t.Context(), schedule)
-				if err != nil {
-					t.Errorf("rank %d, step %d: %v", rank, step, err)
-					return
-				}
-				s := &results[rank][step]
-				attn := map[string]any{"": rank}
-				for range max(len(pass.UBatches), 1) {
-					pass.AttnMetadata = append(pass.AttnMetadata, attn)
-				}
-				err = r.Run(t.Context(), pass, func(ctx context.Context) error {
-					fc := fwd.MustFromContext(ctx)
-					*s = seen{Counts: counts(fc.DP.NumTokensAcrossDPTo(nil)), Mode: fc.GraphMode, Max: fc.DP.MaxTokensAcrossDP(), UBatches: len(fc.UBatches)}
-					if fc.NumTokens != fc.DP.NumTokens(rank) || fc.DP.Rank() != rank {
-						return fmt.Errorf("%d tokens, and the counts say %d of rank %d", fc.NumTokens, fc.DP.NumTokens(rank), fc.DP.Rank())
-					}
-					var mu sync.Mutex
-					sizes := make([][][]int, max(len(fc.UBatches), 1))
-					if err := fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
-						chunks, err := fwd.Chunks(ctx, 2, 3)
-						if err != nil {
-							return err
-						}
-						for ctx := range chunks {
-							local, _ := fwd.LocalSizes(ctx)
-							mu.Lock()
-							sizes[i] = append(sizes[i], local)
-							mu.Unlock()
-						}
-						return nil
-					}); err != nil {
-						return err
-					}
-					s.Sizes = slices.Concat(sizes...)
-					s.Chunks = len(s.Sizes)
-					return nil
-				})
-				if err != nil {
+				schedule := randomSchedule(random)
+				schedule.AllowUBatches = step%2 == 0
+				if err := results[rank][step].take(t.Context(), r, rank, schedule); err != nil {
 					t.Errorf("rank %d, step %d: %v", rank, step, err)
 					return
 				}
@@ -670,8 +881,70 @@ func TestPlanRunRoundTrip(t *testing.T) {
 	}
 }
 
-// A pass whose step was agreed always runs, even where its ctx has ended since; and where its ctx ends in the exchange
-// itself, it does not.
+// randomSchedule is idle, mixed or decode.
+func randomSchedule(random *rand.Rand) fwd.Schedule {
+	s := fwd.Schedule{ExcludeFull: random.IntN(8) == 0, Eager: random.IntN(8) == 0}
+	switch random.IntN(6) {
+	case 0:
+	case 1:
+		s.NumScheduledTokens = []int{1 + random.IntN(18), 1 + random.IntN(3)}
+	default:
+		s.NumScheduledTokens = planRequests(4+random.IntN(5), 1)
+	}
+	return s
+}
+
+// take plans a step, runs it, and notes what the rank sees.
+func (s *roundTrip) take(ctx context.Context, r *fwd.Runner, rank int, schedule fwd.Schedule) error {
+	pass, err := r.Plan(ctx, schedule)
+	if err != nil {
+		return err
+	}
+	parts := pass.Parts()
+	if pass.Dummy != (len(parts) == 0) {
+		return fmt.Errorf("dummy %t with parts %v", pass.Dummy, parts)
+	}
+	for _, part := range parts {
+		pass.AttnMetadata = append(pass.AttnMetadata, fwd.AllLayers(part))
+	}
+	return r.Run(ctx, pass, func(ctx context.Context) error {
+		fc := fwd.MustFromContext(ctx)
+		*s = roundTrip{
+			Counts: counts(fc.DP.NumTokensAcrossDPTo(nil)), Mode: fc.GraphMode, Max: fc.DP.MaxTokensAcrossDP(),
+			UBatches: len(fc.UBatches),
+		}
+		if fc.NumTokens != fc.DP.NumTokens(rank) || fc.DP.Rank() != rank {
+			return fmt.Errorf("%d tokens, and the counts say %d of rank %d",
+				fc.NumTokens, fc.DP.NumTokens(rank), fc.DP.Rank())
+		}
+		sizes := make([][][]int, max(len(fc.UBatches), 1))
+		err := fwd.RunUBatches(ctx, func(ctx context.Context, i int) (err error) {
+			if part, err := fwd.AttnMetadata[fwd.UBatchSlice](ctx, "any"); !fc.Dummy &&
+				(err != nil || part != fwd.MustFromContext(ctx).Part) {
+				return fmt.Errorf("in %v the metadata is that of %v: %v", fwd.MustFromContext(ctx).Part, part, err)
+			}
+			sizes[i], err = chunkSizes(ctx)
+			return err
+		})
+		s.Sizes = slices.Concat(sizes...)
+		return err
+	})
+}
+
+// chunkSizes returns the local sizes of each round of a layer.
+func chunkSizes(ctx context.Context) (sizes [][]int, err error) {
+	chunks, err := fwd.Chunks(ctx, 2, 3)
+	if err != nil {
+		return nil, err
+	}
+	for ctx := range chunks {
+		local, _ := fwd.LocalSizes(ctx)
+		sizes = append(sizes, local)
+	}
+	return sizes, nil
+}
+
+// A pass whose step was agreed always runs, even if its ctx has ended since.
 func TestAgreedPassAlwaysRuns(t *testing.T) {
 	t.Parallel()
 	ended := func(ctx context.Context) error {
@@ -680,25 +953,20 @@ func TestAgreedPassAlwaysRuns(t *testing.T) {
 		}
 		return nil
 	}
-	runners, _ := planGroup(t, fwd.ParallelConfig{}, make([]planRank, 2))
-	passes, errs := planStep(t.Context(), runners, func(int) fwd.Schedule { return fwd.Schedule{NumScheduledTokens: []int{1}} })
-	if errors.Join(errs...) != nil {
-		t.Fatal(errs)
-	}
+	runners, _ := planGroup(t, fwd.ParallelConfig{}, nil, 2)
 	ctx, cancel := context.WithCancel(t.Context())
+	passes := planOf(t, runners, planBatch(1), planBatch(1))
 	cancel()
-	for rank, r := range runners {
-		if err := r.Run(ctx, passes[rank], ended); err != nil {
-			t.Errorf("rank %d: %v", rank, err)
-		}
-		passCtx, end, err := r.Start(ctx, passes[rank])
-		if err != nil {
-			t.Fatalf("rank %d: Start: %v", rank, err)
-		}
-		if err := ended(passCtx); err != nil {
-			t.Errorf("rank %d: %v", rank, err)
-		}
-		end(nil)
+	if err := runners[0].Run(ctx, passes[0], ended); err != nil {
+		t.Error(err)
+	}
+	passCtx, end, err := runners[1].Start(ctx, passes[1])
+	defer end(nil)
+	if err != nil {
+		t.Fatalf("Start: %v", err)
+	}
+	if err := ended(passCtx); err != nil {
+		t.Error(err)
 	}
 	// Run's own exchange: the ctx ends the moment the votes are there.
 	group := localGroup(t, 2)
@@ -710,7 +978,7 @@ func TestAgreedPassAlwaysRuns(t *testing.T) {
 	peer := groupRunner(t, group[1])
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if err := peer.Run(t.Context(), fwd.Pass{NumTokens: 1}, func(context.Context) error { return nil }); err != nil {
+		if err := peer.Run(t.Context(), fwd.Pass{NumTokens: 1}, nothing); err != nil {
 			t.Error(err)
 		}
 	})

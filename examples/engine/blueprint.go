@@ -53,15 +53,22 @@ func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelCon
 	return b, nil
 }
 
-// captureSizes returns the sizes of a model's graphs. The default ones go up to a decode batch of all the
-// requests that a step may have, with all their guesses, whichever model decodes it. A full graph of a
-// decode batch has whole requests, so they are rounded up to those.
+// captureSizes returns the sizes of a model's graphs. The default ones end with a decode batch of all the
+// requests that a step may have, so that every decode batch has a full graph; after it come sizes for mixed
+// batches, and for the target's decode batches in its draft. A full graph of a decode batch has whole
+// requests, so the sizes are rounded up to those.
 func (c *Config) captureSizes(queryLen int) ([]int, error) {
 	if c.CaptureSizes != nil {
 		return c.CaptureSizes, nil
 	}
-	largest := max(maxCapture, (1+c.NumSpeculativeTokens)*c.MaxNumSeqs)
-	return fwd.RoundCaptureSizes(fwd.DefaultCaptureSizes(largest), queryLen)
+	decode := queryLen * c.MaxNumSeqs
+	sizes := fwd.DefaultCaptureSizes(decode)
+	for _, n := range fwd.DefaultCaptureSizes(max(maxCapture, (1+c.NumSpeculativeTokens)*c.MaxNumSeqs)) {
+		if n > decode {
+			sizes = append(sizes, n)
+		}
+	}
+	return fwd.RoundCaptureSizes(sizes, queryLen)
 }
 
 // printGaps says which batches have no graph of the kind that the graph mode promises. Of several

@@ -84,11 +84,11 @@ func (p *program) report() *report {
 	return &r
 }
 
-// failedExchange is how a line begins that warns of an exchange that will be tried again.
-var failedExchange = regexp.MustCompile(`(?m)^time=\S+ level=WARN msg="exchange of votes failed" .*\n`)
+// warning is a line that warns of an exchange that will be tried again, or of one that was.
+var warning = regexp.MustCompile(`(?m)^time=\S+ level=WARN msg="(exchange of votes failed|rank came late).*\n`)
 
 // complaints returns what the program has printed to stderr beside such warnings.
-func (p *program) complaints() string { return failedExchange.ReplaceAllString(p.stderr.String(), "") }
+func (p *program) complaints() string { return warning.ReplaceAllString(p.stderr.String(), "") }
 
 // eventually waits until something is so.
 func eventually(t *testing.T, what string, so func() bool) {

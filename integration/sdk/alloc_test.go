@@ -1,4 +1,5 @@
-// This file counts what a pass allocates while it is recorded. The counts without the SDK are in the root.
+// This file counts what a pass allocates while it is recorded. The counts without the SDK are in
+// the root.
 
 package sdk_test
 

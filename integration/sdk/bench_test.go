@@ -1,4 +1,5 @@
-// This file measures what a pass costs while it is recorded. The benchmarks without the SDK are in the root.
+// This file measures what a pass costs while it is recorded. The benchmarks without the SDK are in
+// the root.
 
 package sdk_test
 
@@ -24,9 +25,9 @@ var (
 	sinkForward *fwd.ForwardContext
 )
 
-// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and the same telemetry by hand: a
-// span with the same attributes and the same measurements. Its results go with those of the root's benchmark of
-// this name.
+// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and the same telemetry
+// by hand: a span with the same attributes and the same measurements. Its results go with those of
+// the root's benchmark of this name.
 func BenchmarkRun(b *testing.B) {
 	ctx, pass := context.Background(), decodePass()
 	forward := func(ctx context.Context) error {
@@ -61,7 +62,8 @@ func BenchmarkRun(b *testing.B) {
 	})
 }
 
-// byHand is the telemetry of a pass as one would write it with the SDK alone, with all options made beforehand.
+// byHand is the telemetry of a pass as one would write it with the SDK alone, with all options made
+// beforehand.
 type byHand struct {
 	tracer           trace.Tracer
 	duration         metric.Float64Histogram
@@ -84,7 +86,8 @@ func newByHand(b *testing.B) *byHand {
 			b.Fatal(err)
 		}
 	}
-	name, mode, dummy := attribute.String("name", "target"), attribute.String("mode", "FULL"), attribute.Bool("dummy", false)
+	name, mode := attribute.String("name", "target"), attribute.String("mode", "FULL")
+	dummy := attribute.Bool("dummy", false)
 	set := func(attrs ...attribute.KeyValue) metric.MeasurementOption {
 		return metric.WithAttributeSet(attribute.NewSet(attrs...))
 	}

@@ -15,7 +15,8 @@ import (
 // maxSets is the most attribute sets that an instrument may have. The SDK keeps 2,000.
 const maxSets = 1500
 
-// setsOf returns how many attribute sets fwd.forward.duration has after some passes, all of which it must count.
+// setsOf returns how many attribute sets fwd.forward.duration has after some passes, all of which
+// it must count.
 func setsOf(t *testing.T, o *telemetry, passes int) int {
 	t.Helper()
 	points := o.points(t, "fwd.forward.duration")
@@ -112,7 +113,8 @@ func TestPhasesAreBounded(t *testing.T) {
 	}
 }
 
-// Capture sizes are buckets only if there are at most 64 of them, and all together stay below the SDK's limit.
+// Capture sizes are buckets only if there are at most 64 of them, and all together stay below the
+// SDK's limit.
 func TestCaptureSizesAreBounded(t *testing.T) {
 	t.Parallel()
 	for _, test := range []struct{ sizes, buckets int }{{64, 64}, {65, 8}, {1024, 12}} {
@@ -146,8 +148,8 @@ func TestCaptureSizesAreBounded(t *testing.T) {
 	}
 }
 
-// Whatever the callers do with sizes, phases, modes, reasons and errors together, an instrument stays below what
-// the SDK keeps, and loses no pass.
+// Whatever the callers do with sizes, phases, modes, reasons and errors together, an instrument
+// stays below what the SDK keeps, and loses no pass.
 func TestAttributeSetsAreBounded(t *testing.T) {
 	t.Parallel()
 	o := newTelemetry()
@@ -159,7 +161,9 @@ func TestAttributeSetsAreBounded(t *testing.T) {
 		t.Fatal(err)
 	}
 	r := o.runner(t, fwd.Config{}, fwd.WithDispatcher(d))
-	errs := []error{nil, fwd.ErrLayer, fwd.ErrInvalid, fwd.ErrNoMetadata, context.Canceled, words("own"), words("more")}
+	errs := []error{
+		nil, fwd.ErrLayer, fwd.ErrInvalid, fwd.ErrNoMetadata, context.Canceled, words("own"), words("more"),
+	}
 	const passes = 30000
 	for i := range passes {
 		n := sizes[i%len(sizes)]

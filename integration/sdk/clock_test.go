@@ -1,4 +1,5 @@
-// This file tests the times of spans and durations: waiting is not computing, and WithClock gives all times.
+// This file tests the times of spans and durations: waiting is not computing, and WithClock gives
+// all times.
 
 package sdk_test
 
@@ -28,7 +29,8 @@ func times(spans ...sdktrace.ReadOnlySpan) (at []time.Time) {
 	return at
 }
 
-// TestWaitingApart lets rank 1 come 3 s late. Rank 0 waits in fwd.coordinate, and no pass counts that time.
+// TestWaitingApart lets rank 1 come 3 s late. Rank 0 waits in fwd.coordinate, and no pass counts
+// that time.
 func TestWaitingApart(t *testing.T) {
 	t.Parallel()
 	for _, stepTrace := range []bool{false, true} {
@@ -207,8 +209,8 @@ func TestClockAtTheZeroTime(t *testing.T) {
 	}
 }
 
-// Durations of passes on a shared Queue sum to the time that went by, although each pass begins before the one
-// before it has ended. Spans keep their own times.
+// Durations of passes on a shared Queue sum to the time that went by, although each pass begins
+// before the one before it has ended. Spans keep their own times.
 func TestQueue(t *testing.T) {
 	t.Parallel()
 	for _, simulated := range []bool{false, true} {

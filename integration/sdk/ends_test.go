@@ -1,4 +1,5 @@
-// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end from Start.
+// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end
+// from Start.
 
 package sdk_test
 
@@ -96,7 +97,8 @@ func TestFailedCoordinateSpan(t *testing.T) {
 					t.Errorf("parent %v, links %v, want the caller's span and no links", s.Parent().SpanID(), s.Links())
 				}
 				got := o.onlyPoint(t, "fwd.coordinate.duration") // recorded although the context is cancelled
-				if diff := cmp.Diff(attrs{"error.type": "rank_missing", "fwd.dp.rank": rank}, got.Attrs); diff != "" || got.Count != 1 {
+				want := attrs{"error.type": "rank_missing", "fwd.dp.rank": rank}
+				if diff := cmp.Diff(want, got.Attrs); diff != "" || got.Count != 1 {
 					t.Errorf("fwd.coordinate.duration has %d values, want 1 (-want +got):\n%s", got.Count, diff)
 				}
 				if n := len(o.ended("fwd.forward")) + len(o.points(t, "fwd.forward.duration")); n > 0 {

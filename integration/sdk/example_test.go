@@ -1,4 +1,5 @@
-// This file has the examples that need the SDK: how a program sets it up, and how passes lead to requests.
+// This file has the examples that need the SDK: how a program sets it up, and how passes lead to
+// requests.
 
 package sdk_test
 
@@ -18,8 +19,9 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// A program sets up the SDK once, at its start. All Runners then emit spans and metrics, here as JSON on standard
-// output; otlptracegrpc and otlpmetricgrpc take the place of the two exporters to send them to a collector.
+// A program sets up the SDK once, at its start. All Runners then emit spans and metrics, here as
+// JSON on standard output; otlptracegrpc and otlpmetricgrpc take the place of the two exporters to
+// send them to a collector.
 func Example_setup() {
 	ctx := context.Background()
 	spans, err := stdouttrace.New()
@@ -46,7 +48,8 @@ func Example_setup() {
 	}
 }
 
-// A batch serves many requests, so its span can't be a child of theirs. It has a link to each instead.
+// A batch serves many requests, so its span can't be a child of theirs. It has a link to each
+// instead.
 func Example_links() {
 	recorder := tracetest.NewSpanRecorder()
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))

@@ -1,5 +1,5 @@
-// This file tests Runners that use the global providers. These can be set once in a process, so each test runs a
-// process of its own.
+// This file tests Runners that use the global providers. These can be set once in a process, so
+// each test runs a process of its own.
 
 package sdk_test
 
@@ -22,7 +22,8 @@ import (
 // childVariable says, in its environment, that a process is one of those that the tests here start.
 const childVariable = "FWD_TEST_GLOBAL_PROVIDERS"
 
-// alone reports whether this process is one that runs just this test. If not, it runs the test in such a process.
+// alone reports whether this process is one that runs just this test. If not, it runs the test in
+// such a process.
 func alone(t *testing.T) bool {
 	t.Helper()
 	if os.Getenv(childVariable) != "" {
@@ -37,8 +38,8 @@ func alone(t *testing.T) bool {
 	return false
 }
 
-// Until an SDK is set nothing is emitted, and a pass costs what it costs without telemetry. From then on
-// everything is emitted by Runners that were made before.
+// Until an SDK is set nothing is emitted, and a pass costs what it costs without telemetry. From
+// then on everything is emitted by Runners that were made before.
 func TestGlobalProviders(t *testing.T) {
 	if !alone(t) {
 		return

@@ -1,4 +1,5 @@
-// This file has the helpers that several files share: the telemetry of a test, comparisons, a clock, passes.
+// This file has the helpers that several files share: the telemetry of a test, comparisons, a
+// clock, passes.
 
 package sdk_test
 
@@ -313,7 +314,8 @@ func decodePass() fwd.Pass {
 	}
 }
 
-// recording returns options for telemetry that is recorded and not read, as allocations and time are counted.
+// recording returns options for telemetry that is recorded and not read, as allocations and time
+// are counted.
 func recording() []fwd.Option {
 	return []fwd.Option{
 		fwd.WithTracerProvider(sdktrace.NewTracerProvider()),

@@ -1,5 +1,5 @@
-// This file tests how observers, Waited, Report and WithAttributes go with spans and metrics. What needs no SDK
-// is tested in the root's record_test.go.
+// This file tests how observers, Waited, Report and WithAttributes go with spans and metrics. What
+// needs no SDK is tested in the root's record_test.go.
 
 package sdk_test
 
@@ -19,9 +19,12 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// An observer finds the span ended, however the pass or the exchange ended, and its own span in its context.
+// An observer finds the span ended, however the pass or the exchange ended, and its own span in its
+// context.
 func TestObserverRunsAfterTheSpan(t *testing.T) {
 	t.Parallel()
+	fails := func(context.Context) error { return fwd.ErrLayer }
+	panics := func(context.Context) error { panic("boom") }
 	for name, test := range map[string]struct {
 		span    string
 		forward fwd.ForwardFunc
@@ -29,8 +32,8 @@ func TestObserverRunsAfterTheSpan(t *testing.T) {
 		start   bool
 	}{
 		"success":         {span: "fwd.forward", forward: nothing, ranks: 1},
-		"error":           {span: "fwd.forward", forward: func(context.Context) error { return fwd.ErrLayer }, ranks: 1},
-		"panic":           {span: "fwd.forward", forward: func(context.Context) error { panic("boom") }, ranks: 1},
+		"error":           {span: "fwd.forward", forward: fails, ranks: 1},
+		"panic":           {span: "fwd.forward", forward: panics, ranks: 1},
 		"Start":           {span: "fwd.forward", ranks: 1, start: true},
 		"failed exchange": {span: "fwd.coordinate", forward: nothing, ranks: 2},
 	} {
@@ -120,16 +123,18 @@ func TestWaited(t *testing.T) {
 	if got := attrsOf(o.only(t, "fwd.forward").Attributes())["fwd.wait_time"]; got != want.Seconds() {
 		t.Errorf("fwd.wait_time is %v, want %v", got, want.Seconds())
 	}
-	of := attrs{"fwd.name": "moe", "fwd.wait.kind": "forward", "fwd.dp.peer_rank": 1}
+	one := attrs{"fwd.name": "moe", "fwd.wait.kind": "forward", "fwd.dp.peer_rank": 1}
+	two := with(one, "fwd.dp.peer_rank", 2)
 	points := o.points(t, "fwd.wait.time")
-	if len(points) != 2 || !cmp.Equal(points[0].Attrs, of) || !cmp.Equal(points[1].Attrs, with(of, "fwd.dp.peer_rank", 2)) {
+	if len(points) != 2 || !cmp.Equal(points[0].Attrs, one) || !cmp.Equal(points[1].Attrs, two) {
 		t.Fatalf("fwd.wait.time has the points %v, want one for rank 1 and one for rank 2", points)
 	}
 	if d := points[0].Sum - 2.000002; d < -1e-9 || d > 1e-9 || points[1].Sum != 2 {
 		t.Errorf("fwd.wait.time %v, want 2.000002 s and 2 s", points)
 	}
 	fwd.Waited(context.Background(), 1, clock.Now()) // outside a pass: nothing happens
-	if err := r.Run(context.Background(), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(1, 1, 1)}, nothing); err != nil {
+	pass = fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(1, 1, 1)}
+	if err := r.Run(context.Background(), pass, nothing); err != nil {
 		t.Fatal(err)
 	}
 	if _, ok := attrsOf(o.ended("fwd.forward")[1].Attributes())["fwd.wait_time"]; ok {
@@ -170,7 +175,8 @@ func TestWithAttributes(t *testing.T) {
 			t.Errorf("fwd.num_tokens is %v, want the package's own", n)
 		}
 	}
-	if diff := cmp.Diff(map[string]int{"fwd.coordinate": 2, "fwd.forward": 4, "fwd.ubatch": 4}, spans); diff != "" {
+	want := map[string]int{"fwd.coordinate": 2, "fwd.forward": 4, "fwd.ubatch": 4}
+	if diff := cmp.Diff(want, spans); diff != "" {
 		t.Errorf("spans (-want +got):\n%s", diff)
 	}
 	for _, m := range o.scopes(t)[0].Metrics {
@@ -232,7 +238,8 @@ func TestActivePasses(t *testing.T) {
 	t.Error("the active passes of Runners that are garbage are still observed")
 }
 
-// Report leaves what Run does: the same attributes on the span and in the metrics, and the same times.
+// Report leaves what Run does: the same attributes on the span and in the metrics, and the same
+// times.
 func TestReportIsLikeRun(t *testing.T) {
 	t.Parallel()
 	failed := errors.New("failed")
@@ -289,7 +296,8 @@ func TestReportBackwards(t *testing.T) {
 	t.Parallel()
 	o, began := newTelemetry(), newSimClock().Now()
 	r := o.runner(t, fwd.Config{})
-	if err := r.Report(context.Background(), fwd.Pass{NumTokens: 1}, began, began.Add(-time.Second), nil); err != nil {
+	err := r.Report(context.Background(), fwd.Pass{NumTokens: 1}, began, began.Add(-time.Second), nil)
+	if err != nil {
 		t.Fatal(err)
 	}
 	if s := o.only(t, "fwd.forward"); !s.StartTime().Equal(began) || s.EndTime().Before(s.StartTime()) {
@@ -305,7 +313,8 @@ func TestReportOfNothing(t *testing.T) {
 	t.Parallel()
 	o, now := newTelemetry(), newSimClock().Now()
 	r, foreign := o.runner(t, ofTwo(0)), o.runner(t, ofTwo(0))
-	idle := fwd.Pass{NumTokens: 1, Dummy: true, Agreement: &fwd.Agreement{Idle: true, NumTokensAcrossDP: vec(1, 1)}}
+	all := &fwd.Agreement{Idle: true, NumTokensAcrossDP: vec(1, 1)}
+	idle := fwd.Pass{NumTokens: 1, Dummy: true, Agreement: all}
 	if err := r.Report(context.Background(), idle, now, now, nil); err != nil {
 		t.Errorf("an idle pass: %v", err)
 	}

@@ -58,7 +58,8 @@ func TestForwardSpanAttributes(t *testing.T) {
 			},
 			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 5, "fwd.num_reqs", 5,
 				"fwd.padding.graph", 3, "fwd.padding.dp", 0, "fwd.padding.ratio", 0.375,
-				"fwd.graph.mode", "FULL", "fwd.graph.reason", "exact", "fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
+				"fwd.graph.mode", "FULL", "fwd.graph.reason", "exact",
+				"fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
 		},
 		{
 			"relaxed descriptor", fwd.Config{},
@@ -168,8 +169,8 @@ func checkForwardSpan(t *testing.T, test forwardCase) {
 	}
 }
 
-// twoSteps plans and runs two steps of two ranks. In the first the mode is FULL on both; in the second rank 0
-// is eager and so lowers it.
+// twoSteps plans and runs two steps of two ranks. In the first the mode is FULL on both; in the
+// second rank 0 is eager and so lowers it.
 func twoSteps(t *testing.T) []*telemetry {
 	t.Helper()
 	group := localGroup(t, 2)
@@ -220,7 +221,8 @@ func TestCoordinateSpan(t *testing.T) {
 			}
 		}
 		got := o.onlyPoint(t, "fwd.coordinate.duration")
-		if diff := cmp.Diff(attrs{"fwd.name": "target", "fwd.dp.rank": rank}, got.Attrs); diff != "" || got.Count != 2 {
+		want := attrs{"fwd.name": "target", "fwd.dp.rank": rank}
+		if diff := cmp.Diff(want, got.Attrs); diff != "" || got.Count != 2 {
 			t.Errorf("rank %d: fwd.coordinate.duration has %d values, want 2 (-want +got):\n%s", rank, got.Count, diff)
 		}
 	}
@@ -244,7 +246,8 @@ func TestForwardSpanOfPlan(t *testing.T) {
 			"fwd.graph.mode":    "FULL", "fwd.graph.reason": "relaxed", "fwd.batch.uniform": false, "fwd.dummy": false,
 		}
 		wantAttrs(t, forward[0], base)
-		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use now.
+		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use
+		// now.
 		reason, eagerTokens := "disabled", 3
 		if rank == 1 {
 			reason, eagerTokens = "dp_rank", 8

@@ -15,8 +15,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// stepRanks runs one step of a group, each rank under a span of its own caller, which must end on every rank
-// with this error. It returns the callers.
+// stepRanks runs one step of a group, each rank under a span of its own caller, which must end on
+// every rank with this error. It returns the callers.
 func stepRanks(
 	t *testing.T, os []*telemetry, option func(rank int) bool,
 	caller func(ctx context.Context, rank int) context.Context, want error,
