@@ -28,17 +28,18 @@ func activeAdapters(step []scheduled) int {
 	return len(active)
 }
 
-// batch is what a pass needs beside its plan: the input tokens, and what attention must know about them.
+// batch is what a pass needs beside its plan: the input tokens, and what attention must know about
+// them.
 type batch struct {
 	tokens []int
 	slots  []int
 	meta   *model.AttnMeta
 }
 
-// newBatch lays a step out in rows: the scheduled tokens of each sequence, one sequence after the other,
-// and padding up to rows. A padding row is token 0, belongs to no sequence and is written nowhere, but it
-// takes its way through the experts. The row of a position has the token that comes so many positions
-// ahead of it, which is 0 for the target model.
+// newBatch lays a step out in rows: the scheduled tokens of each sequence, one sequence after the
+// other, and padding up to rows. A padding row is token 0, belongs to no sequence and is written
+// nowhere, but it takes its way through the experts. The row of a position has the token that comes
+// so many positions ahead of it, which is 0 for the target model.
 func newBatch(step []scheduled, rows, blockSize, ahead int) *batch {
 	b := &batch{
 		tokens: make([]int, rows),
@@ -79,8 +80,8 @@ func (b *batch) put(row int, s scheduled, position, blockSize, ahead int) {
 	b.slots[row] = s.seq.blockTable[position/blockSize]*blockSize + position%blockSize
 }
 
-// addTo adds to a pass what attention must know, for each part of it. A dummy pass has tokens, so that
-// every exchange finds this rank, but no part needs metadata: the tokens belong to no request.
+// addTo adds to a pass what attention must know, for each part of it. A dummy pass has tokens, so
+// that every exchange finds this rank, but no part needs metadata: the tokens belong to no request.
 func (b *batch) addTo(pass *fwd.Pass, layers int) {
 	order := make([]chan struct{}, layers)
 	for _, part := range pass.Parts() {
@@ -93,9 +94,9 @@ func (b *batch) addTo(pass *fwd.Pass, layers int) {
 	}
 }
 
-// inOrder returns the metadata of a microbatch by layer. In each layer it comes after the microbatch
-// before, because a request that the split cuts is in both, with some of its rows in each. written holds
-// what the last microbatch of each layer closes, and is updated.
+// inOrder returns the metadata of a microbatch by layer. In each layer it comes after the
+// microbatch before, because a request that the split cuts is in both, with some of its rows in
+// each. written holds what the last microbatch of each layer closes, and is updated.
 func inOrder(meta *model.AttnMeta, written []chan struct{}) map[string]any {
 	byLayer := map[string]any{}
 	for l := range written {
@@ -131,8 +132,9 @@ type sampled struct {
 	rows fwd.Range
 }
 
-// toVerify returns the rows from which the target model's next tokens come: those of the last known token
-// of each sequence, and of each guess after it. A sequence in the middle of its prompt has none.
+// toVerify returns the rows from which the target model's next tokens come: those of the last known
+// token of each sequence, and of each guess after it. A sequence in the middle of its prompt has
+// none.
 func (b *batch) toVerify(step []scheduled) (sample []sampled) {
 	for i, s := range step {
 		rows := b.meta.Seqs[i].Rows

@@ -1,7 +1,7 @@
 package engine
 
-// blockAllocator hands out the blocks of a rank's KV cache. The caches of all layers have the same blocks: one block table
-// serves every layer.
+// blockAllocator hands out the blocks of a rank's KV cache. The caches of all layers have the same
+// blocks: one block table serves every layer.
 type blockAllocator struct {
 	free      []int
 	blockSize int

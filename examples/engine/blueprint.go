@@ -12,7 +12,8 @@ import (
 type blueprint struct {
 	name  string
 	model *model.Model
-	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them have.
+	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them
+	// have.
 	dispatcher *fwd.Dispatcher
 	parallel   fwd.ParallelConfig // but for the rank
 	ahead      int                // how many positions its input tokens are ahead of their rows
@@ -53,10 +54,10 @@ func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelCon
 	return b, nil
 }
 
-// captureSizes returns the sizes of a model's graphs. The default ones end with a decode batch of all the
-// requests that a step may have, so that every decode batch has a full graph; after it come sizes for mixed
-// batches, and for the target's decode batches in its draft. A full graph of a decode batch has whole
-// requests, so the sizes are rounded up to those.
+// captureSizes returns the sizes of a model's graphs. The default ones end with a decode batch of
+// all the requests that a step may have, so that every decode batch has a full graph; after it come
+// sizes for mixed batches, and for the target's decode batches in its draft. A full graph of a
+// decode batch has whole requests, so the sizes are rounded up to those.
 func (c *Config) captureSizes(queryLen int) ([]int, error) {
 	if c.CaptureSizes != nil {
 		return c.CaptureSizes, nil
@@ -86,8 +87,8 @@ func (c *Config) printGaps(b *blueprint) {
 // draftLayers is how many of the model's layers its draft has.
 const draftLayers = 1
 
-// draftBlueprint returns that of the draft of a model: its first layers, under the same embedding and
-// head. It decodes one token of each sequence at a time.
+// draftBlueprint returns that of the draft of a model: its first layers, under the same embedding
+// and head. It decodes one token of each sequence at a time.
 func (c *Config) draftBlueprint(m *model.Model) (*blueprint, error) {
 	draft := model.New(m.Weights().Truncate(draftLayers))
 	b, err := c.blueprint("draft", draft, fwd.ParallelConfig{DataParallelSize: c.DataParallelSize}, 1)

@@ -12,8 +12,9 @@ import (
 	"github.com/forwardctx/fwd/examples/model"
 )
 
-// Check recomputes every finished request alone with [model.Generate] and compares. It calls done after each, from several
-// goroutines, and returns an error for each request that differs; nil for those that agree and for unfinished ones.
+// Check recomputes every finished request alone with [model.Generate] and compares. It calls done
+// after each, from several goroutines, and returns an error for each request that differs; nil for
+// those that agree and for unfinished ones.
 func Check(ctx context.Context, w *model.Weights, requests []Request, results []Result, done func()) []error {
 	errs := make([]error, len(requests))
 	var next atomic.Int64

@@ -31,11 +31,12 @@ type Config struct {
 	ExchangeTimeout      time.Duration // of a step's votes; 0: 30 s
 	StopGrace            time.Duration // how long an interrupted run may take to end its step; 0: 2 s
 
-	// From how many tokens on a rank wants its pass split: DecodeUBatchThreshold where all requests decode, else
-	// PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
+	// From how many tokens on a rank wants its pass split: DecodeUBatchThreshold where all requests
+	// decode, else PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
 	DecodeUBatchThreshold, PrefillUBatchThreshold int
 
-	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this process.
+	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this
+	// process.
 	Process *Process
 
 	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
@@ -44,11 +45,12 @@ type Config struct {
 	// DraftCoordinators connects the ranks' draft models, as Coordinators does the ranks.
 	DraftCoordinators []fwd.Coordinator
 
-	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil: nothing.
+	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil:
+	// nothing.
 	Middleware func(rank int) []fwd.Middleware
 
-	// Finished is given each result as it is finished, on the goroutine of its rank: the run goes on when it returns, and ends
-	// with its error. nil: nothing is called.
+	// Finished is given each result as it is finished, on the goroutine of its rank: the run goes on
+	// when it returns, and ends with its error. nil: nothing is called.
 	Finished func(Result) error
 
 	TracerProvider trace.TracerProvider // nil: the global one
@@ -69,8 +71,9 @@ const MaxSpeculativeTokens = 31
 // MaxUBatches is the most microbatches of a pass.
 const MaxUBatches = 16
 
-// maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that all the ways a
-// batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the largest prefills.
+// maxCapture is the largest of the default capture sizes. It is below the default budget of a step,
+// so that all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for
+// mixed batches, none for the largest prefills.
 const maxCapture = 64
 
 func (c Config) withDefaults() (Config, error) {
@@ -136,6 +139,7 @@ func (c *Config) here() (first, count int) {
 	return 0, c.DataParallelSize
 }
 
-// longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a rank that
-// was restarted waits so long for the others to wake up. It is less than an exchange may take.
+// longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a
+// rank that was restarted waits so long for the others to wake up. It is less than an exchange may
+// take.
 func (c *Config) longestSleep() time.Duration { return min(time.Second, c.ExchangeTimeout/2) }

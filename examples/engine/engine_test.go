@@ -45,7 +45,8 @@ func newEngineOf(t testing.TB, m *model.Model, cfg Config) *Engine {
 	return e
 }
 
-// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to
+// maxAnswer.
 func newRequests(n, maxPrompt, maxAnswer int) []Request {
 	rng := rand.New(rand.NewPCG(7, uint64(n)))
 	requests := make([]Request, n)
@@ -188,7 +189,8 @@ func TestStats(t *testing.T) {
 		}
 	})
 	t.Run("idle rank", func(t *testing.T) {
-		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in dummy passes.
+		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in
+		// dummy passes.
 		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise}, []Request{{Prompt: make([]int, 30), MaxTokens: 10}})
 		if stats.DummyPasses < stats.Steps || stats.GraphPadding != 2 || stats.DataPadding != 31 {
 			t.Errorf("%+v, want a dummy pass a step, 2 tokens of graph padding and 31 of DP padding", stats)
@@ -218,7 +220,8 @@ func (l liar) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	return votes, err
 }
 
-// TestWrongVotes: where ranks know different numbers of each other's tokens, no answer comes out, and nobody hangs.
+// TestWrongVotes: where ranks know different numbers of each other's tokens, no answer comes out,
+// and nobody hangs.
 func TestWrongVotes(t *testing.T) {
 	for name, lie := range map[string]func(votes []fwd.Vote){
 		"one token more": func(votes []fwd.Vote) { votes[0].NumTokens++; votes[0].NumTokensPadded++ },
@@ -267,8 +270,8 @@ func TestRankFails(t *testing.T) {
 	}
 }
 
-// TestRankFailsAnywhere: whichever pass it is that fails, of the warm-up, of the model or of its draft, the others don't wait
-// for it. Each model captures 11 graphs.
+// TestRankFailsAnywhere: whichever pass it is that fails, of the warm-up, of the model or of its
+// draft, the others don't wait for it. Each model captures 11 graphs.
 func TestRankFailsAnywhere(t *testing.T) {
 	broken := errors.New("broken layer")
 	for _, at := range []int64{1, 12, 22, 23, 24, 25, 26, 40} {

@@ -13,15 +13,16 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// ErrRefused is wrapped by the error that every worker gets when what the workers brought to an exchange does not fit
-// together. It means that they disagree about the step.
+// ErrRefused is wrapped by the error that every worker gets when what the workers brought to an
+// exchange does not fit together. It means that they disagree about the step.
 var ErrRefused = errors.New("refused exchange")
 
-// expertGroup connects the workers over which the experts are spread: those of all ranks, or, where the other ranks are
-// processes, those of this rank. They are goroutines of this process, so an exchange is a meeting: everyone leaves a message,
-// and the last to come lets all go on.
+// expertGroup connects the workers over which the experts are spread: those of all ranks, or, where
+// the other ranks are processes, those of this rank. They are goroutines of this process, so an
+// exchange is a meeting: everyone leaves a message, and the last to come lets all go on.
 //
-// A group breaks for good with its first error: workers that have lost each other can't go on together.
+// A group breaks for good with its first error: workers that have lost each other can't go on
+// together.
 type expertGroup struct {
 	first, total int // where the group begins among the workers of all ranks, which have local sizes, and how many these are
 
@@ -98,8 +99,8 @@ func (w *expertWorker) Combine(ctx context.Context, at model.Place, sizes []int,
 // rankWorkers are the workers of one rank. They work inside the rank's passes.
 type rankWorkers []*expertWorker
 
-// workersOf returns the workers of a rank that has sp of them: consecutive ones, so worker s of rank d is d·sp + s, the order
-// of the local sizes.
+// workersOf returns the workers of a rank that has sp of them: consecutive ones, so worker s of
+// rank d is d·sp + s, the order of the local sizes.
 func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 	var workers rankWorkers
 	for s := range sp {
@@ -108,8 +109,8 @@ func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 	return workers
 }
 
-// inPass is middleware that tells the group how each pass ended. So the others notice if a worker that
-// they wait for has failed, or goes through fewer exchanges than they do.
+// inPass is middleware that tells the group how each pass ended. So the others notice if a worker
+// that they wait for has failed, or goes through fewer exchanges than they do.
 func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	return func(ctx context.Context) error {
 		err := next(ctx)
@@ -120,9 +121,9 @@ func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	}
 }
 
-// meet leaves m for the others and returns the messages of all workers once everyone has come. It tells
-// fwd how long it has waited for the last rank to come: the passes of a step are equally long on all ranks,
-// and this tells the rank that is waited for from those that wait.
+// meet leaves m for the others and returns the messages of all workers once everyone has come. It
+// tells fwd how long it has waited for the last rank to come: the passes of a step are equally long
+// on all ranks, and this tells the rank that is waited for from those that wait.
 func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error) {
 	g := w.group
 	if ctx.Err() != nil {
@@ -217,8 +218,8 @@ func (g *expertGroup) failLocked(err error) error {
 	return g.err
 }
 
-// verify checks what a network would not: that all workers mean the same exchange, and that each brought the rows that the
-// others expect of it.
+// verify checks what a network would not: that all workers mean the same exchange, and that each
+// brought the rows that the others expect of it.
 func (g *expertGroup) verify(messages []*message) error {
 	var errs []error
 	refuse := func(format string, args ...any) {

@@ -32,8 +32,8 @@ func routed(rows int) model.Routed {
 
 var here = model.Place{Layer: "layers.0.moe", Chunk: 1}
 
-// TestExchangeRefused: whatever does not fit together is an error for every worker, that names what differs, and no worker
-// hangs: under synctest that would be a deadlock.
+// TestExchangeRefused: whatever does not fit together is an error for every worker, that names what
+// differs, and no worker hangs: under synctest that would be a deadlock.
 func TestExchangeRefused(t *testing.T) {
 	sizes := []int{3, 1, 2}
 	dispatch := func(w *expertWorker, at model.Place, sizes []int, rows int) error {
@@ -97,7 +97,8 @@ func TestExchangeRefused(t *testing.T) {
 	}
 }
 
-// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, at once and from then on.
+// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, at once and
+// from then on.
 func TestExchangeLeft(t *testing.T) {
 	cause := errors.New("out of memory")
 	canceled, cancel := context.WithCancelCause(context.Background())
@@ -141,7 +142,8 @@ func TestExchangeLeft(t *testing.T) {
 	}
 }
 
-// TestExchangeRoutes: everyone has everyone's rows after a dispatch and its own after a combine, over many rounds.
+// TestExchangeRoutes: everyone has everyone's rows after a dispatch and its own after a combine,
+// over many rounds.
 func TestExchangeRoutes(t *testing.T) {
 	const size, rounds = 4, 2000
 	sizes := []int{1, 1, 1, 1}
@@ -180,7 +182,8 @@ func TestExchangeRoutes(t *testing.T) {
 	}
 }
 
-// TestExchangeMicrobatches: what microbatches exchange at the same place never mixes, in whatever order each worker gets there.
+// TestExchangeMicrobatches: what microbatches exchange at the same place never mixes, in whatever
+// order each worker gets there.
 func TestExchangeMicrobatches(t *testing.T) {
 	const workers, ubatches = 2, 2
 	split := &fwd.ForwardContext{NumTokens: ubatches}

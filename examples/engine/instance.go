@@ -53,8 +53,8 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 	return in, err
 }
 
-// layers returns the layer objects that the passes find: a KV cache for every attention layer, and the
-// shares of the experts of the rank's workers for every mixture-of-experts layer.
+// layers returns the layer objects that the passes find: a KV cache for every attention layer, and
+// the shares of the experts of the rank's workers for every mixture-of-experts layer.
 func (in *instance) layers(cfg *Config, numBlocks int, group *expertGroup) map[string]any {
 	weights := in.model.Weights()
 	layers := map[string]any{}
@@ -85,7 +85,8 @@ func (in *instance) warmUp(ctx context.Context) error {
 	return nil
 }
 
-// newBatch lays out the step of a planned pass, and adds to the pass what attention must know about it.
+// newBatch lays out the step of a planned pass, and adds to the pass what attention must know about
+// it.
 func (in *instance) newBatch(pass *fwd.Pass, step []scheduled) *batch {
 	b := newBatch(step, pass.NumTokens, in.blockSize, in.ahead)
 	b.addTo(pass, len(in.model.Weights().Layers))
@@ -99,8 +100,8 @@ func (in *instance) forward(ctx context.Context, pass fwd.Pass, tokens []int) (*
 	})
 }
 
-// logits returns the scores of the next token after each row to sample from, one row after the other; it
-// returns nil if there are none.
+// logits returns the scores of the next token after each row to sample from, one row after the
+// other; it returns nil if there are none.
 func (in *instance) logits(sample []sampled, hidden *mat.Dense) *mat.Dense {
 	rows := 0
 	for _, s := range sample {

@@ -6,9 +6,10 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// note is what a rank tells the others with each vote, beside what fwd needs: whether it has anything
-// left to do, and when. All ranks see the notes of all, so all of them decide the same about the step:
-// to run it, to sleep before the next one, or to stop. No exchange of their own is needed for that.
+// note is what a rank tells the others with each vote, beside what fwd needs: whether it has
+// anything left to do, and when. All ranks see the notes of all, so all of them decide the same
+// about the step: to run it, to sleep before the next one, or to stop. No exchange of their own is
+// needed for that.
 //
 // This is what the word Vote.Note means in this engine:
 //

@@ -8,18 +8,19 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// Process says that an engine runs one rank, and that its peers are in other processes. Each of them has an engine with the
-// same configuration but for this. A rank has all experts then: the ranks still depend on each other in every step, but rows
-// stay in the process.
+// Process says that an engine runs one rank, and that its peers are in other processes. Each of
+// them has an engine with the same configuration but for this. A rank has all experts then: the
+// ranks still depend on each other in every step, but rows stay in the process.
 type Process struct {
 	Rank int
 
-	// Target connects the ranks for the steps of the model, and Draft for the warm-up of its draft; Draft
-	// is nil if there is none.
+	// Target connects the ranks for the steps of the model, and Draft for the warm-up of its draft;
+	// Draft is nil if there is none.
 	Target, Draft fwd.Coordinator
 
-	// Rejoin is how long the ranks wait for one that is missing or out of step, counted from the first exchange that failed:
-	// they try again until a step has gone well, and the first failure after that time ends the run. 0: any failure does.
+	// Rejoin is how long the ranks wait for one that is missing or out of step, counted from the first
+	// exchange that failed: they try again until a step has gone well, and the first failure after
+	// that time ends the run. 0: any failure does.
 	Rejoin time.Duration
 }
 
@@ -51,7 +52,8 @@ func (p *Process) check(c *Config) error {
 	return errors.Join(errs...)
 }
 
-// ErrInterrupted is wrapped by the error of a run that ends because of another rank, whose own run was interrupted.
+// ErrInterrupted is wrapped by the error of a run that ends because of another rank, whose own run
+// was interrupted.
 var ErrInterrupted = errors.New("engine: interrupted")
 
 // isRankError reports whether an exchange failed because of other ranks.

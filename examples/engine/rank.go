@@ -24,8 +24,9 @@ type rank struct {
 
 // serve is the life of a rank. It warms up, and then takes steps until the ranks agree to stop.
 //
-// If ranks turn out to be out of step, one of them may have been restarted, and have no graphs yet. Then
-// all of them warm up again, which costs those that have their graphs no more than a few dummy passes.
+// If ranks turn out to be out of step, one of them may have been restarted, and have no graphs yet.
+// Then all of them warm up again, which costs those that have their graphs no more than a few dummy
+// passes.
 func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
 	defer func() { r.figures.ended = time.Now() }()
 	ready, more := false, true
@@ -73,8 +74,8 @@ func (r *rank) instances() []*instance {
 	return []*instance{r.target, r.draft}
 }
 
-// step is one step of the engine on one rank. It returns false if the ranks have agreed to stop. If the
-// ranks don't come together, nothing has happened: what was scheduled will be scheduled again.
+// step is one step of the engine on one rank. It returns false if the ranks have agreed to stop. If
+// the ranks don't come together, nothing has happened: what was scheduled will be scheduled again.
 func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
 	now := time.Now()
 	step := r.scheduler.schedule(now)
@@ -112,8 +113,8 @@ func (r *rank) note(now time.Time, interrupt <-chan struct{}) note {
 	return n
 }
 
-// plan agrees with the other ranks on the step. A rank that is alone and has nothing to do agrees with
-// nobody, and has no pass.
+// plan agrees with the other ranks on the step. A rank that is alone and has nothing to do agrees
+// with nobody, and has no pass.
 func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, error) {
 	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
 		return fwd.Pass{}, nil
@@ -123,8 +124,8 @@ func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, 
 	return r.target.runner.Plan(ctx, schedule)
 }
 
-// run runs the pass of a step. Everything that follows from the model's output happens inside the pass,
-// so that the passes of the draft model are nested in it.
+// run runs the pass of a step. Everything that follows from the model's output happens inside the
+// pass, so that the passes of the draft model are nested in it.
 func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled) error {
 	batch := r.target.newBatch(pass, step)
 	var leftOut int
@@ -195,8 +196,8 @@ func (r *rank) interrupted(by int, own note) error {
 	return fmt.Errorf("%w with rank %d", ErrInterrupted, by)
 }
 
-// missed decides what a failed exchange means. It returns nil if the rank tries again, and err if the
-// run is over.
+// missed decides what a failed exchange means. It returns nil if the rank tries again, and err if
+// the run is over.
 func (r *rank) missed(ctx context.Context, err error) error {
 	if !isRankError(err) || ctx.Err() != nil {
 		return err

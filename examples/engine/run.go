@@ -36,11 +36,12 @@ func (e *Engine) newRun(requests []Request) (*run, error) {
 	return r, err
 }
 
-// supervise lets all ranks serve until they stop, and returns the error of the first one that failed.
+// supervise lets all ranks serve until they stop, and returns the error of the first one that
+// failed.
 //
-// Steps don't run under ctx itself: if it ended in the middle of a step, some ranks would have exchanged rows
-// and others not. Instead, each rank tells the others of the interrupt with its next vote, so that all of
-// them stop after the same step.
+// Steps don't run under ctx itself: if it ended in the middle of a step, some ranks would have
+// exchanged rows and others not. Instead, each rank tells the others of the interrupt with its next
+// vote, so that all of them stop after the same step.
 func (r *run) supervise(ctx context.Context) error {
 	steps, fail := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer fail(nil)
@@ -122,8 +123,8 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 	return ranks, e.place(ranks, e.draft, numBlocks, cfg.DraftCoordinators)
 }
 
-// place puts a model on the ranks of this process, which share its experts. All ranks of it agree among
-// themselves; those of another model have nothing to do with it.
+// place puts a model on the ranks of this process, which share its experts. All ranks of it agree
+// among themselves; those of another model have nothing to do with it.
 func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators []fwd.Coordinator) error {
 	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
 	if coordinators == nil {

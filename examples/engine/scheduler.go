@@ -16,7 +16,8 @@ type Request struct {
 	Adapter   int           // LoRA adapter, from 1, or model.NoAdapter
 }
 
-// length is the number of tokens that end up in the KV cache: the last generated one is never fed back.
+// length is the number of tokens that end up in the KV cache: the last generated one is never fed
+// back.
 func (r *Request) length() int { return len(r.Prompt) + r.MaxTokens - 1 }
 
 // Result is what became of a request.
@@ -57,7 +58,8 @@ func (s *sequence) token(position int) int {
 // known is the number of tokens of prompt and answer.
 func (s *sequence) known() int { return len(s.request.Prompt) + len(s.result.Tokens) }
 
-// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and the guesses after it.
+// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and
+// the guesses after it.
 func (s *sequence) pending() int { return s.known() + len(s.drafts) - s.computed }
 
 // scheduled is a sequence's part of one step.
@@ -67,9 +69,9 @@ type scheduled struct {
 	still        bool // its rows are there to be counted, and are written nowhere
 }
 
-// scheduler decides what a rank computes in each step: continuous batching with chunked prefill. Sequences join and leave
-// the batch at any step, and a long prompt is computed over several steps beside the decoding of others, because every
-// step has a budget of tokens.
+// scheduler decides what a rank computes in each step: continuous batching with chunked prefill.
+// Sequences join and leave the batch at any step, and a long prompt is computed over several steps
+// beside the decoding of others, because every step has a budget of tokens.
 type scheduler struct {
 	waiting []*sequence // by arrival
 	running []*sequence // by admission
@@ -86,8 +88,8 @@ func (s *scheduler) open(began time.Time, arrival func(*Request) time.Duration) 
 	}
 }
 
-// schedule returns the next step: first what is running, so that no admitted request starves, then new ones that have
-// arrived. It returns nothing when the rank is idle.
+// schedule returns the next step: first what is running, so that no admitted request starves, then
+// new ones that have arrived. It returns nothing when the rank is idle.
 func (s *scheduler) schedule(now time.Time) []scheduled {
 	var batch []scheduled
 	budget := s.budget

@@ -13,9 +13,9 @@ const scopeName = "github.com/forwardctx/fwd/examples/engine"
 // maxLinks is how many requests a pass's span can link to.
 const maxLinks = 128
 
-// links returns links from a pass to the requests in it. A request's span is a trace of its own, from its arrival to its
-// last token: it takes part in many steps, and a step serves many requests, so neither can be the other's parent. Requests
-// beyond the limit are left out; it says how many.
+// links returns links from a pass to the requests in it. A request's span is a trace of its own,
+// from its arrival to its last token: it takes part in many steps, and a step serves many requests,
+// so neither can be the other's parent. Requests beyond the limit are left out; it says how many.
 func (r *rank) links(ctx context.Context, step []scheduled) (links []trace.Link, leftOut int) {
 	limit := maxLinks
 	if r.engine.config.StepTrace && trace.SpanContextFromContext(ctx).IsValid() {

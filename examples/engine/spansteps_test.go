@@ -43,7 +43,8 @@ func (v *spanView) checkSteps() {
 	v.checkDrafts(len(traces) - last)
 }
 
-// checkDrafts checks the passes of the draft model in so many steps. They are in the pass of their rank.
+// checkDrafts checks the passes of the draft model in so many steps. They are in the pass of their
+// rank.
 func (v *spanView) checkDrafts(steps int) {
 	drafts := v.steps("draft")
 	for at, s := range drafts {
@@ -63,7 +64,8 @@ func (v *spanView) checkDrafts(steps int) {
 	}
 }
 
-// agreed is what follows from what the ranks have brought to a step. Those with something to run decide.
+// agreed is what follows from what the ranks have brought to a step. Those with something to run
+// decide.
 type agreed struct {
 	largest, largestRank, fewest int  // tokens: after and before graph padding
 	lowestRank                   int  // that lowered the mode of another; -1: none
@@ -107,8 +109,8 @@ func (v *spanView) agree(s *step) agreed {
 	return a
 }
 
-// checkStep recomputes the agreement of a step from what each rank brought to it. It reports whether all
-// ranks have a pass.
+// checkStep recomputes the agreement of a step from what each rank brought to it. It reports
+// whether all ranks have a pass.
 func (v *spanView) checkStep(at place, s *step) bool {
 	if slices.Contains(s.forward, nil) {
 		v.Errorf("step %v lacks a pass of some rank", at)
@@ -141,7 +143,8 @@ func (v *spanView) checkStep(at place, s *step) bool {
 	return true
 }
 
-// checkRanks checks whom a span names. In a split pass the reasons don't say who lowered whose mode.
+// checkRanks checks whom a span names. In a split pass the reasons don't say who lowered whose
+// mode.
 func (v *spanView) checkRanks(s *step, span *span, agreed agreed, bad func(format string, args ...any)) {
 	if span.int("fwd.dp.max_tokens_rank") != agreed.largestRank {
 		bad("%s: want max_tokens_rank %d", span.Name(), agreed.largestRank)

@@ -205,8 +205,8 @@ func (v *spanView) checkServed(s *span, bad func(format string, args ...any)) {
 	}
 }
 
-// step is the passes and the exchanges of all ranks, by rank, that belong together. A pass of the draft has
-// no exchange of its own.
+// step is the passes and the exchanges of all ranks, by rank, that belong together. A pass of the
+// draft has no exchange of its own.
 type step struct{ forward, coordinate []*span }
 
 // place says which of the passes of a step one is: the first, but for those of the draft.

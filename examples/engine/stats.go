@@ -25,7 +25,8 @@ type Stats struct {
 	Ranks                         []RankStats
 }
 
-// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its votes.
+// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its
+// votes.
 type RankStats struct {
 	Rank    int
 	Votes   time.Duration // waiting for the other ranks' votes, in Plan and at the gate

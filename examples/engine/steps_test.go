@@ -1,5 +1,5 @@
-// What a step is made of: what the scheduler tells Plan, how often the ranks exchange votes, what the notes
-// with the votes decide, and what runs.
+// What a step is made of: what the scheduler tells Plan, how often the ranks exchange votes, what
+// the notes with the votes decide, and what runs.
 
 package engine
 
@@ -16,8 +16,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// TestPrefillNotUniform: a prompt, or the end of one, may be as long as what a decoding request brings to a
-// step. No decode graph replays it.
+// TestPrefillNotUniform: a prompt, or the end of one, may be as long as what a decoding request
+// brings to a step. No decode graph replays it.
 func TestPrefillNotUniform(t *testing.T) {
 	for _, c := range []struct {
 		name              string
@@ -77,8 +77,9 @@ func countAll(t *testing.T, size int) (group []fwd.Coordinator, warmUps, steps *
 	return group, warmUps, steps
 }
 
-// TestExchanges: a step costs one exchange, also with a draft model that takes several passes in it, and one
-// exchange ends the run. The warm-up of each model costs one for each graph, and one that ends it.
+// TestExchanges: a step costs one exchange, also with a draft model that takes several passes in
+// it, and one exchange ends the run. The warm-up of each model costs one for each graph, and one
+// that ends it.
 func TestExchanges(t *testing.T) {
 	const dp, spec = 3, 4
 	target, targetWarmUps, steps := countAll(t, dp)
@@ -107,8 +108,8 @@ func TestExchanges(t *testing.T) {
 	}
 }
 
-// TestAllIdle: while no rank has anything to do, the ranks exchange votes now and then, and nobody runs a
-// pass.
+// TestAllIdle: while no rank has anything to do, the ranks exchange votes now and then, and nobody
+// runs a pass.
 func TestAllIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const dp = 3

@@ -14,8 +14,9 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TestTelemetry runs the engine and checks what its spans and metrics say against each other, against the figures of the run
-// and against what follows from the requests: what the answers can't show.
+// TestTelemetry runs the engine and checks what its spans and metrics say against each other,
+// against the figures of the run and against what follows from the requests: what the answers can't
+// show.
 func TestTelemetry(t *testing.T) {
 	for _, c := range []struct {
 		cfg      Config
@@ -43,7 +44,8 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	requests := withAdapters(newRequests(9*max(cfg.DataParallelSize, 1), 25, 9), adapters)
 	requests[0].MaxTokens = 40 // the other ranks are idle in the end
 	for _, r := range []*Request{&requests[1], &requests[2]} {
-		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by two at once.
+		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by
+		// two at once.
 		for len(r.Prompt) < 500 {
 			r.Prompt = append(r.Prompt, len(r.Prompt)%256)
 		}
@@ -118,8 +120,8 @@ func (v *spanView) checkSeen() {
 	}
 }
 
-// inPass is middleware that checks what a pass finds in its context, against the attributes of its span. It leaves local sizes
-// in the context: a pass nested in this one must not see them.
+// inPass is middleware that checks what a pass finds in its context, against the attributes of its
+// span. It leaves local sizes in the context: a pass nested in this one must not see them.
 func inPass(t *testing.T, rank int) fwd.Middleware {
 	return func(next fwd.ForwardFunc) fwd.ForwardFunc {
 		return func(ctx context.Context) error {
@@ -155,7 +157,8 @@ func inPass(t *testing.T, rank int) fwd.Middleware {
 	}
 }
 
-// checkMetrics compares the metrics with the spans and with what the graphs have counted themselves.
+// checkMetrics compares the metrics with the spans and with what the graphs have counted
+// themselves.
 func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 	want := map[string]float64{
 		"fwd.graph.events{capture}": float64(stats.Captures),

@@ -12,8 +12,8 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 )
 
-// TestTelemetryThresholds: both ranks decode 6 requests, then rank 0 has 5, which are enough to split, and then 4, which are
-// not, though rank 1 would.
+// TestTelemetryThresholds: both ranks decode 6 requests, then rank 0 has 5, which are enough to
+// split, and then 4, which are not, though rank 1 would.
 func TestTelemetryThresholds(t *testing.T) {
 	var requests []Request
 	for i := range 12 {
@@ -23,8 +23,8 @@ func TestTelemetryThresholds(t *testing.T) {
 	checkTelemetryOf(t, Config{DataParallelSize: 2, NumUBatches: 2, DecodeUBatchThreshold: 5, PrefillUBatchThreshold: 1000}, 0, requests)
 }
 
-// confused is a coordinator that mixes up steps: once, where two steps in a row have the same votes, it changes those of the
-// later one.
+// confused is a coordinator that mixes up steps: once, where two steps in a row have the same
+// votes, it changes those of the later one.
 type confused struct {
 	fwd.Coordinator
 	mix    func(votes, before []fwd.Vote)
@@ -46,8 +46,8 @@ func (c *confused) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error)
 	return votes, err
 }
 
-// TestTelemetryLockstep: a rank that is given votes of another step, or one that it has not cast, stops there, and its span
-// says why. The answers would not show it: what was agreed is the same.
+// TestTelemetryLockstep: a rank that is given votes of another step, or one that it has not cast,
+// stops there, and its span says why. The answers would not show it: what was agreed is the same.
 func TestTelemetryLockstep(t *testing.T) {
 	const rank = 1
 	for name, mix := range map[string]func(votes, before []fwd.Vote){

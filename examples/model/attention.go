@@ -11,16 +11,17 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// AttnMeta is the attention metadata of one pass, or of one microbatch of it: which rows belong together, and where their
-// past lies. Rows of no sequence are padding; they attend to nothing.
+// AttnMeta is the attention metadata of one pass, or of one microbatch of it: which rows belong
+// together, and where their past lies. Rows of no sequence are padding; they attend to nothing.
 type AttnMeta struct {
 	Positions      []int // of each row in its sequence, so also the number of tokens before it
 	Adapters       []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
 	ActiveAdapters int   // different ones
 	Seqs           []SeqMeta
 
-	// The order of the microbatches of a pass in this layer; nil: there is none before, or after. A request that the split
-	// has cut has rows in both, and the later ones attend to keys and values of the earlier ones.
+	// The order of the microbatches of a pass in this layer; nil: there is none before, or after. A
+	// request that the split has cut has rows in both, and the later ones attend to keys and values of
+	// the earlier ones.
 	After   <-chan struct{} // closed once those of the microbatch before are in the cache
 	Written chan<- struct{} // closed once those of this one are
 }
@@ -37,9 +38,10 @@ type SeqMeta struct {
 // NoSlot in a slot mapping means that the row's keys and values are kept nowhere: padding.
 const NoSlot = -1
 
-// KVCache holds keys and values of one attention layer on one rank, in blocks of BlockSize slots: token p of a sequence lies
-// in slot BlockTable[p/BlockSize]·BlockSize + p%BlockSize. Blocks of one sequence need not be neighbours, so memory is handed
-// out a block at a time and no sequence has to know beforehand how long it gets.
+// KVCache holds keys and values of one attention layer on one rank, in blocks of BlockSize slots:
+// token p of a sequence lies in slot BlockTable[p/BlockSize]·BlockSize + p%BlockSize. Blocks of one
+// sequence need not be neighbours, so memory is handed out a block at a time and no sequence has to
+// know beforehand how long it gets.
 type KVCache struct {
 	BlockSize int
 	Keys      *mat.Dense // slots × width
@@ -87,7 +89,8 @@ type attnInputs struct {
 	cache *KVCache
 }
 
-// inputs returns what the forward context says about the batch. A dummy pass has no metadata: no row belongs to a request.
+// inputs returns what the forward context says about the batch. A dummy pass has no metadata: no
+// row belongs to a request.
 func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy bool, err error) {
 	in.cache, err = fwd.Layer[*KVCache](ctx, a.Name)
 	if err != nil {
@@ -120,9 +123,9 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 	return in, false, nil
 }
 
-// Forward stores in t.attended what each row sees of its own sequence, up to itself. Keys and values of the new rows are
-// written to the KV cache first and then read from it like those of earlier steps, so prefill, chunked prefill and decode are
-// one case.
+// Forward stores in t.attended what each row sees of its own sequence, up to itself. Keys and
+// values of the new rows are written to the KV cache first and then read from it like those of
+// earlier steps, so prefill, chunked prefill and decode are one case.
 func (a *Attention) Forward(ctx context.Context, t *activations) error {
 	rows, _ := t.q.Dims()
 	in, dummy, err := a.inputs(ctx, rows)
@@ -170,7 +173,8 @@ func (a *Attention) read(in *attnInputs, t *activations, scores []float64) []flo
 	return scores
 }
 
-// attnPlan is attention laid out for a full graph, with buffers for what it must know about a batch.
+// attnPlan is attention laid out for a full graph, with buffers for what it must know about a
+// batch.
 type attnPlan struct {
 	attn   *Attention
 	key    fwd.BatchDescriptor
@@ -222,8 +226,8 @@ func (p *attnPlan) run(t *activations) {
 	p.scores = p.attn.read(&p.in, t, p.scores)
 }
 
-// attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys' products with q. It
-// returns scores for the next call to use again.
+// attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys'
+// products with q. It returns scores for the next call to use again.
 func (a *Attention) attend(dst, q []float64, cache *KVCache, blockTable []int, position int, scores []float64) []float64 {
 	dim := len(q) / a.Heads
 	for h := range a.Heads {
@@ -241,8 +245,8 @@ func (a *Attention) attend(dst, q []float64, cache *KVCache, blockTable []int, p
 	return scores
 }
 
-// rotate turns pair (i, i+dim/2) of every head of row r by positions[r]·freqs[i] (Su et al., "RoFormer", 2021), so that the
-// product of a query and a key depends on how far they are apart.
+// rotate turns pair (i, i+dim/2) of every head of row r by positions[r]·freqs[i] (Su et al.,
+// "RoFormer", 2021), so that the product of a query and a key depends on how far they are apart.
 func (a *Attention) rotate(x *mat.Dense, positions []int) {
 	half := len(a.freqs)
 	for r, position := range positions {
@@ -259,7 +263,8 @@ func (a *Attention) rotate(x *mat.Dense, positions []int) {
 	}
 }
 
-// softmax replaces x by exp(x)/sum(exp(x)); taking the maximum away first keeps exp from overflowing.
+// softmax replaces x by exp(x)/sum(exp(x)); taking the maximum away first keeps exp from
+// overflowing.
 func softmax(x []float64) {
 	top := floats.Max(x)
 	var sum float64

@@ -9,10 +9,11 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// Executor runs a model for one rank, by graphs where the pass asks for them. A graph is a plan that is kept: the stages of
-// the model laid out for one shape, with buffers of their own into which a replay copies its inputs. A pass in mode
-// PIECEWISE replays each stage, expert exchanges included, and calls attention in between as an eager pass does; one in mode
-// FULL replays stages and attention as one. Any other pass makes its plans anew.
+// Executor runs a model for one rank, by graphs where the pass asks for them. A graph is a plan
+// that is kept: the stages of the model laid out for one shape, with buffers of their own into
+// which a replay copies its inputs. A pass in mode PIECEWISE replays each stage, expert exchanges
+// included, and calls attention in between as an eager pass does; one in mode FULL replays stages
+// and attention as one. Any other pass makes its plans anew.
 //
 // It runs one pass at a time, and its result is good until the next.
 type Executor struct {
@@ -21,8 +22,8 @@ type Executor struct {
 	stages            []*fwd.GraphCache
 	captures, replays atomic.Int64
 
-	// The pass in flight. A fwd.ForwardFunc takes its context and nothing else, so its tensors lie here, as a device graph's
-	// lie at fixed addresses.
+	// The pass in flight. A fwd.ForwardFunc takes its context and nothing else, so its tensors lie
+	// here, as a device graph's lie at fixed addresses.
 	tokens []int
 	hidden *mat.Dense
 	active []*activations // by microbatch

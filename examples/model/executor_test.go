@@ -13,7 +13,8 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// decode returns a pass that decodes one token each of some requests, with tokens of a past of 20 tokens, in a graph mode.
+// decode returns a pass that decodes one token each of some requests, with tokens of a past of 20
+// tokens, in a graph mode.
 func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.ForwardContext, []int) {
 	meta := &AttnMeta{Positions: slices.Repeat([]int{20}, requests)}
 	slots, tokens := make([]int, requests), make([]int, requests)
@@ -36,7 +37,8 @@ func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.Forwa
 	return fc, tokens
 }
 
-// TestReplay: a graph that was captured with one batch gives another batch the same result as an eager pass, bit by bit.
+// TestReplay: a graph that was captured with one batch gives another batch the same result as an
+// eager pass, bit by bit.
 func TestReplay(t *testing.T) {
 	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFull} {
 		t.Run(mode.String(), func(t *testing.T) {
@@ -132,7 +134,8 @@ func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
 	return fc
 }
 
-// TestMicrobatchFails: a microbatch that fails before its keys are written does not leave the next one waiting for them.
+// TestMicrobatchFails: a microbatch that fails before its keys are written does not leave the next
+// one waiting for them.
 func TestMicrobatchFails(t *testing.T) {
 	m, layers := newTest(t, 3)
 	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
@@ -148,7 +151,8 @@ func TestMicrobatchFails(t *testing.T) {
 	}
 }
 
-// together is an exchange that lets microbatch 0 go on only once microbatch 1 has come, in every layer.
+// together is an exchange that lets microbatch 0 go on only once microbatch 1 has come, in every
+// layer.
 type together struct {
 	alone
 	come map[string]chan struct{} // by layer
@@ -166,7 +170,8 @@ func (x together) Dispatch(ctx context.Context, at Place, sizes []int, rows Rout
 	return x.alone.Dispatch(ctx, at, sizes, rows)
 }
 
-// TestMicrobatchesOverlap: the attention of a microbatch goes on while the one before is in its expert exchange.
+// TestMicrobatchesOverlap: the attention of a microbatch goes on while the one before is in its
+// expert exchange.
 func TestMicrobatchesOverlap(t *testing.T) {
 	m, layers := newTest(t, 100)
 	x := together{come: map[string]chan struct{}{}}
@@ -186,7 +191,8 @@ func TestMicrobatchesOverlap(t *testing.T) {
 	}
 }
 
-// BenchmarkForward shows what a replay saves: mode NONE plans each pass anew, and of-eager is the time as a share of that.
+// BenchmarkForward shows what a replay saves: mode NONE plans each pass anew, and of-eager is the
+// time as a share of that.
 func BenchmarkForward(b *testing.B) {
 	for _, requests := range []int{1, 4, 16} {
 		var eager float64 // nanoseconds

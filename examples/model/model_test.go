@@ -40,8 +40,8 @@ func newTest(t testing.TB, chunk int) (*Model, map[string]any) {
 	return New(w), layers
 }
 
-// pass returns the context of a pass in which one sequence, whose blocks are scattered, has rows for positions first to
-// first+count-1, and padding rows follow.
+// pass returns the context of a pass in which one sequence, whose blocks are scattered, has rows
+// for positions first to first+count-1, and padding rows follow.
 func pass(layers map[string]any, adapter, first, count, padding int) context.Context {
 	table := []int{9, 2, 14, 0, 7}
 	meta := &AttnMeta{Positions: make([]int, count+padding), Seqs: []SeqMeta{{Rows: fwd.Range{Start: 0, Stop: count}, BlockTable: table}}}
@@ -64,7 +64,8 @@ func pass(layers map[string]any, adapter, first, count, padding int) context.Con
 	})
 }
 
-// TestForward: however a sequence is cut into passes, padded and chunked, the last hidden state is that of the reference.
+// TestForward: however a sequence is cut into passes, padded and chunked, the last hidden state is
+// that of the reference.
 func TestForward(t *testing.T) {
 	prompt := []int{7, 7, 49, 0, 12, 33, 5, 21, 8, 1, 40}
 	for _, c := range []struct {
@@ -107,7 +108,8 @@ func TestForward(t *testing.T) {
 	}
 }
 
-// TestDummyPass: without metadata there is nothing to attend to, and nothing is written, but the pass goes through.
+// TestDummyPass: without metadata there is nothing to attend to, and nothing is written, but the
+// pass goes through.
 func TestDummyPass(t *testing.T) {
 	m, layers := newTest(t, 2)
 	ctx := fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 3, Dummy: true})
@@ -199,7 +201,8 @@ func TestBadConfig(t *testing.T) {
 	}
 }
 
-// TestAdaptersDiffer: adapters change the answer, each in its own way, and leave the model without them as it is.
+// TestAdaptersDiffer: adapters change the answer, each in its own way, and leave the model without
+// them as it is.
 func TestAdaptersDiffer(t *testing.T) {
 	config := DefaultConfig()
 	plain, err := NewWeights(config)

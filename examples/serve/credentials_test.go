@@ -69,8 +69,8 @@ func (a *authority) issue(name string) (certFile, keyFile string) {
 	return write(".pem", "CERTIFICATE", der), write(".key", "EC PRIVATE KEY", secret)
 }
 
-// TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is. Without that it is refused at
-// once.
+// TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is.
+// Without that it is refused at once.
 func TestCredentials(t *testing.T) {
 	a := newAuthority(t)
 	ca := filepath.Join(a.dir, "ca.pem")
@@ -104,7 +104,8 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
-// TestServerConfiguration: by nats.conf a run has all that it needs, and the user of one rank can't be another.
+// TestServerConfiguration: by nats.conf a run has all that it needs, and the user of one rank can't
+// be another.
 func TestServerConfiguration(t *testing.T) {
 	file, err := filepath.Abs("nats.conf")
 	if err != nil {

@@ -1,25 +1,29 @@
-// Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and says what came of it.
+// Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and
+// says what came of it.
 //
 //	go -C examples run ./serve -check
 //	go -C examples run ./serve -check -sp 2 -ubatches 2 -spec 2 -loras 3 -graph FULL_DECODE_ONLY
 //	go -C examples run ./serve -processes -check
 //
-// By default the ranks are goroutines. With -processes each is a process of its own, connected by a NATS server that comes
-// with them; with -nats this is one of them, and each serves its share of the requests:
+// By default the ranks are goroutines. With -processes each is a process of its own, connected by a
+// NATS server that comes with them; with -nats this is one of them, and each serves its share of
+// the requests:
 //
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
-// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be started again by the same
-// command: the others wait for it, and it serves what its results file lacks. The file nats.conf is a configuration of the server
-// with TLS and a user for each rank. The groups are GROUP-target and, with -spec, GROUP-draft.
+// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be
+// started again by the same command: the others wait for it, and it serves what its results file
+// lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
+// groups are GROUP-target and, with -spec, GROUP-draft.
 //
-// The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
-// that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
-// with the table so far; ranks that are processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
+// The model computes what its weights say, in float64, and -check recomputes every request alone by
+// plain code, so a batch that was padded, chunked, exchanged or cached wrongly shows as a wrong
+// answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
+// processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
 //
-// It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
-// was interrupted, and with 2 for bad flags.
+// It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where
+// -check found a difference or was interrupted, and with 2 for bad flags.
 package main
 
 import (
@@ -310,8 +314,9 @@ func readTrace(path string) ([]trace.Row, error) {
 	return rows, nil
 }
 
-// check recomputes the finished requests and prints the differences, at most maxDifferences of them. Once ctx has ended
-// nothing is compared any more, and what was not compared does not count as agreeing.
+// check recomputes the finished requests and prints the differences, at most maxDifferences of
+// them. Once ctx has ended nothing is compared any more, and what was not compared does not count
+// as agreeing.
 func check(ctx context.Context, w *model.Weights, requests []engine.Request, results []engine.Result, stderr io.Writer) checkReport {
 	const maxDifferences = 10
 	var done counter

@@ -169,7 +169,8 @@ func TestDifferences(t *testing.T) {
 	}
 }
 
-// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there are and who sends them.
+// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there
+// are and who sends them.
 type collector struct {
 	collectortrace.UnimplementedTraceServiceServer
 	mu        sync.Mutex
@@ -248,8 +249,9 @@ func TestTelemetry(t *testing.T) {
 	}
 }
 
-// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a bounded time. It comes after
-// TestTelemetry: what it leaves behind in the process still tries to export for a while, and reports to whoever listens.
+// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a
+// bounded time. It comes after TestTelemetry: what it leaves behind in the process still tries to
+// export for a while, and reports to whoever listens.
 func TestTelemetryAbsent(t *testing.T) {
 	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts, as the kernel does, and never answers
 	if err != nil {

@@ -59,7 +59,8 @@ func gone(ranks map[int]int) bool {
 	return true
 }
 
-// TestProcessesKilled: a rank that dies ends the run within the exchange timeout, named by all others, and nobody is left.
+// TestProcessesKilled: a rank that dies ends the run within the exchange timeout, named by all
+// others, and nobody is left.
 func TestProcessesKilled(t *testing.T) {
 	const timeout = 2 * time.Second
 	results := filepath.Join(t.TempDir(), "results")
@@ -90,7 +91,8 @@ func TestProcessesKilled(t *testing.T) {
 	}
 }
 
-// TestProcessesLauncherKilled: the processes don't outlive the one that started them, whatever they wait for.
+// TestProcessesLauncherKilled: the processes don't outlive the one that started them, whatever they
+// wait for.
 func TestProcessesLauncherKilled(t *testing.T) {
 	p := start(t, "-processes", "-dp", "2", "-speed", "0.01", "-exchange-timeout", "1h", "-join-timeout", "1h")
 	var ranks map[int]int

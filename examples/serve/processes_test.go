@@ -19,8 +19,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// asProgram is an environment variable that makes the test binary the program, so that the processes which it starts are of the
-// code that is tested.
+// asProgram is an environment variable that makes the test binary the program, so that the
+// processes which it starts are of the code that is tested.
 const asProgram = "SERVE_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
@@ -163,8 +163,8 @@ func TestProcessesTable(t *testing.T) {
 	}
 }
 
-// TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The same command serves the
-// rest, and everything agrees.
+// TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The
+// same command serves the rest, and everything agrees.
 func TestProcessesInterrupted(t *testing.T) {
 	results := filepath.Join(t.TempDir(), "results")
 	args := []string{"-processes", "-dp", "3", "-json", "-results", results, "-speed", "2"}
@@ -197,7 +197,8 @@ func TestProcessesInterrupted(t *testing.T) {
 	}
 }
 
-// TestProcessesJoin: a process that is told to stop before all are there says so, and one that waits in vain whom it misses.
+// TestProcessesJoin: a process that is told to stop before all are there says so, and one that
+// waits in vain whom it misses.
 func TestProcessesJoin(t *testing.T) {
 	nats, err := startServer()
 	if err != nil {
@@ -227,8 +228,8 @@ func TestProcessesJoin(t *testing.T) {
 	}
 }
 
-// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it was. The others wait for
-// it, and nothing is served twice.
+// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
+// was. The others wait for it, and nothing is served twice.
 func TestProcessesRejoin(t *testing.T) {
 	nats, err := startServer()
 	if err != nil {
@@ -263,7 +264,8 @@ func TestProcessesRejoin(t *testing.T) {
 	}
 }
 
-// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are traces in common.
+// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are
+// traces in common.
 func TestProcessesTelemetry(t *testing.T) {
 	c, endpoint := startCollector(t)
 	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint).report()

@@ -54,8 +54,8 @@ func (o *rankOptions) define(flags *flag.FlagSet) {
 // groupName is what NATS has as a part of a subject.
 var groupName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
-// validate checks the flags, each by itself and against those that it needs or excludes. Values are given for the flags that
-// are not left to their defaults.
+// validate checks the flags, each by itself and against those that it needs or excludes. Values are
+// given for the flags that are not left to their defaults.
 func (o *rankOptions) validate(dp int, values map[string]string, bad func(format string, args ...any)) {
 	given := func(name string) bool { _, ok := values[name]; return ok }
 	for _, name := range []string{"group", "results", "exchange-timeout", "rejoin", "join-timeout"} {
@@ -93,7 +93,8 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	}
 }
 
-// stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop together, some steps later.
+// stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop
+// together, some steps later.
 const stopGrace = 5 * time.Second
 
 // share returns the requests of a rank.
@@ -105,7 +106,8 @@ func share(requests []engine.Request, rank, ranks int) []engine.Request {
 	return own
 }
 
-// serveRank serves this rank's requests, together with the other ranks. What the results file has already is not served again.
+// serveRank serves this rank's requests, together with the other ranks. What the results file has
+// already is not served again.
 func serveRank(ctx context.Context, o *options, config engine.Config, weights *model.Weights, requests []engine.Request, stderr io.Writer) (out outcome, err error) {
 	out = outcome{requests: requests, results: make([]engine.Result, len(requests))}
 	groups, err := joinGroups(ctx, o)
@@ -201,7 +203,8 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	return failed
 }
 
-// close takes this rank out of its groups. Each stays, for a moment, until the others have its last vote.
+// close takes this rank out of its groups. Each stays, for a moment, until the others have its last
+// vote.
 func (g *groups) close() {
 	var wg sync.WaitGroup
 	for _, c := range g.joined {

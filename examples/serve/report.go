@@ -128,7 +128,8 @@ func mergeReports(ranks []*report) *report {
 	return all
 }
 
-// add adds a rank's report. All ranks take the same steps at the same time; what else there is, each has for itself.
+// add adds a rank's report. All ranks take the same steps at the same time; what else there is,
+// each has for itself.
 func (r *report) add(rank *report) {
 	r.Interrupted = r.Interrupted || rank.Interrupted
 	r.Seconds = max(r.Seconds, rank.Seconds)

@@ -12,8 +12,9 @@ import (
 	"github.com/forwardctx/fwd/examples/engine"
 )
 
-// resultsFile keeps what a rank has finished, one JSON object a line, so that a process which ends in whatever way has lost
-// nothing of it: the one that is started in its place reads the file and serves the rest.
+// resultsFile keeps what a rank has finished, one JSON object a line, so that a process which ends
+// in whatever way has lost nothing of it: the one that is started in its place reads the file and
+// serves the rest.
 type resultsFile struct {
 	file     *os.File
 	requests map[int]*engine.Request
@@ -28,9 +29,9 @@ type resultLine struct {
 	Logits  []float64 `json:"logits"` // that the last token was sampled from; as text they come back bit for bit
 }
 
-// openResults reads the file at path and opens it to add to it; one that isn't there is made. A last line without an end is of
-// a process that was killed while it wrote, and is cut off. Any line that is not a result of one of requests is an error: the
-// file belongs to another run.
+// openResults reads the file at path and opens it to add to it; one that isn't there is made. A
+// last line without an end is of a process that was killed while it wrote, and is cut off. Any line
+// that is not a result of one of requests is an error: the file belongs to another run.
 func openResults(path string, requests []engine.Request) (_ *resultsFile, err error) {
 	r := &resultsFile{requests: map[int]*engine.Request{}, earlier: map[int]engine.Result{}}
 	for i := range requests {

@@ -79,8 +79,8 @@ func TestResults(t *testing.T) {
 	file.close()
 }
 
-// TestResultsTorn: wherever a process was killed in its last line, the lines before are there, and the next one has a line to
-// itself.
+// TestResultsTorn: wherever a process was killed in its last line, the lines before are there, and
+// the next one has a line to itself.
 func TestResultsTorn(t *testing.T) {
 	requests, results := resultRequests()
 	path, text := writeResults(t, requests, results[0], results[1])

@@ -17,10 +17,12 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace"
 )
 
-// shutdownTimeout bounds how long the program stays to deliver the last spans, to a collector that may not be there.
+// shutdownTimeout bounds how long the program stays to deliver the last spans, to a collector that
+// may not be there.
 const shutdownTimeout = 5 * time.Second
 
-// telemetry exports traces and metrics. It never holds up a pass: spans go into a queue, and what doesn't fit is dropped.
+// telemetry exports traces and metrics. It never holds up a pass: spans go into a queue, and what
+// doesn't fit is dropped.
 type telemetry struct {
 	traces  *trace.TracerProvider
 	metrics *metric.MeterProvider
@@ -30,9 +32,11 @@ type telemetry struct {
 	last   error
 }
 
-// startTelemetry sends what this instance of the service emits to an endpoint. An empty instance is the only one.
+// startTelemetry sends what this instance of the service emits to an endpoint. An empty instance is
+// the only one.
 func startTelemetry(ctx context.Context, endpoint, instance string) (*telemetry, error) {
-	// Exporters connect when they have something to send. Their context must outlive an interrupted run.
+	// Exporters connect when they have something to send. Their context must outlive an interrupted
+	// run.
 	ctx = context.WithoutCancel(ctx)
 	spans, err := otlptracegrpc.New(ctx, otlptracegrpc.WithEndpoint(endpoint), otlptracegrpc.WithInsecure())
 	if err != nil {

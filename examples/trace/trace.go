@@ -1,5 +1,5 @@
-// Package trace reads request traces: CSV files with a header and the columns TIMESTAMP, ContextTokens and GeneratedTokens, as
-// the Azure LLM inference traces have them.
+// Package trace reads request traces: CSV files with a header and the columns TIMESTAMP,
+// ContextTokens and GeneratedTokens, as the Azure LLM inference traces have them.
 package trace
 
 import (
@@ -30,7 +30,8 @@ type Row struct {
 	GeneratedTokens int
 }
 
-// MaxTokens is the most that a row may have in either column. It keeps a damaged row from taking all memory.
+// MaxTokens is the most that a row may have in either column. It keeps a damaged row from taking
+// all memory.
 const MaxTokens = 1 << 20
 
 // Default returns the small trace that is part of the program.
@@ -42,8 +43,8 @@ func Default() []Row {
 	return rows
 }
 
-// Read returns the rows of a trace by time. Columns may come in any order, and others beside them. An error about a row says
-// its line.
+// Read returns the rows of a trace by time. Columns may come in any order, and others beside them.
+// An error about a row says its line.
 func Read(r io.Reader) ([]Row, error) {
 	in := csv.NewReader(r)
 	in.TrimLeadingSpace = true
@@ -110,9 +111,9 @@ func inLine(err error) error {
 	return err
 }
 
-// Requests turns rows into requests, with contexts clipped to maxContext (0: not clipped). A trace says how long a prompt was
-// and not what was in it: the prompt's bytes are drawn from a generator seeded with the request's number, so every run
-// serves the same prompts.
+// Requests turns rows into requests, with contexts clipped to maxContext (0: not clipped). A trace
+// says how long a prompt was and not what was in it: the prompt's bytes are drawn from a generator
+// seeded with the request's number, so every run serves the same prompts.
 func Requests(rows []Row, maxContext int) []engine.Request {
 	requests := make([]engine.Request, len(rows))
 	for i, row := range rows {
