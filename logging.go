@@ -756,8 +756,11 @@ func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Conte
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	attrs := make([]attribute.KeyValue, 0, 32)
-	attrs = append(attrs, t.common...)
+	most := 16 // of a pass without the others
+	if a != nil {
+		most += 8
+	}
+	attrs := append(make([]attribute.KeyValue, 0, len(t.common)+most), t.common...)
 	attrs = append(attrs,
 		keyNumTokens.Int(p.NumTokens),
 		keyUnpadded.Int(p.NumTokensUnpadded),
@@ -1202,8 +1205,16 @@ func (rec *Record) LogValue() slog.Value {
 		number(keyNumReqs, rec.NumReqs, rec.NumReqs > 0)
 		word(keyGraphMode, rec.GraphMode.String())
 		word(keyGraphReason, rec.Reason.String())
-		number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, rec.NumTokens > rec.NumTokensUnpadded)
-		number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, rec.NumTokens > rec.NumTokensUnpadded)
+		if b := &rec.Batch; *b != (BatchDescriptor{}) {
+			attrs = append(attrs, slog.Bool(string(keyBatchUniform), b.Uniform))
+			number(keyBatchReqs, b.NumReqs, b.NumReqs > 0)
+			number(keyBatchLoRAs, b.NumActiveLoRAs, b.HasLoRA)
+		}
+		if padding := rec.NumTokens - rec.NumTokensUnpadded; padding > 0 {
+			number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, true)
+			number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, true)
+			attrs = append(attrs, slog.Float64(string(keyPaddingRatio), float64(padding)/float64(rec.NumTokens)))
+		}
 		number(keyUBatches, rec.UBatches, rec.UBatches > 0)
 		attrs = append(attrs, slog.Bool(string(keyDummy), rec.Dummy), slog.Duration("fwd.duration", rec.Duration))
 	}
@@ -1212,7 +1223,7 @@ func (rec *Record) LogValue() slog.Value {
 		attrs = append(attrs, slog.Duration("fwd.wait", rec.Wait))
 	}
 	if rec.Waited > 0 {
-		attrs = append(attrs, slog.Duration(string(keyWaitTime), rec.Waited))
+		attrs = append(attrs, slog.Float64(string(keyWaitTime), rec.Waited.Seconds()))
 	}
 	if rec.Err != nil {
 		word(keyErrorType, errorWord(rec.Err))
