@@ -89,7 +89,8 @@ func TestExchanges(t *testing.T) {
 		Coordinators: target, DraftCoordinators: draft,
 	}
 	stats := serve(t, cfg, newRequests(20, 40, 20))
-	if got, want := int(steps.Load()), dp*(stats.Steps+1); got != want || stats.DraftPasses != dp*spec*stats.Steps {
+	if got, want := int(steps.Load()), dp*(stats.Steps+1); got != want ||
+		stats.DraftPasses != dp*spec*stats.Steps {
 		t.Errorf("%d exchanges of %d ranks in %d steps with %d draft passes, want %d",
 			got, dp, stats.Steps, stats.DraftPasses, want)
 	}
@@ -103,7 +104,8 @@ func TestExchanges(t *testing.T) {
 	}{{e.target, targetWarmUps}, {e.draft, draftWarmUps}} {
 		graphs := len(c.of.dispatcher.Captures())
 		if got, want := int(c.exchanges.Load()), dp*(graphs+1); got != want || graphs == 0 {
-			t.Errorf("model %q: %d exchanges to warm up %d graphs on %d ranks, want %d", c.of.name, got, graphs, dp, want)
+			t.Errorf("model %q: %d exchanges to warm up %d graphs on %d ranks, want %d", c.of.name, got, graphs, dp,
+				want)
 		}
 	}
 }
@@ -178,7 +180,8 @@ func TestGaps(t *testing.T) {
 // TestNote: what a rank says comes out as it was said; times are rounded up to whole milliseconds.
 func TestNote(t *testing.T) {
 	for _, n := range []note{
-		{}, {stop: true}, {unfinished: true}, {idle: time.Hour}, {stop: true, unfinished: true, idle: time.Millisecond},
+		{}, {stop: true}, {unfinished: true}, {idle: time.Hour}, {stop: true, unfinished: true,
+			idle: time.Millisecond},
 	} {
 		if got := readNote(n.word()); got != n {
 			t.Errorf("%+v came out as %+v", n, got)

@@ -89,7 +89,11 @@ func (e *Executor) current(ctx context.Context) *activations {
 	return e.active[u]
 }
 
-func (e *Executor) captureStage(ctx context.Context, i int, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
+func (e *Executor) captureStage(
+	ctx context.Context,
+	i int,
+	key fwd.BatchDescriptor,
+) (fwd.ForwardFunc, error) {
 	s, err := e.model.plan(ctx, i, key.NumTokens)
 	if err != nil {
 		return nil, err

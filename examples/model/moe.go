@@ -23,8 +23,11 @@ type MoE struct {
 // Workers are the sequence-parallel workers of one rank, the layer object that [MoE] finds under
 // its name.
 type Workers struct {
-	MaxChunk int        // the most rows that one worker sends at once; bounds what a worker must hold of all others
-	Experts  []*Experts // of each worker
+	// MaxChunk is the most rows that one worker sends in one exchange. It bounds what a worker must
+	// hold of all others.
+	MaxChunk int
+
+	Experts []*Experts // of each worker
 }
 
 // Experts is one worker's share of a layer's experts.
@@ -97,7 +100,8 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 	if !ok {
 		return nil, fmt.Errorf("model: %s: no local sizes in the context", m.Name)
 	}
-	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone && slices.Min(sizes) != slices.Max(sizes) {
+	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone &&
+		slices.Min(sizes) != slices.Max(sizes) {
 		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when
 		// they run graphs.
 		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
@@ -153,7 +157,8 @@ func (m *MoE) checkShares(ctx context.Context, sizes []int, sp int) error {
 	ends, end := dp.CuTokensAcrossSPTo(nil, sp), 0
 	for w, n := range sizes {
 		if end += n; ends.AtVec(w) != float64(end) {
-			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name, w, ends.AtVec(w), sizes, end)
+			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name,
+				w, ends.AtVec(w), sizes, end)
 		}
 	}
 	return nil
