@@ -111,7 +111,8 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 				"want at least 1, 1 and 0s", r.ID, len(r.Prompt), r.MaxTokens, r.Arrival)
 		}
 		if r.Adapter < 0 || r.Adapter > adapters {
-			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the model's %d", r.ID, r.Adapter, adapters)
+			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the %d that the model has",
+				r.ID, r.Adapter, adapters)
 		}
 		for p, t := range r.Prompt {
 			if t < 0 || t >= vocab {

@@ -128,7 +128,7 @@ func TestAgreesWithReference(t *testing.T) {
 	}
 }
 
-// withAdapters returns requests of which request i uses adapter i mod (n+1).
+// withAdapters returns requests in which request i uses adapter i mod (n+1).
 func withAdapters(requests []Request, n int) []Request {
 	for i := range requests {
 		requests[i].Adapter = i % (n + 1)
@@ -226,7 +226,7 @@ func (l liar) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	return votes, err
 }
 
-// TestWrongVotes: where ranks know different numbers of each other's tokens, no answer comes out,
+// TestWrongVotes: if ranks know different numbers of each other's tokens, no answer comes out,
 // and nobody hangs.
 func TestWrongVotes(t *testing.T) {
 	for name, lie := range map[string]func(votes []fwd.Vote){
@@ -257,7 +257,7 @@ func TestWrongVotes(t *testing.T) {
 	}
 }
 
-// TestRankFails: a rank that fails in a pass ends the run at once, with its own error.
+// TestRankFails: a rank that fails in a pass ends the run immediately, with its own error.
 func TestRankFails(t *testing.T) {
 	broken := errors.New("broken layer")
 	for _, dp := range []int{1, 2, 4} {
@@ -523,7 +523,7 @@ func TestBadConfig(t *testing.T) {
 		{Request{ID: 7, Prompt: []int{1, 256}, MaxTokens: 1},
 			"request 7: token 256 at position 1 is not in the vocabulary of 256"},
 		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Adapter: 1},
-			"request 7: adapter 1 is none of the model's 0"},
+			"request 7: adapter 1 is none of the 0 that the model has"},
 		{Request{ID: 7, Prompt: make([]int, 60), MaxTokens: 6},
 			"request 7 needs 5 blocks of 16 tokens, the KV cache has 4"},
 	} {

@@ -16,7 +16,7 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// meetAll lets every worker of a group do its part at once and returns their errors.
+// meetAll lets every worker of a group do its part concurrently and returns their errors.
 func meetAll(size int, part func(w *expertWorker) error) []error {
 	group := newExpertGroup(size)
 	errs := make([]error, size)
@@ -104,8 +104,8 @@ func TestExchangeRefused(t *testing.T) {
 	}
 }
 
-// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, at once and
-// from then on.
+// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, immediately
+// and from then on.
 func TestExchangeLeft(t *testing.T) {
 	cause := errors.New("out of memory")
 	canceled, cancel := context.WithCancelCause(context.Background())

@@ -193,8 +193,8 @@ func TestProcessesSleep(t *testing.T) {
 	})
 }
 
-// atPass makes a rank do something in its nth pass, not counting those of the warm-up, which a rank
-// without graphs has none of.
+// atPass makes a rank do something in its nth pass, of a rank without graphs: its warm-up has no
+// passes.
 func atPass(cfg *Config, nth int64, do func() error) {
 	var passes atomic.Int64
 	cfg.Middleware = func(int) []fwd.Middleware {
@@ -416,7 +416,7 @@ func TestProcessesRejoin(t *testing.T) {
 						t.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
 					}
 				}
-				// Its peers missed it in one group, met it in the gate, and again where its steps began anew.
+				// Its peers missed it in one group, and met it at another step, in each of the models' groups.
 				if n := outcomes[rank].stats.FailedSteps; n == 0 || n > 6 {
 					t.Errorf("rank %d: %d failed steps", rank, n)
 				}

@@ -143,6 +143,29 @@ func TestAllIdle(t *testing.T) {
 	})
 }
 
+// TestWaited: a rank that waits for another's rows in a pass says so, and for how long.
+func TestWaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := Config{DataParallelSize: 2}
+		cfg.Middleware = func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					time.Sleep(time.Duration(rank) * time.Second) // rank 1 is slow
+					return next(ctx)
+				}
+			}}
+		}
+		stats := serve(t, cfg, newRequests(4, 10, 10))
+		want := time.Duration(stats.Steps) * time.Second
+		if got := stats.Ranks[0]; got.Experts != want || got.Forward != want {
+			t.Errorf("rank 0 waited %v in passes that took %v, want %v", got.Experts, got.Forward, want)
+		}
+		if got := stats.Ranks[1].Experts; got != 0 {
+			t.Errorf("rank 1, for which rank 0 waited, has waited %v", got)
+		}
+	})
+}
+
 // TestGaps: New says which batches have no graph, once for each model, and nothing if all have one.
 func TestGaps(t *testing.T) {
 	for _, c := range []struct {

@@ -50,7 +50,7 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	requests[0].MaxTokens = 40 // the other ranks are idle in the end
 	for _, r := range []*Request{&requests[1], &requests[2]} {
 		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by
-		// two at once.
+		// two of them.
 		for len(r.Prompt) < 500 {
 			r.Prompt = append(r.Prompt, len(r.Prompt)%256)
 		}

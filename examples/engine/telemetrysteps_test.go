@@ -27,7 +27,7 @@ func TestTelemetryThresholds(t *testing.T) {
 		requests)
 }
 
-// confused is a coordinator that mixes up steps: once, where two steps in a row have the same
+// confused is a coordinator that mixes up steps: once, when two steps in a row have the same
 // votes, it changes those of the later one.
 type confused struct {
 	fwd.Coordinator

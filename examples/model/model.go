@@ -28,7 +28,7 @@ import (
 )
 
 // Model is the decoder: token embedding, layers, final norm, and the head that turns hidden states
-// into logits. It holds weights only and serves any number of passes at once.
+// into logits. It holds weights only and serves any number of passes concurrently.
 type Model struct {
 	weights *Weights
 	layers  []*Layer

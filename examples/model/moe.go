@@ -39,7 +39,7 @@ type Experts struct {
 }
 
 // NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go.
-// With more workers than experts some have none and only send and receive rows. Where these are not
+// With more workers than experts some have none and only send and receive rows. If these are not
 // the workers of all ranks, set Worker.
 func NewExperts(w *LayerWeights, worker, workers int, x Exchanger) *Experts {
 	first, end := worker*len(w.Experts)/workers, (worker+1)*len(w.Experts)/workers
@@ -83,7 +83,7 @@ type moePlan struct {
 	workers []*workerPlan
 }
 
-// plan splits rows among the rank's workers by the SP local sizes. Where they don't split evenly
+// plan splits rows among the rank's workers by the SP local sizes. If they don't split evenly
 // the last workers get rows of zeros, which take their way through the experts like any other and
 // are dropped at the end.
 func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
@@ -202,7 +202,7 @@ type workerPlan struct {
 	expert  expertBuffers
 }
 
-// chunkPlan is one round of exchanges. out is nil where the worker has run out of rows: it sends
+// chunkPlan is one round of exchanges. out is nil if the worker has run out of rows: it sends
 // one again and drops the result, since the others wait for it.
 type chunkPlan struct {
 	at      Place
@@ -278,7 +278,7 @@ type expertBuffers struct {
 }
 
 // apply runs the local experts over the rows that chose them. Row i·TopK+k of dst is the k-th
-// choice of row i, and zero where that expert lives elsewhere.
+// choice of row i, and zero if that expert lives elsewhere.
 func (e *Experts) apply(dst *mat.Dense, in Routed, b *expertBuffers) {
 	rows, width := in.Rows.Dims()
 	dst.Reset()

@@ -72,7 +72,7 @@ func (a *authority) issue(name string) (certFile, keyFile string) {
 }
 
 // TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is.
-// Without that it is refused at once.
+// Without that it is refused immediately.
 func TestCredentials(t *testing.T) {
 	a := newAuthority(t)
 	ca := filepath.Join(a.dir, "ca.pem")

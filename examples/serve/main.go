@@ -22,8 +22,8 @@
 // answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
 // processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
 //
-// It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where
-// -check found a difference or was interrupted, and with 2 for bad flags.
+// It exits with 0 when all went well or the run was interrupted, with 1 on an error, or if -check
+// found a difference or was interrupted, and with 2 for bad flags.
 package main
 
 import (
@@ -86,8 +86,8 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
 	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
 	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
-	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
-	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
+	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts in one exchange")
+	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
 	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise,
 		"which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
 	flags.IntVar(&o.spec, "spec", 0,

@@ -208,7 +208,7 @@ func withoutPasswords(urls string) string {
 	return strings.Join(list, ",")
 }
 
-// join joins all groups at once, since each waits for the others. The first error ends that.
+// join joins all groups concurrently, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
 	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target}
 	if o.spec > 0 {
@@ -264,7 +264,7 @@ func (o *options) credentials() (opts []nats.Option) {
 	return opts
 }
 
-// instance tells the telemetry of a rank from that of the others; "" where there is one process.
+// instance tells the telemetry of a rank from that of the others; it is "" if there is one process.
 func (o *options) instance() string {
 	if o.nats == "" {
 		return ""
