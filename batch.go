@@ -549,8 +549,8 @@ func SplitUBatches(
 		split = numTokensPadded / n
 	}
 	if lastStart := int64(n-1) * int64(split); split == 0 || lastStart >= int64(scheduled) {
-		return nil, nil, invalidf("the last of %d microbatches of %d tokens (%d in all) starts at token %d of %d",
-			n, split, numTokensPadded, lastStart, scheduled)
+		return nil, nil, invalidf("the last of %d microbatches of %d tokens each (%d padded in all) "+
+			"would start at token %d of %d scheduled", n, split, numTokensPadded, lastStart, scheduled)
 	}
 	both := make([]UBatchSlice, 2*n)
 	slices, padded = both[:n:n], both[n:]

@@ -220,7 +220,7 @@ func TestRecordLogValue(t *testing.T) {
 				NumTokens: 8, NumTokensUnpadded: 3, NumTokensGraph: 4, NumReqs: 2,
 				GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact, UBatches: 2, Dummy: true, Phase: "decode",
 				Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true, HasLoRA: true, NumActiveLoRAs: 3},
-				Wait: time.Minute, Duration: time.Second, Waited: time.Millisecond, LastRank: 0, Err: fwd.ErrLayer,
+				Wait:  time.Minute, Duration: time.Second, Waited: time.Millisecond, LastRank: 0, Err: fwd.ErrLayer,
 			},
 			map[string]any{
 				"fwd.name": "target", "fwd.dp.rank": 1.0, "fwd.dp.size": 2.0, "fwd.step": 4.0, "fwd.num_tokens": 8.0,
@@ -229,7 +229,7 @@ func TestRecordLogValue(t *testing.T) {
 				"fwd.phase": "decode", "fwd.wait": 6e10, "fwd.duration": 1e9, "fwd.wait_time": 0.001,
 				"fwd.batch.uniform": true, "fwd.batch.num_reqs": 8.0, "fwd.batch.num_active_loras": 3.0,
 				"fwd.padding.ratio": 0.625,
-				"fwd.dp.last_rank": 0.0, "error.type": "layer",
+				"fwd.dp.last_rank":  0.0, "error.type": "layer",
 			},
 		},
 		"failed exchange": {
