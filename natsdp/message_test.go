@@ -4,8 +4,10 @@ package natsdp
 
 import (
 	"bytes"
+	"fmt"
 	"math"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -120,6 +122,42 @@ func TestLongTraceState(t *testing.T) {
 	}
 }
 
+// damaged are messages that differ a little from good ones.
+func damaged() map[string][]byte {
+	bad := make(map[string][]byte)
+	for i, m := range samples() {
+		good := m.encode()
+		bad[fmt.Sprintf("sample %d, one byte less", i)] = good[:len(good)-1]
+		bad[fmt.Sprintf("sample %d, one byte more", i)] = append(slices.Clone(good), 0)
+		if m.kind == kindVote {
+			good[44+41] |= 1 // the upper byte of the flags
+			bad[fmt.Sprintf("sample %d, a flag that nobody knows", i)] = good
+		}
+	}
+	for what, spoil := range map[string]func(m *message){
+		"padded below tokens":   func(m *message) { m.vote.NumTokens = 2 },
+		"too many requests":     func(m *message) { m.vote.NumReqs = -1 },
+		"too many adapters":     func(m *message) { m.vote.NumActiveLoRAs = -1 },
+		"a composite mode":      func(m *message) { m.vote.GraphMode = fwd.GraphFullAndPiecewise },
+		"a step that overflows": func(m *message) { m.vote.Step = maxCounter + 1 },
+		"no round":              func(m *message) { m.round = 0 },
+		"a rank beyond size":    func(m *message) { m.rank = 3 },
+	} {
+		m := message{kind: kindVote, size: 3, round: 1, vote: fwd.Vote{NumTokens: 1, NumTokensPadded: 1}}
+		spoil(&m)
+		bad[what] = m.encode()
+	}
+	return bad
+}
+
+func TestDamaged(t *testing.T) {
+	for what, b := range damaged() {
+		if m, err := decode(b); err == nil {
+			t.Errorf("%s is read as %+v", what, m)
+		}
+	}
+}
+
 // version1 is the vote of rank 1 of 3 as the first version of the messages wrote it.
 func version1(group string) []byte {
 	m := message{kind: kindHello, group: hashGroup(group), size: 3, rank: 1, epoch: 1 << 61, round: 1, step: 0}
@@ -147,6 +185,9 @@ func TestOtherVersions(t *testing.T) {
 func FuzzDecode(f *testing.F) {
 	for _, m := range samples() {
 		f.Add(m.encode())
+	}
+	for _, b := range damaged() {
+		f.Add(b)
 	}
 	f.Add(version1("sim"))
 	f.Fuzz(func(t *testing.T, data []byte) {

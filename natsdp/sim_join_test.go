@@ -190,7 +190,9 @@ func TestVersion1(t *testing.T) {
 		b := newBus(3, 1)
 		joining := b.attach(0)
 		refused := make(chan error, 1)
-		go func() { refused <- joining.join(t.Context()) }()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		go func() { refused <- joining.join(ctx) }()
 		synctest.Wait()
 		joining.handle(1, false, version1("sim"))
 		err := <-refused
