@@ -266,7 +266,8 @@ func TestTelemetry(t *testing.T) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	passes := c.names["fwd.forward"] / 4
-	if c.names["request"] != 5 || c.names["warm-up"] != 4 || passes <= got.Steps || c.names["fwd.forward.duration"] == 0 {
+	if c.names["request"] != 5 || c.names["warm-up"] != 4 || passes <= got.Steps ||
+		c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 4 ranks", c.names, got.Steps)
 	}
 	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
