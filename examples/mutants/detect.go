@@ -69,17 +69,18 @@ func names(lists ...[]string) string { return "^(" + strings.Join(slices.Concat(
 // newDetectors returns the detectors.
 func newDetectors(m modules) [numDetectors]detector {
 	test := []string{"test", "-c", "-ldflags=-s -w"}
-	const flags = " -test.short -test.failfast -test.timeout 30s"
+	const flags = " -test.failfast -test.timeout 30s"
+	const short = " -test.short" + flags
 	unit := detector{
 		module: m.root, dir: m.root, build: append(slices.Clone(test), "."),
 		runs: []string{
-			"-test.skip " + names(slowTests, moduleTests) + flags,
-			"-test.run " + names(slowTests) + flags,
+			"-test.skip " + names(slowTests, moduleTests) + short,
+			"-test.run " + names(slowTests) + short,
 		},
 		timeout: testTimeout, blame: blameTest,
 	}
 	sdk := unit
-	sdk.module, sdk.dir, sdk.runs = m.sdk, m.sdk, []string{flags}
+	sdk.module, sdk.dir, sdk.runs = m.sdk, m.sdk, []string{short}
 	telemetry := detector{
 		module: m.examples, dir: filepath.Join(m.examples, "engine"),
 		build:   append(slices.Clone(test), "./engine"),

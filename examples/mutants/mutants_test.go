@@ -23,7 +23,8 @@ func TestApply(t *testing.T) {
 	}{
 		{name: "once", old: "a := 1", new: "a := 2", want: "a := 2\nb := 1\n"},
 		{name: "deletion", old: "a := 1\n", want: "\nb := 1\n"},
-		{name: "more lines", old: "a := 1\n", new: "if x {\n\ta = \"y\"\n}\n", want: "if x { a = \"y\" ; } ; \nb := 1\n"},
+		{name: "more lines", old: "a := 1\n",
+			new: "if x {\n\ta = \"y\"\n}\n", want: "if x { a = \"y\" ; } ; \nb := 1\n"},
 		{name: "gone", old: "c := 1", new: "c := 2",
 			wantErr: "fault gone: want its text once in x.go, found it 0 times:\n\t| c := 1"},
 		{name: "ambiguous", old: ":= 1", new: ":= 2",
