@@ -143,7 +143,7 @@ func (r *Runner) draft(s *Schedule) (draft, error) {
 	if r.parallel.roundUp(min(sum, maxCount)) > maxCount {
 		p.addf("%d tokens rounded up to a multiple of %d are more than %d", sum, r.parallel.TokenMultiple, maxCount)
 	}
-	if reqs == 0 && !r.parallel.coordinated() {
+	if err == nil && reqs == 0 && !r.parallel.coordinated() {
 		p.addf("nothing is scheduled, and no other rank waits for a dummy pass")
 	}
 	if err := p.err(); err != nil {

@@ -32,6 +32,10 @@ type Span struct {
 	// Error says that the status is Error. Message is the text of the status.
 	Error   bool
 	Message string
+
+	// Warnings are what Jaeger itself says about the span. For example, if a span does not lie inside its
+	// parent, Jaeger assumes that their clocks differ.
+	Warnings []string
 }
 
 // Link is a link from a span to another one.
@@ -150,13 +154,15 @@ func (r *resourceSpans) appendTo(spans []Span) []Span {
 	service, _ := r.Resource.Attributes.decode()["service.name"].(string)
 	for _, scope := range r.ScopeSpans {
 		for _, s := range scope.Spans {
+			attributes := s.Attributes.decode()
 			spans = append(spans, Span{
 				TraceID: s.TraceID, SpanID: s.SpanID, ParentSpanID: s.ParentSpanID,
 				Service: service, Scope: scope.Scope.Name, ScopeVersion: scope.Scope.Version,
 				Name:       s.Name,
 				Start:      time.Unix(0, s.StartTimeUnixNano),
 				End:        time.Unix(0, s.EndTimeUnixNano),
-				Attributes: s.Attributes.decode(),
+				Warnings:   takeWarnings(attributes),
+				Attributes: attributes,
 				Links:      s.Links,
 				Error:      s.Status.Code == 2,
 				Message:    s.Status.Message,
@@ -164,6 +170,19 @@ func (r *resourceSpans) appendTo(spans []Span) []Span {
 		}
 	}
 	return spans
+}
+
+// takeWarnings takes Jaeger's own attribute away from those of a span.
+func takeWarnings(attributes map[string]any) (warnings []string) {
+	const key = "@jaeger@warnings"
+	all, _ := attributes[key].([]any)
+	for _, w := range all {
+		if text, ok := w.(string); ok {
+			warnings = append(warnings, text)
+		}
+	}
+	delete(attributes, key)
+	return warnings
 }
 
 type attributes []struct {

@@ -272,7 +272,7 @@ func TestFind(t *testing.T) {
 	for key, values := range map[string][]string{
 		"fwd.graph.mode":   {"NONE", "PIECEWISE", "FULL"},
 		"fwd.graph.reason": {"exact", "relaxed", "too_large", "dp_rank", "ubatch"},
-		"fwd.name":         {"target", "draft"},
+		"fwd.name":         {"draft"},
 		"fwd.phase":        {"warmup", "decode", "mixed"},
 		"fwd.dummy":        {"true", "false"},
 	} {
