@@ -222,13 +222,15 @@ func TestAgreeWarmUp(t *testing.T) {
 			v.WarmUp = key == 5
 			v.NumTokens, v.NumTokensPadded = 0, 0 // the last exchange of a warm-up looks like an idle rank's
 		},
+		"warming up": func(v *fwd.Vote, key int) { v.WarmUp = key != 5 },
 		"mode": func(v *fwd.Vote, key int) {
 			v.GraphMode = map[int]fwd.GraphMode{3: fwd.GraphNone, 4: fwd.GraphFull, 5: fwd.GraphPiecewise}[key]
 		},
 		"uniform": func(v *fwd.Vote, key int) { v.Uniform = key == 5 },
 	} {
 		for _, tt := range agreeMinorities {
-			if twoKinds := name == "serving" || name == "uniform"; twoKinds && distinct(tt.keys) > 2 {
+			twoKinds := name == "serving" || name == "warming up" || name == "uniform"
+			if twoKinds && distinct(tt.keys) > 2 {
 				continue
 			}
 			votes := make([]fwd.Vote, len(tt.keys))

@@ -771,9 +771,10 @@ func minority[K comparable](votes []Vote, key func(*Vote) (K, bool)) (ranks []in
 		}
 	}
 	var most K
+	times := 0 // not counts[most]: the zero K may be a key too
 	for rank := range votes {
-		if k, ok := key(&votes[rank]); ok && counts[k] > counts[most] {
-			most = k
+		if k, ok := key(&votes[rank]); ok && counts[k] > times {
+			most, times = k, counts[k]
 		}
 	}
 	for rank := range votes {
