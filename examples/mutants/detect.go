@@ -56,20 +56,35 @@ var servedCombinations = []string{
 // and their prompts stay long enough to be larger than any graph.
 const servedRequests = " -requests 23 -max-context 150"
 
+// slowTests take longer than all others together, and few faults need them. moduleTests look at modules
+// and files, and run the go command; no fault shows there.
+var (
+	slowTests   = []string{"TestDPExact", "TestGroupSizes", "TestPlanRunRoundTrip"}
+	moduleTests = []string{"TestLinkedModules", "TestRequirements", "TestNoSDK", "TestRootFiles"}
+)
+
+// names returns the pattern of tests with these names.
+func names(lists ...[]string) string { return "^(" + strings.Join(slices.Concat(lists...), "|") + ")$" }
+
 // newDetectors returns the detectors.
 func newDetectors(m modules) [numDetectors]detector {
 	test := []string{"test", "-c", "-ldflags=-s -w"}
-	const flags = "-test.failfast -test.timeout 30s"
+	const flags = " -test.failfast -test.timeout 30s"
+	const short = " -test.short" + flags
 	unit := detector{
 		module: m.root, dir: m.root, build: append(slices.Clone(test), "."),
-		runs: []string{"-test.short " + flags}, timeout: testTimeout, blame: blameTest,
+		runs: []string{
+			"-test.skip " + names(slowTests, moduleTests) + short,
+			"-test.run " + names(slowTests) + short,
+		},
+		timeout: testTimeout, blame: blameTest,
 	}
 	sdk := unit
-	sdk.module, sdk.dir = m.sdk, m.sdk
+	sdk.module, sdk.dir, sdk.runs = m.sdk, m.sdk, []string{short}
 	telemetry := detector{
 		module: m.examples, dir: filepath.Join(m.examples, "engine"),
 		build:   append(slices.Clone(test), "./engine"),
-		runs:    []string{"-test.run ^TestTelemetry " + flags},
+		runs:    []string{"-test.run ^TestTelemetry" + flags},
 		timeout: testTimeout, blame: blameTest,
 	}
 	serve := detector{

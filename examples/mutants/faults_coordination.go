@@ -217,8 +217,14 @@ var coordinationFaults = []fault{
 	{
 		name: "first-of-equals-named", kind: protocol, file: "dp.go",
 		what: "of equally many ranks the first are named, not those that differ from them",
-		old:  "counts[k] > counts[most] {",
-		new:  "counts[k] >= counts[most] {",
+		old:  "counts[k] > times {",
+		new:  "counts[k] >= times {",
+	},
+	{
+		name: "zero-key-ahead", kind: protocol, file: "dp.go",
+		what: "of equally many ranks those that serve count as most, not the first",
+		old:  "\ttimes := 0 //",
+		new:  "\ttimes := counts[most] //",
 	},
 	{
 		name: "warm-up-not-compared", kind: protocol, file: "dp.go",

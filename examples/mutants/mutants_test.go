@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,7 +23,8 @@ func TestApply(t *testing.T) {
 	}{
 		{name: "once", old: "a := 1", new: "a := 2", want: "a := 2\nb := 1\n"},
 		{name: "deletion", old: "a := 1\n", want: "\nb := 1\n"},
-		{name: "more lines", old: "a := 1\n", new: "if x {\n\ta = \"y\"\n}\n", want: "if x { a = \"y\" ; } ; \nb := 1\n"},
+		{name: "more lines", old: "a := 1\n",
+			new: "if x {\n\ta = \"y\"\n}\n", want: "if x { a = \"y\" ; } ; \nb := 1\n"},
 		{name: "gone", old: "c := 1", new: "c := 2",
 			wantErr: "fault gone: want its text once in x.go, found it 0 times:\n\t| c := 1"},
 		{name: "ambiguous", old: ":= 1", new: ":= 2",
@@ -35,6 +37,22 @@ func TestApply(t *testing.T) {
 		if got != c.want || (err == nil) != (c.wantErr == "") ||
 			err != nil && !strings.HasPrefix(err.Error(), c.wantErr) {
 			t.Errorf("%s: %q, %v; want %q, %q", c.name, got, err, c.want, c.wantErr)
+		}
+	}
+}
+
+// TestSameLines: what follows a change stays on its line, and goes on where the change ends.
+func TestSameLines(t *testing.T) {
+	for _, c := range []struct{ old, text, want string }{
+		{"a\n", "b\n", "b\n"},
+		{"a\nb\n", "", "\n\n"},
+		{"a\nb\n", "c\n", "c\n\n"},
+		{"a\nb", "c", "\nc"},
+		{"a\n", "if b {\n\tc()\n}\n", "if b { c ( ) ; } ; \n"},
+		{"a, b\n\tc", "d\n\n\tif e {\n\t}\n\tf", "\nd ; if e { } ; f "},
+	} {
+		if got := sameLines(c.old, c.text); got != c.want {
+			t.Errorf("%q for %q: %q, want %q", c.text, c.old, got, c.want)
 		}
 	}
 }
@@ -86,6 +104,28 @@ func TestFaults(t *testing.T) {
 	}
 	if len(kinds) > 0 {
 		t.Errorf("unknown kinds: %v", kinds)
+	}
+}
+
+// TestNames: the tests that are run apart are there.
+func TestNames(t *testing.T) {
+	root, _ := packageSources(t)
+	files, err := filepath.Glob(filepath.Join(root, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests []byte
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests = append(tests, text...)
+	}
+	for _, name := range slices.Concat(slowTests, moduleTests) {
+		if !bytes.Contains(tests, []byte("func "+name+"(")) {
+			t.Errorf("there is no test %s", name)
+		}
 	}
 }
 
