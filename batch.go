@@ -143,7 +143,7 @@ func (r *Runner) draft(s *Schedule) (draft, error) {
 	if r.parallel.roundUp(min(sum, maxCount)) > maxCount {
 		p.addf("%d tokens rounded up to a multiple of %d are more than %d", sum, r.parallel.TokenMultiple, maxCount)
 	}
-	if reqs == 0 && !r.parallel.coordinated() {
+	if err == nil && reqs == 0 && !r.parallel.coordinated() {
 		p.addf("nothing is scheduled, and no other rank waits for a dummy pass")
 	}
 	if err := p.err(); err != nil {
@@ -549,8 +549,8 @@ func SplitUBatches(
 		split = numTokensPadded / n
 	}
 	if lastStart := int64(n-1) * int64(split); split == 0 || lastStart >= int64(scheduled) {
-		return nil, nil, invalidf("the last of %d microbatches of %d tokens (%d in all) starts at token %d of %d",
-			n, split, numTokensPadded, lastStart, scheduled)
+		return nil, nil, invalidf("the last of %d microbatches of %d tokens each (%d padded in all) "+
+			"would start at token %d of %d scheduled", n, split, numTokensPadded, lastStart, scheduled)
 	}
 	both := make([]UBatchSlice, 2*n)
 	slices, padded = both[:n:n], both[n:]

@@ -894,9 +894,8 @@ func (r *Runner) dpMetadata(ctx context.Context, p *Pass) (*DPMetadata, error) {
 		return nil, err
 	}
 	if p.NumTokensAcrossDP == nil && p.Agreement == nil {
-		if len(p.UBatches) > 0 {
-			return nil, invalidf("a pass split into %d microbatches without token counts across ranks or agreement",
-				len(p.UBatches))
+		if err := p.checkByHand(); err != nil {
+			return nil, err
 		}
 		if err := r.exchangeByHand(ctx, p); err != nil {
 			return nil, err
@@ -916,6 +915,14 @@ func (r *Runner) checkTokens(p *Pass) error {
 	if p.NumTokens == 0 {
 		return invalidf("rank %d of %d runs a pass without tokens; plan a dummy pass instead",
 			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	}
+	return nil
+}
+
+// checkByHand refuses a split pass for which the coordinator would have to be asked.
+func (p *Pass) checkByHand() error {
+	if n := len(p.UBatches); n > 0 {
+		return invalidf("a pass split into %d microbatches without token counts across ranks or agreement", n)
 	}
 	return nil
 }
@@ -1155,12 +1162,20 @@ func (r *Runner) Report(ctx context.Context, p Pass, began, ended time.Time, err
 	return nil
 }
 
-// checkReported checks the counts of a pass of a coordinated rank, if it has any.
+// checkReported checks the counts of a pass of a coordinated rank as Run does, which would ask the
+// coordinator if there are none.
 func (r *Runner) checkReported(p *Pass) error {
-	if err := r.checkTokens(p); err != nil || p.across() == nil {
+	if err := r.checkTokens(p); err != nil {
 		return err
 	}
-	return checkAcross(r.parallel, p.NumTokens, p.across())
+	if p.NumTokensAcrossDP == nil && p.Agreement == nil {
+		return p.checkByHand()
+	}
+	if len(p.UBatches) == 0 {
+		return checkAcross(r.parallel, p.NumTokens, p.across())
+	}
+	_, err := r.dpMetadata(context.Background(), p)
+	return err
 }
 
 // exchange is one exchange of a Runner, from its vote to its outcome, with what its passes share.

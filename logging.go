@@ -667,6 +667,15 @@ func (i instant) until(j instant) time.Duration {
 	return j.mono - i.mono + j.clock.Sub(i.clock)
 }
 
+// onClock returns i with a time of day in place of the monotonic one, for comparison with instants that
+// callers have given. Those of one process compare exactly.
+func (i instant) onClock() instant {
+	if i.mono == 0 {
+		return i
+	}
+	return instant{clock: processStart.Add(i.mono)}
+}
+
 // timeOf returns the time of day.
 func (r *Runner) timeOf(i instant) time.Time {
 	if r.clock != nil {
@@ -747,8 +756,11 @@ func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Conte
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	attrs := make([]attribute.KeyValue, 0, 32)
-	attrs = append(attrs, t.common...)
+	most := 16 // of a pass without the others
+	if a != nil {
+		most += 8
+	}
+	attrs := append(make([]attribute.KeyValue, 0, len(t.common)+most), t.common...)
 	attrs = append(attrs,
 		keyNumTokens.Int(p.NumTokens),
 		keyUnpadded.Int(p.NumTokensUnpadded),
@@ -864,7 +876,7 @@ func (x *traced) endForward(run *run, err error) {
 	ended := r.now()
 	duration := max(run.began.until(ended), 0)
 	if r.queue != nil {
-		duration = r.queue.duration(run.began, ended)
+		duration = r.queue.duration(run.began.onClock(), ended.onClock())
 	}
 	x.end(recordable(&run.passContext), ended.clock, duration, err)
 }
@@ -1193,8 +1205,16 @@ func (rec *Record) LogValue() slog.Value {
 		number(keyNumReqs, rec.NumReqs, rec.NumReqs > 0)
 		word(keyGraphMode, rec.GraphMode.String())
 		word(keyGraphReason, rec.Reason.String())
-		number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, rec.NumTokens > rec.NumTokensUnpadded)
-		number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, rec.NumTokens > rec.NumTokensUnpadded)
+		if b := &rec.Batch; *b != (BatchDescriptor{}) {
+			attrs = append(attrs, slog.Bool(string(keyBatchUniform), b.Uniform))
+			number(keyBatchReqs, b.NumReqs, b.NumReqs > 0)
+			number(keyBatchLoRAs, b.NumActiveLoRAs, b.HasLoRA)
+		}
+		if padding := rec.NumTokens - rec.NumTokensUnpadded; padding > 0 {
+			number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, true)
+			number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, true)
+			attrs = append(attrs, slog.Float64(string(keyPaddingRatio), float64(padding)/float64(rec.NumTokens)))
+		}
 		number(keyUBatches, rec.UBatches, rec.UBatches > 0)
 		attrs = append(attrs, slog.Bool(string(keyDummy), rec.Dummy), slog.Duration("fwd.duration", rec.Duration))
 	}
@@ -1203,7 +1223,7 @@ func (rec *Record) LogValue() slog.Value {
 		attrs = append(attrs, slog.Duration("fwd.wait", rec.Wait))
 	}
 	if rec.Waited > 0 {
-		attrs = append(attrs, slog.Duration(string(keyWaitTime), rec.Waited))
+		attrs = append(attrs, slog.Float64(string(keyWaitTime), rec.Waited.Seconds()))
 	}
 	if rec.Err != nil {
 		word(keyErrorType, errorWord(rec.Err))

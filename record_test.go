@@ -219,14 +219,17 @@ func TestRecordLogValue(t *testing.T) {
 				Name: "target", Rank: 1, Size: 2, Step: 4,
 				NumTokens: 8, NumTokensUnpadded: 3, NumTokensGraph: 4, NumReqs: 2,
 				GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact, UBatches: 2, Dummy: true, Phase: "decode",
-				Wait: time.Minute, Duration: time.Second, Waited: time.Millisecond, LastRank: 0, Err: fwd.ErrLayer,
+				Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true, HasLoRA: true, NumActiveLoRAs: 3},
+				Wait:  time.Minute, Duration: time.Second, Waited: time.Millisecond, LastRank: 0, Err: fwd.ErrLayer,
 			},
 			map[string]any{
 				"fwd.name": "target", "fwd.dp.rank": 1.0, "fwd.dp.size": 2.0, "fwd.step": 4.0, "fwd.num_tokens": 8.0,
 				"fwd.num_tokens_unpadded": 3.0, "fwd.num_reqs": 2.0, "fwd.padding.graph": 1.0, "fwd.padding.dp": 4.0,
 				"fwd.graph.mode": "FULL", "fwd.graph.reason": "exact", "fwd.ubatches": 2.0, "fwd.dummy": true,
-				"fwd.phase": "decode", "fwd.wait": 6e10, "fwd.duration": 1e9, "fwd.wait_time": 1e6,
-				"fwd.dp.last_rank": 0.0, "error.type": "layer",
+				"fwd.phase": "decode", "fwd.wait": 6e10, "fwd.duration": 1e9, "fwd.wait_time": 0.001,
+				"fwd.batch.uniform": true, "fwd.batch.num_reqs": 8.0, "fwd.batch.num_active_loras": 3.0,
+				"fwd.padding.ratio": 0.625,
+				"fwd.dp.last_rank":  0.0, "error.type": "layer",
 			},
 		},
 		"failed exchange": {
@@ -385,7 +388,17 @@ func TestProfileLabels(t *testing.T) {
 	t.Parallel()
 	parallel := fwd.ParallelConfig{DataParallelSize: 4, DataParallelRank: 3}
 	cfg := fwd.Config{Name: "target", Parallel: parallel}
-	r, err := fwd.New(cfg, fwd.WithMiddleware(fwd.ProfileLabels()))
+	// Middleware inside the labels looks up in a context of the package's own, which is fast.
+	inside := func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error {
+			own := fmt.Sprintf("%T", fwd.NewContext(ctx, &fwd.ForwardContext{}))
+			if got := fmt.Sprintf("%T", ctx); got != own {
+				t.Errorf("below the labels the context is a %s, want a %s", got, own)
+			}
+			return next(ctx)
+		}
+	}
+	r, err := fwd.New(cfg, fwd.WithMiddleware(fwd.ProfileLabels(), inside))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -399,10 +412,6 @@ func TestProfileLabels(t *testing.T) {
 		}
 		if diff := cmp.Diff(want, got); diff != "" {
 			t.Errorf("labels (-want +got):\n%s", diff)
-		}
-		own := fmt.Sprintf("%T", fwd.NewContext(ctx, &fwd.ForwardContext{}))
-		if got := fmt.Sprintf("%T", ctx); got != own {
-			t.Errorf("below the labels the context is a %s, want a %s", got, own)
 		}
 		passCheck(t, "below the labels", ctx, "pass", 2, nil, -1)
 		return nil
@@ -463,4 +472,34 @@ func TestReport(t *testing.T) {
 	if err := report(two, fwd.Pass{NumTokens: 1}); err != nil {
 		t.Errorf("without counts: %v", err)
 	}
+}
+
+// Passes that run and passes that are reported share a device too, on the real clock as on any other.
+func TestQueueOfRunAndReport(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		records := recordsOf(t, fwd.Config{}, func(r *fwd.Runner) {
+			pass := fwd.Pass{NumTokens: 1}
+			for range 3 {
+				began := time.Now()
+				if err := r.Run(t.Context(), pass, func(context.Context) error {
+					time.Sleep(time.Second) // of simulated time
+					return nil
+				}); err != nil {
+					t.Error(err)
+				}
+				time.Sleep(2 * time.Second)
+				if err := r.Report(t.Context(), pass, began, time.Now(), nil); err != nil { // begun before the other
+					t.Error(err)
+				}
+			}
+		}, fwd.WithQueue(new(fwd.Queue)))
+		var got []time.Duration
+		for _, rec := range records {
+			got = append(got, rec.Duration/time.Second)
+		}
+		if diff := cmp.Diff([]time.Duration{1, 2, 1, 2, 1, 2}, got); diff != "" {
+			t.Errorf("seconds (-want +got):\n%s", diff)
+		}
+	})
 }

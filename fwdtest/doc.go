@@ -73,6 +73,6 @@
 // means within 2 seconds. An exchange that does not return fails its check after 10 seconds at
 // most, and is left behind.
 //
-// The suite takes about 6 seconds for the coordinators of [fwd.NewLocalGroup]; most of that is
+// The suite takes about 10 seconds for the coordinators of [fwd.NewLocalGroup]; most of that is
 // waiting.
 package fwdtest

@@ -1,4 +1,4 @@
-// The fuzz test of a member: whatever comes in, in whatever order.
+// This file fuzzes a member with whatever may come in, in whatever order.
 
 package natsdp
 
@@ -10,8 +10,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// FuzzMember checks that a member neither panics nor hangs, and that its own votes end with their ctx.
-// A script is a list of messages, each after two bytes: its length, and how it comes.
+// FuzzMember checks that a member neither panics nor hangs, and that its own votes end with their
+// ctx. A script is a list of messages, each after two bytes: its length, and how it comes.
 func FuzzMember(f *testing.F) {
 	var all []byte
 	for _, m := range samples() {
@@ -71,7 +71,8 @@ func voteInVain(t *testing.T, m *member, step uint64) {
 	t.Errorf("an exchange returned %v, %v", votes, err)
 }
 
-// checkGatherings checks that the counts of the votes are right, and that nobody waits whom nobody sees.
+// checkGatherings checks that the counts of the votes are right, and that nobody waits whom nobody
+// sees.
 func checkGatherings(t *testing.T, m *member) {
 	for _, g := range []*gathering{&m.open, &m.next} {
 		count := 0

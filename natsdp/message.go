@@ -175,8 +175,8 @@ func (m *message) appendVote(b []byte) []byte {
 	return b
 }
 
-// appendSpan appends a span context: its trace (16 bytes), its span (8), its flags (1), the length of
-// its trace state (2), and the trace state.
+// appendSpan appends a span context: its trace (16 bytes), its span (8), its flags (1), the length
+// of its trace state (2), and the trace state.
 func appendSpan(b []byte, sc trace.SpanContext) []byte {
 	traceID, spanID := sc.TraceID(), sc.SpanID()
 	b = append(b, traceID[:]...)

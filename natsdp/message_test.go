@@ -1,4 +1,4 @@
-// Tests of messages as bytes: what is written comes back, and nothing else is read.
+// This file tests messages as bytes: what is written comes back, and nothing else is read.
 
 package natsdp
 
@@ -72,7 +72,8 @@ func TestMessages(t *testing.T) {
 	}
 }
 
-// A vote has come back from fullVote whole, so fullVote must have all there is in a vote.
+// TestMessages shows that a fullVote comes back whole, so fullVote must have everything that a vote
+// has.
 func TestFullVote(t *testing.T) {
 	v := reflect.ValueOf(fullVote())
 	for i := range v.NumField() {
@@ -101,9 +102,9 @@ func TestMessageSizes(t *testing.T) {
 // A trace state that is too long is left out, and the rest of the vote comes.
 func TestLongTraceState(t *testing.T) {
 	state := trace.TraceState{}
-	for _, key := range []string{"a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k", "l", "m", "n", "o", "p", "q"} {
+	for key := 'a'; key <= 'q'; key++ {
 		var err error
-		if state, err = state.Insert(key, strings.Repeat("x", 256)); err != nil {
+		if state, err = state.Insert(string(key), strings.Repeat("x", 256)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -12,8 +12,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// pooling sums the rows of each sequence. Its input is a flat batch; where a sequence ends is not
-// the input's business.
+// pooling sums the rows of each sequence. Its input is a flat batch, which does not say where the
+// sequences end.
 type pooling struct{ name string }
 
 func (p pooling) Forward(ctx context.Context, x []float64) ([]float64, error) {

@@ -19,7 +19,7 @@ type blueprint struct {
 	ahead      int                // how many positions its input tokens are ahead of their rows
 }
 
-// targetBlueprint returns that of the model which is served.
+// targetBlueprint returns the blueprint of the model that is served.
 func (c *Config) targetBlueprint(m *model.Model) (*blueprint, error) {
 	return c.blueprint("", m, fwd.ParallelConfig{
 		DataParallelSize:       c.DataParallelSize,
@@ -87,8 +87,8 @@ func (c *Config) printGaps(b *blueprint) {
 // draftLayers is how many of the model's layers its draft has.
 const draftLayers = 1
 
-// draftBlueprint returns that of the draft of a model: its first layers, under the same embedding
-// and head. It decodes one token of each sequence at a time.
+// draftBlueprint returns the blueprint of a model's draft: the model's first layers, under the same
+// embedding and head. It decodes one token of each sequence at a time.
 func (c *Config) draftBlueprint(m *model.Model) (*blueprint, error) {
 	draft := model.New(m.Weights().Truncate(draftLayers))
 	b, err := c.blueprint("draft", draft, fwd.ParallelConfig{DataParallelSize: c.DataParallelSize}, 1)

@@ -1,3 +1,5 @@
+// Answers in every configuration, as far as any two settings go together.
+
 package engine
 
 import (
@@ -39,9 +41,16 @@ func TestCovering(t *testing.T) {
 // them, with so many adapters.
 func forCovering(t *testing.T, test func(t *testing.T, cfg Config, adapters int)) {
 	dp, sp, chunk := []int{1, 2, 3, 4}, []int{1, 2}, []int{1, 7, 64}
-	modes := []fwd.GraphMode{fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull, fwd.GraphFullDecodeOnly, fwd.GraphFullAndPiecewise}
+	modes := []fwd.GraphMode{
+		fwd.GraphNone,
+		fwd.GraphPiecewise,
+		fwd.GraphFull,
+		fwd.GraphFullDecodeOnly,
+		fwd.GraphFullAndPiecewise,
+	}
 	ubatches, spec, loras := []int{1, 2, 3}, []int{0, 2}, []int{0, 3}
-	for _, row := range pairwise(len(dp), len(sp), len(chunk), len(modes), len(ubatches), len(spec), len(loras)) {
+	for _, row := range pairwise(len(dp), len(sp), len(chunk), len(modes), len(ubatches), len(spec),
+		len(loras)) {
 		cfg := Config{
 			DataParallelSize:     dp[row[0]],
 			SequenceParallel:     sp[row[1]],
@@ -54,8 +63,8 @@ func forCovering(t *testing.T, test func(t *testing.T, cfg Config, adapters int)
 			PrefillUBatchThreshold: 2,
 		}
 		adapters := loras[row[6]]
-		name := fmt.Sprintf("dp=%d/sp=%d/chunk=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", cfg.DataParallelSize, cfg.SequenceParallel,
-			cfg.MaxChunk, cfg.GraphMode, cfg.NumUBatches, cfg.NumSpeculativeTokens, adapters)
+		name := fmt.Sprintf("dp=%d/sp=%d/chunk=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", cfg.DataParallelSize,
+			cfg.SequenceParallel, cfg.MaxChunk, cfg.GraphMode, cfg.NumUBatches, cfg.NumSpeculativeTokens, adapters)
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			test(t, cfg, adapters)

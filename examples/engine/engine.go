@@ -3,14 +3,14 @@
 // decoding and greedy sampling. Ranks are goroutines of one process, or processes ([Process]). Each
 // of them does in every step what a rank of a large engine does (rank.go):
 //
-//	schedule        which requests get how many tokens (scheduler.go)
-//	Runner.Plan     agree with the other ranks on graph mode and padding, and, by the note that comes with
-//	                each vote, whether to run the step, to sleep or to stop (note.go)
-//	Pass.Parts      lay the batch out in rows, and add what attention must know (batch.go)
-//	Runner.Run      the model, by a graph if there is one (instance.go), in which every mixture-of-experts
-//	                layer exchanges rows with all ranks of the process (exchange.go)
-//	sample          the next token of each request that has caught up with itself
-//	propose         with speculative decoding, guesses at the tokens after it (speculate.go)
+//	schedule      which requests get how many tokens (scheduler.go)
+//	Runner.Plan   agree with the other ranks on graph mode and padding, and, by the note that
+//	              comes with each vote, whether to run the step, to sleep or to stop (note.go)
+//	Pass.Parts    lay the batch out in rows, and add what attention must know (batch.go)
+//	Runner.Run    the model, by a graph if there is one (instance.go), in which every layer of
+//	              experts exchanges rows with all ranks of the process (exchange.go)
+//	sample        the next token of each request that has caught up with itself
+//	propose       with speculative decoding, guesses at the tokens after it (speculate.go)
 //
 // No rank can take a step alone. A rank that has nothing to do takes it as a dummy pass, unless no
 // rank has anything to do: then nobody runs. Before the first step the ranks warm up: they capture
@@ -41,7 +41,7 @@ type Engine struct {
 	finished, generated atomic.Int64
 }
 
-// New returns an engine that serves m. Its error names every value of cfg that can't be.
+// New returns an engine that serves m. Its error names every value of cfg that is not valid.
 func New(m *model.Model, cfg Config) (*Engine, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -107,20 +107,23 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 	for i := range requests {
 		r := &requests[i]
 		if len(r.Prompt) == 0 || r.MaxTokens < 1 || r.Arrival < 0 {
-			return 0, fmt.Errorf("engine: request %d has %d prompt tokens, %d tokens to generate and arrives at %v: want at least 1, 1 and 0s",
-				r.ID, len(r.Prompt), r.MaxTokens, r.Arrival)
+			return 0, fmt.Errorf("engine: request %d has %d prompt tokens, %d tokens to generate and arrives at %v; "+
+				"want at least 1, 1 and 0s", r.ID, len(r.Prompt), r.MaxTokens, r.Arrival)
 		}
 		if r.Adapter < 0 || r.Adapter > adapters {
-			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the model's %d", r.ID, r.Adapter, adapters)
+			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the %d that the model has",
+				r.ID, r.Adapter, adapters)
 		}
 		for p, t := range r.Prompt {
 			if t < 0 || t >= vocab {
-				return 0, fmt.Errorf("engine: request %d: token %d at position %d is not in the vocabulary of %d", r.ID, t, p, vocab)
+				return 0, fmt.Errorf("engine: request %d: token %d at position %d is not in the vocabulary of %d", r.ID,
+					t, p, vocab)
 			}
 		}
 		need := blocksFor(r.length()+e.config.NumSpeculativeTokens, e.config.BlockSize)
 		if e.config.NumBlocks > 0 && need > e.config.NumBlocks {
-			return 0, fmt.Errorf("engine: request %d needs %d blocks of %d tokens, the KV cache has %d", r.ID, need, e.config.BlockSize, e.config.NumBlocks)
+			return 0, fmt.Errorf("engine: request %d needs %d blocks of %d tokens, the KV cache has %d", r.ID, need,
+				e.config.BlockSize, e.config.NumBlocks)
 		}
 		numBlocks = max(numBlocks, need)
 	}

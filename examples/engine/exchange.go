@@ -17,14 +17,15 @@ import (
 // exchange does not fit together. It means that they disagree about the step.
 var ErrRefused = errors.New("refused exchange")
 
-// expertGroup connects the workers over which the experts are spread: those of all ranks, or, where
-// the other ranks are processes, those of this rank. They are goroutines of this process, so an
-// exchange is a meeting: everyone leaves a message, and the last to come lets all go on.
+// expertGroup connects the workers over which the experts are spread: the workers of all ranks, or,
+// if the other ranks are processes, the workers of this rank. They are goroutines of this process,
+// so an exchange is a meeting: everyone leaves a message, and the last to come lets all go on.
 //
 // A group breaks for good with its first error: workers that have lost each other can't go on
 // together.
 type expertGroup struct {
-	first, total int // where the group begins among the workers of all ranks, which have local sizes, and how many these are
+	// The group begins at worker first of the total workers of all ranks, which all have local sizes.
+	first, total int
 
 	mu     sync.Mutex
 	size   int
@@ -60,7 +61,13 @@ func (m *message) String() string {
 
 // newExpertGroup returns a group of all workers there are.
 func newExpertGroup(size int) *expertGroup {
-	return &expertGroup{total: size, size: size, rounds: map[int]*round{}, passes: make([]uint64, size), broken: make(chan struct{})}
+	return &expertGroup{
+		total:  size,
+		size:   size,
+		rounds: map[int]*round{},
+		passes: make([]uint64, size),
+		broken: make(chan struct{}),
+	}
 }
 
 // expertWorker is one worker's end of a group. It implements [model.Exchanger].
@@ -71,7 +78,12 @@ type expertWorker struct {
 }
 
 // Dispatch implements [model.Exchanger].
-func (w *expertWorker) Dispatch(ctx context.Context, at model.Place, sizes []int, rows model.Routed) ([]model.Routed, error) {
+func (w *expertWorker) Dispatch(
+	ctx context.Context,
+	at model.Place,
+	sizes []int,
+	rows model.Routed,
+) ([]model.Routed, error) {
 	messages, err := w.meet(ctx, &message{at: at, sizes: sizes, routed: rows})
 	if err != nil {
 		return nil, err
@@ -84,7 +96,12 @@ func (w *expertWorker) Dispatch(ctx context.Context, at model.Place, sizes []int
 }
 
 // Combine implements [model.Exchanger].
-func (w *expertWorker) Combine(ctx context.Context, at model.Place, sizes []int, parts []*mat.Dense) ([]*mat.Dense, error) {
+func (w *expertWorker) Combine(
+	ctx context.Context,
+	at model.Place,
+	sizes []int,
+	parts []*mat.Dense,
+) ([]*mat.Dense, error) {
 	messages, err := w.meet(ctx, &message{at: at, sizes: sizes, parts: parts})
 	if err != nil {
 		return nil, err
@@ -169,7 +186,9 @@ func (g *expertGroup) join(ctx context.Context, w *expertWorker, m *message) (*r
 		}
 	}
 	if r.messages[worker] != nil {
-		return nil, g.failLocked(fmt.Errorf("%w: worker %d came twice: %v, %v", ErrRefused, worker, r.messages[worker], m))
+		return nil, g.failLocked(
+			fmt.Errorf("%w: worker %d came twice: %v, %v", ErrRefused, worker, r.messages[worker], m),
+		)
 	}
 	r.messages[worker] = m
 	if r.arrived++; r.arrived < g.size {
@@ -237,7 +256,8 @@ func (g *expertGroup) verify(messages []*message) error {
 		case m.parts == nil:
 			size := m.sizes[g.first+w]
 			if rows, _ := m.routed.Rows.Dims(); rows != size || len(m.routed.Experts) != rows {
-				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows, len(m.routed.Experts), size)
+				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows,
+					len(m.routed.Experts), size)
 			}
 		case len(m.parts) != g.size:
 			refuse("%v: worker %d brought parts for %d of %d workers", m, w, len(m.parts), g.size)

@@ -36,7 +36,8 @@ func (p *Process) check(c *Config) error {
 		if group == nil {
 			bad("%s is missing", name)
 		} else if group.Rank() != p.Rank || group.Size() != c.DataParallelSize {
-			bad("%s is of rank %d of %d, want rank %d of %d", name, group.Rank(), group.Size(), p.Rank, c.DataParallelSize)
+			bad("%s is of rank %d of %d, want rank %d of %d",
+				name, group.Rank(), group.Size(), p.Rank, c.DataParallelSize)
 		}
 	}
 	group("Target", p.Target)
@@ -47,7 +48,8 @@ func (p *Process) check(c *Config) error {
 		bad("Rejoin is %v, want at least 0", p.Rejoin)
 	}
 	if c.Coordinators != nil || c.DraftCoordinators != nil {
-		bad("%d coordinators and %d draft coordinators beside it: they are for ranks in one process", len(c.Coordinators), len(c.DraftCoordinators))
+		bad("%d coordinators and %d draft coordinators beside it: they are for ranks in one process",
+			len(c.Coordinators), len(c.DraftCoordinators))
 	}
 	return errors.Join(errs...)
 }

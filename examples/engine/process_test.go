@@ -1,3 +1,5 @@
+// Ranks that share nothing but their coordinators, as processes do.
+
 package engine
 
 import (
@@ -107,7 +109,8 @@ func (f *fleet) allFinished(outcomes []outcome) {
 	f.Helper()
 	for rank, o := range outcomes {
 		if o.err != nil || o.stats.Finished != len(f.requests[rank]) {
-			f.Errorf("rank %d: %v, %d of %d requests finished in %d steps", rank, o.err, o.stats.Finished, len(f.requests[rank]), o.stats.Steps)
+			f.Errorf("rank %d: %v, %d of %d requests finished in %d steps", rank, o.err, o.stats.Finished,
+				len(f.requests[rank]), o.stats.Steps)
 		}
 	}
 }
@@ -124,7 +127,8 @@ func TestProcesses(t *testing.T) {
 		sum := Stats{}
 		for rank, o := range outcomes {
 			if o.stats.Steps != outcomes[0].stats.Steps || o.stats.FailedSteps != 0 {
-				t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps, o.stats.FailedSteps)
+				t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps,
+					o.stats.FailedSteps)
 			}
 			if len(o.stats.Ranks) != 1 || o.stats.Ranks[0].Rank != rank {
 				t.Errorf("rank %d has the figures of %+v", rank, o.stats.Ranks)
@@ -181,15 +185,16 @@ func TestProcessesSleep(t *testing.T) {
 			f.allFinished(outcomes)
 			for rank, o := range outcomes {
 				if o.stats.Duration < 450*time.Millisecond || o.stats.Duration > time.Second || o.stats.Steps > 6*3 {
-					t.Errorf("dp %d, rank %d: 5 s at 10 times the speed took %v, in %d steps", dp, rank, o.stats.Duration, o.stats.Steps)
+					t.Errorf("dp %d, rank %d: 5 s at 10 times the speed took %v, in %d steps", dp, rank, o.stats.Duration,
+						o.stats.Steps)
 				}
 			}
 		}
 	})
 }
 
-// atPass makes a rank do something in its nth pass, not counting those of the warm-up, which a rank
-// without graphs has none of.
+// atPass makes a rank do something in its nth pass, of a rank without graphs: its warm-up has no
+// passes.
 func atPass(cfg *Config, nth int64, do func() error) {
 	var passes atomic.Int64
 	cfg.Middleware = func(int) []fwd.Middleware {
@@ -242,11 +247,13 @@ func TestProcessesInterrupt(t *testing.T) {
 					t.Errorf("rank %d stopped after %d steps, want %d", rank, o.stats.Steps, c.steps)
 				}
 			}
-			if err := outcomes[0].err; !errors.Is(err, ErrInterrupted) || !strings.Contains(err.Error(), "with rank 1") {
+			if err := outcomes[0].err; !errors.Is(err, ErrInterrupted) ||
+				!strings.Contains(err.Error(), "with rank 1") {
 				t.Errorf("rank 0: %v, want ErrInterrupted with rank 1", err)
 			}
 			if outcomes[1].err != stop || outcomes[2].err != nil {
-				t.Errorf("ranks 1 and 2: %v, %v; want %v, and nil of a rank with nothing to do", outcomes[1].err, outcomes[2].err, stop)
+				t.Errorf("ranks 1 and 2: %v, %v; want %v, and nil of a rank with nothing to do", outcomes[1].err,
+					outcomes[2].err, stop)
 			}
 		}))
 	}
@@ -257,7 +264,9 @@ func TestProcessesInterrupt(t *testing.T) {
 func TestProcessesInterruptAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stop := errors.New("stop")
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 200 * time.Millisecond, StopGrace: time.Minute}, newRequests(40, 50, 20))
+		f := newFleet(t,
+			Config{DataParallelSize: 2, ExchangeTimeout: 200 * time.Millisecond, StopGrace: time.Minute},
+			newRequests(40, 50, 20))
 		ctx, cancel := context.WithCancelCause(t.Context())
 		defer cancel(nil)
 		outcomes := f.each(func(rank int) outcome {
@@ -296,11 +305,14 @@ func TestProcessesRankMissing(t *testing.T) {
 			o := outcomes[rank]
 			var rankErr *fwd.RankError
 			ok := errors.As(o.err, &rankErr)
-			if !ok || !errors.Is(o.err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{1}) || o.stats.FailedSteps != 1 {
-				t.Errorf("rank %d: %v after %d failed steps, want rank 1 missing in the first", rank, o.err, o.stats.FailedSteps)
+			if !ok || !errors.Is(o.err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{1}) ||
+				o.stats.FailedSteps != 1 {
+				t.Errorf("rank %d: %v after %d failed steps, want rank 1 missing in the first", rank, o.err,
+					o.stats.FailedSteps)
 			}
 			if o.stats.Steps != 28 || o.stats.Finished == 0 || o.stats.Finished == o.stats.Requests {
-				t.Errorf("rank %d: %d steps, %d of %d requests finished", rank, o.stats.Steps, o.stats.Finished, o.stats.Requests)
+				t.Errorf("rank %d: %d steps, %d of %d requests finished", rank, o.stats.Steps, o.stats.Finished,
+					o.stats.Requests)
 			}
 		}
 	})
@@ -309,7 +321,8 @@ func TestProcessesRankMissing(t *testing.T) {
 // TestProcessesGiveUp: a rank that does not come back is waited for until Rejoin is over.
 func TestProcessesGiveUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 100 * time.Millisecond}, newRequests(40, 50, 20))
+		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 100 * time.Millisecond},
+			newRequests(40, 50, 20))
 		var left time.Time
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, 500*time.Millisecond)
@@ -319,7 +332,8 @@ func TestProcessesGiveUp(t *testing.T) {
 			return f.run(t.Context(), cfg, f.requests[rank])
 		})
 		waited := time.Since(left)
-		if o := outcomes[0]; !errors.Is(o.err, fwd.ErrRankMissing) || o.stats.FailedSteps < 3 || waited < 600*time.Millisecond || waited > 750*time.Millisecond {
+		if o := outcomes[0]; !errors.Is(o.err, fwd.ErrRankMissing) || o.stats.FailedSteps < 3 ||
+			waited < 600*time.Millisecond || waited > 750*time.Millisecond {
 			t.Errorf("%v after %d failed steps in %v", o.err, o.stats.FailedSteps, waited)
 		}
 	})
@@ -330,13 +344,17 @@ func TestProcessesGiveUp(t *testing.T) {
 func TestProcessesOftenMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rejoin = time.Second
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 150 * time.Millisecond}, []Request{{Prompt: []int{1}, MaxTokens: 100}})
+		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 150 * time.Millisecond},
+			[]Request{{Prompt: []int{1}, MaxTokens: 100}})
 		var left atomic.Int64
 		began := time.Now()
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, rejoin)
 			if rank == 1 {
-				cfg.Process.Target = absent{cfg.Process.Target, func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 }}
+				cfg.Process.Target = absent{
+					cfg.Process.Target,
+					func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 },
+				}
 			}
 			return f.run(t.Context(), cfg, f.requests[rank])
 		})
@@ -346,7 +364,8 @@ func TestProcessesOftenMissed(t *testing.T) {
 		}
 		for rank, o := range outcomes {
 			if o.stats.FailedSteps != int(left.Load()) {
-				t.Errorf("rank %d: %d failed steps, where rank 1 was missing %d times", rank, o.stats.FailedSteps, left.Load())
+				t.Errorf("rank %d: %d failed steps, where rank 1 was missing %d times", rank, o.stats.FailedSteps,
+					left.Load())
 			}
 		}
 	})
@@ -397,7 +416,7 @@ func TestProcessesRejoin(t *testing.T) {
 						t.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
 					}
 				}
-				// Its peers missed it in one group, met it in the gate, and again where its steps began anew.
+				// Its peers missed it in one group, and met it at another step, in each of the models' groups.
 				if n := outcomes[rank].stats.FailedSteps; n == 0 || n > 6 {
 					t.Errorf("rank %d: %d failed steps", rank, n)
 				}
@@ -467,7 +486,12 @@ func TestProcessesLostAnswers(t *testing.T) {
 		},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
-			cfg := Config{DataParallelSize: 3, NumSpeculativeTokens: 2, GraphMode: fwd.GraphFullAndPiecewise, ExchangeTimeout: 300 * time.Millisecond}
+			cfg := Config{
+				DataParallelSize:     3,
+				NumSpeculativeTokens: 2,
+				GraphMode:            fwd.GraphFullAndPiecewise,
+				ExchangeTimeout:      300 * time.Millisecond,
+			}
 			f := newFleet(t, cfg, newRequests(60, 60, 20))
 			outcomes := f.each(func(rank int) outcome {
 				cfg := f.config(rank, time.Hour)
@@ -495,7 +519,11 @@ func (c absent) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 		return c.Coordinator.Exchange(ctx, v)
 	}
 	<-ctx.Done()
-	return nil, &fwd.RankError{Err: fmt.Errorf("%w: %w", fwd.ErrRankMissing, context.Cause(ctx)), Step: v.Step, Ranks: []int{c.Rank()}}
+	return nil, &fwd.RankError{
+		Err:   fmt.Errorf("%w: %w", fwd.ErrRankMissing, context.Cause(ctx)),
+		Step:  v.Step,
+		Ranks: []int{c.Rank()},
+	}
 }
 
 // TestFinished: each result is handed out once, when it is complete, and an error from there ends
@@ -538,13 +566,19 @@ func TestBadProcess(t *testing.T) {
 		cfg  Config
 		want string
 	}{
-		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1]}}, "engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1]}},
+			"engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
 		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Target is missing"},
-		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0]}}, "engine: Process: Draft is missing"},
-		{Config{DataParallelSize: 3, Process: &Process{Target: group[0]}}, "engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[1]}}, "engine: Process: Target is of rank 1 of 2, want rank 0 of 2"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Rejoin: -1}}, "engine: Process: Rejoin is -1ns"},
-		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0]}}, "engine: Process: 2 coordinators and 0 draft coordinators beside it"},
+		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0]}},
+			"engine: Process: Draft is missing"},
+		{Config{DataParallelSize: 3, Process: &Process{Target: group[0]}},
+			"engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[1]}},
+			"engine: Process: Target is of rank 1 of 2, want rank 0 of 2"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Rejoin: -1}},
+			"engine: Process: Rejoin is -1ns"},
+		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0]}},
+			"engine: Process: 2 coordinators and 0 draft coordinators beside it"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.cfg.Process, err, c.want)

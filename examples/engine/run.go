@@ -124,7 +124,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 }
 
 // place puts a model on the ranks of this process, which share its experts. All ranks of it agree
-// among themselves; those of another model have nothing to do with it.
+// among themselves; the ranks of another model have nothing to do with it.
 func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators []fwd.Coordinator) error {
 	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
 	if coordinators == nil {

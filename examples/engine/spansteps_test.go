@@ -1,3 +1,5 @@
+// What the spans of a run say of its steps, microbatches and figures.
+
 package engine
 
 import (
@@ -53,8 +55,8 @@ func (v *spanView) checkDrafts(steps int) {
 		}
 		for rank, pass := range s.forward {
 			parent := v.spans[pass.Parent().SpanID()]
-			if parent == nil || parent.Name() != "fwd.forward" || parent.text("fwd.name") != "" || !pass.isChildOf(parent) ||
-				parent.int("fwd.dp.rank") != rank || parent.int("fwd.step") != at.step {
+			if parent == nil || parent.Name() != "fwd.forward" || parent.text("fwd.name") != "" ||
+				!pass.isChildOf(parent) || parent.int("fwd.dp.rank") != rank || parent.int("fwd.step") != at.step {
 				v.Errorf("draft pass %v of rank %d is not under the pass of its target", at, rank)
 			}
 		}
@@ -120,7 +122,9 @@ func (v *spanView) checkStep(at place, s *step) bool {
 	for rank, pass := range s.forward {
 		bad := func(format string, args ...any) {
 			v.Helper()
-			v.Errorf("step %v, rank %d of %v with %v: "+format, append([]any{at, rank, s.text(), pass.Attributes()}, args...)...)
+			v.Errorf(
+				"step %v, rank %d of %v with %v: "+format,
+				append([]any{at, rank, s.text(), pass.Attributes()}, args...)...)
 		}
 		if pass.text("fwd.graph.mode") != first.text("fwd.graph.mode") {
 			bad("rank 0 runs in another mode")
@@ -215,7 +219,8 @@ func (v *spanView) checkMicrobatches() {
 	parts := map[trace.SpanID][]*span{}
 	for _, u := range v.named("fwd.ubatch") {
 		pass := v.spans[u.Parent().SpanID()]
-		if pass == nil || pass.Name() != "fwd.forward" || !u.isChildOf(pass) || u.StartTime().Before(pass.StartTime()) || u.EndTime().After(pass.EndTime()) {
+		if pass == nil || pass.Name() != "fwd.forward" || !u.isChildOf(pass) ||
+			u.StartTime().Before(pass.StartTime()) || u.EndTime().After(pass.EndTime()) {
 			v.Errorf("a microbatch with %v is not in a pass", u.Attributes())
 			continue
 		}
@@ -272,7 +277,8 @@ func (v *spanView) checkFigures(stats *Stats) {
 		if err := mode.UnmarshalText([]byte(s.text("fwd.graph.mode"))); err != nil {
 			v.Error(err)
 		}
-		graphs := map[fwd.GraphMode]int{fwd.GraphFull: 1, fwd.GraphPiecewise: len(b.model.Weights().Layers) + 1}[mode]
+		graphs := map[fwd.GraphMode]int{fwd.GraphFull: 1,
+			fwd.GraphPiecewise: len(b.model.Weights().Layers) + 1}[mode]
 		if s.int("fwd.ubatches") > 0 {
 			graphs = 0
 		}
@@ -305,9 +311,11 @@ func (v *spanView) checkFigures(stats *Stats) {
 			v.Errorf("%d warm-up passes of one rank for the same graph: %v", n, set)
 		}
 	}
-	if got.Captures != stats.Captures || got.Replays != stats.Replays || got.DraftPasses != stats.DraftPasses || got.DummyPasses != stats.DummyPasses ||
-		got.SplitPasses != stats.SplitPasses || got.GraphPadding != stats.GraphPadding || got.DataPadding != stats.DataPadding ||
-		!equalCounts(got.Modes, stats.Modes) || !equalCounts(got.Passes, stats.Passes) {
+	if got.Captures != stats.Captures || got.Replays != stats.Replays || got.DraftPasses != stats.DraftPasses ||
+		got.DummyPasses != stats.DummyPasses ||
+		got.SplitPasses != stats.SplitPasses || got.GraphPadding != stats.GraphPadding ||
+		got.DataPadding != stats.DataPadding || !equalCounts(got.Modes, stats.Modes) ||
+		!equalCounts(got.Passes, stats.Passes) {
 		v.Errorf("the spans say %+v, the figures %+v", got, *stats)
 	}
 	if passes := len(v.named("fwd.forward")); passes == 0 || len(v.named("request")) != stats.Requests {

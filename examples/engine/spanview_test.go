@@ -1,3 +1,5 @@
+// Recorded spans that are easy to ask, and what each pass must say of itself.
+
 package engine
 
 import (
@@ -39,7 +41,8 @@ func (s *span) id() trace.SpanID { return s.SpanContext().SpanID() }
 
 // isChildOf reports whether parent is the span's parent, in one trace.
 func (s *span) isChildOf(parent *span) bool {
-	return parent != nil && s.Parent().SpanID() == parent.id() && s.SpanContext().TraceID() == parent.SpanContext().TraceID()
+	return parent != nil && s.Parent().SpanID() == parent.id() &&
+		s.SpanContext().TraceID() == parent.SpanContext().TraceID()
 }
 
 // graphPadded is the token count after graph padding.
@@ -113,7 +116,8 @@ func (v *spanView) checkPasses() {
 		}
 		_, queryLen := v.blueprint(s)
 		unpadded, tokens := s.int("fwd.num_tokens_unpadded"), s.int("fwd.num_tokens")
-		if unpadded < 1 || s.int("fwd.padding.graph") < 0 || s.int("fwd.padding.dp") < 0 || s.graphPadded()+s.int("fwd.padding.dp") != tokens {
+		if unpadded < 1 || s.int("fwd.padding.graph") < 0 || s.int("fwd.padding.dp") < 0 ||
+			s.graphPadded()+s.int("fwd.padding.dp") != tokens {
 			bad("the padding is not what is between %d and %d tokens", unpadded, tokens)
 		}
 		v.checkReason(s, queryLen, bad)

@@ -20,7 +20,7 @@ type Stats struct {
 	DraftPasses                   int // of the draft model, dummy ones included
 	ProposedTokens                int // that the draft model guessed and the target verified
 	AcceptedTokens                int // of these, the right ones that were needed
-	Captures, Replays             int // of graphs: a full pass replays one, a piecewise pass one for each stage of the model
+	Captures, Replays             int // of graphs: a full pass replays one, a piecewise one several
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
 }

@@ -89,7 +89,8 @@ func TestExchanges(t *testing.T) {
 		Coordinators: target, DraftCoordinators: draft,
 	}
 	stats := serve(t, cfg, newRequests(20, 40, 20))
-	if got, want := int(steps.Load()), dp*(stats.Steps+1); got != want || stats.DraftPasses != dp*spec*stats.Steps {
+	if got, want := int(steps.Load()), dp*(stats.Steps+1); got != want ||
+		stats.DraftPasses != dp*spec*stats.Steps {
 		t.Errorf("%d exchanges of %d ranks in %d steps with %d draft passes, want %d",
 			got, dp, stats.Steps, stats.DraftPasses, want)
 	}
@@ -103,7 +104,8 @@ func TestExchanges(t *testing.T) {
 	}{{e.target, targetWarmUps}, {e.draft, draftWarmUps}} {
 		graphs := len(c.of.dispatcher.Captures())
 		if got, want := int(c.exchanges.Load()), dp*(graphs+1); got != want || graphs == 0 {
-			t.Errorf("model %q: %d exchanges to warm up %d graphs on %d ranks, want %d", c.of.name, got, graphs, dp, want)
+			t.Errorf("model %q: %d exchanges to warm up %d graphs on %d ranks, want %d", c.of.name, got, graphs, dp,
+				want)
 		}
 	}
 }
@@ -137,6 +139,29 @@ func TestAllIdle(t *testing.T) {
 		}
 		if stats.Duration != 10*time.Second {
 			t.Errorf("the run took %v of simulated time, want 10s", stats.Duration)
+		}
+	})
+}
+
+// TestWaited: a rank that waits for another's rows in a pass says so, and for how long.
+func TestWaited(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cfg := Config{DataParallelSize: 2}
+		cfg.Middleware = func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					time.Sleep(time.Duration(rank) * time.Second) // rank 1 is slow
+					return next(ctx)
+				}
+			}}
+		}
+		stats := serve(t, cfg, newRequests(4, 10, 10))
+		want := time.Duration(stats.Steps) * time.Second
+		if got := stats.Ranks[0]; got.Experts != want || got.Forward != want {
+			t.Errorf("rank 0 waited %v in passes that took %v, want %v", got.Experts, got.Forward, want)
+		}
+		if got := stats.Ranks[1].Experts; got != 0 {
+			t.Errorf("rank 1, for which rank 0 waited, has waited %v", got)
 		}
 	})
 }
@@ -178,7 +203,8 @@ func TestGaps(t *testing.T) {
 // TestNote: what a rank says comes out as it was said; times are rounded up to whole milliseconds.
 func TestNote(t *testing.T) {
 	for _, n := range []note{
-		{}, {stop: true}, {unfinished: true}, {idle: time.Hour}, {stop: true, unfinished: true, idle: time.Millisecond},
+		{}, {stop: true}, {unfinished: true}, {idle: time.Hour}, {stop: true, unfinished: true,
+			idle: time.Millisecond},
 	} {
 		if got := readNote(n.word()); got != n {
 			t.Errorf("%+v came out as %+v", n, got)

@@ -1,3 +1,5 @@
+// Spans of steps that are rare: at the thresholds, and with votes of another step.
+
 package engine
 
 import (
@@ -20,10 +22,12 @@ func TestTelemetryThresholds(t *testing.T) {
 		requests = append(requests, Request{ID: i, Prompt: []int{i}, MaxTokens: 12})
 	}
 	requests[0].MaxTokens, requests[2].MaxTokens = 4, 8
-	checkTelemetryOf(t, Config{DataParallelSize: 2, NumUBatches: 2, DecodeUBatchThreshold: 5, PrefillUBatchThreshold: 1000}, 0, requests)
+	checkTelemetryOf(t,
+		Config{DataParallelSize: 2, NumUBatches: 2, DecodeUBatchThreshold: 5, PrefillUBatchThreshold: 1000}, 0,
+		requests)
 }
 
-// confused is a coordinator that mixes up steps: once, where two steps in a row have the same
+// confused is a coordinator that mixes up steps: once, when two steps in a row have the same
 // votes, it changes those of the later one.
 type confused struct {
 	fwd.Coordinator
@@ -35,7 +39,8 @@ type confused struct {
 func (c *confused) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	votes, err := c.Coordinator.Exchange(ctx, v)
 	same := slices.EqualFunc(votes, c.before, func(v, w fwd.Vote) bool {
-		return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch && v.GraphMode == w.GraphMode
+		return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch &&
+			v.GraphMode == w.GraphMode
 	})
 	before := c.before
 	c.before = slices.Clone(votes)
@@ -69,7 +74,8 @@ func TestTelemetryLockstep(t *testing.T) {
 			}
 			failed := slices.ContainsFunc(recorder.Ended(), func(r sdktrace.ReadOnlySpan) bool {
 				s := newSpan(r)
-				return s.Name() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error && s.text("error.type") == "lockstep"
+				return s.Name() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error &&
+					s.text("error.type") == "lockstep"
 			})
 			if !failed {
 				t.Error("no exchange of the rank failed with lockstep")

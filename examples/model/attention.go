@@ -70,7 +70,14 @@ type Attention struct {
 }
 
 func newAttention(name string, c Config, w *LayerWeights) *Attention {
-	a := &Attention{Name: name, Heads: c.Heads, Q: projection{weight: w.Q}, K: projection{weight: w.K}, V: projection{weight: w.V}, O: projection{weight: w.O}}
+	a := &Attention{
+		Name:  name,
+		Heads: c.Heads,
+		Q:     projection{weight: w.Q},
+		K:     projection{weight: w.K},
+		V:     projection{weight: w.V},
+		O:     projection{weight: w.O},
+	}
 	for i := range w.Adapters {
 		u := &w.Adapters[i]
 		a.Q.updates, a.K.updates = append(a.Q.updates, u.Q), append(a.K.updates, u.K)
@@ -108,7 +115,8 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 		return in, false, err
 	}
 	if len(in.slots) != rows || len(in.meta.Positions) != rows {
-		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows, len(in.slots), len(in.meta.Positions))
+		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows,
+			len(in.slots), len(in.meta.Positions))
 	}
 	scheduled := 0
 	for _, s := range in.meta.Seqs {
@@ -118,7 +126,8 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 		scheduled += s.Rows.Len()
 	}
 	if n := fwd.MustFromContext(ctx).NumTokensUnpadded; n != scheduled {
-		return in, false, fmt.Errorf("model: %s: %d rows of requests in a pass with %d tokens without padding", a.Name, scheduled, n)
+		return in, false, fmt.Errorf("model: %s: %d rows of requests in a pass with %d tokens without padding",
+			a.Name, scheduled, n)
 	}
 	return in, false, nil
 }
@@ -167,7 +176,8 @@ func (a *Attention) write(in *attnInputs, t *activations) {
 func (a *Attention) read(in *attnInputs, t *activations, scores []float64) []float64 {
 	for _, seq := range in.meta.Seqs {
 		for i := seq.Rows.Start; i < seq.Rows.Stop; i++ {
-			scores = a.attend(t.attended.RawRowView(i), t.q.RawRowView(i), in.cache, seq.BlockTable, in.meta.Positions[i], scores)
+			scores = a.attend(t.attended.RawRowView(i), t.q.RawRowView(i), in.cache, seq.BlockTable,
+				in.meta.Positions[i], scores)
 		}
 	}
 	return scores
@@ -209,8 +219,15 @@ func (p *attnPlan) load(ctx context.Context) error {
 	if p.key.Uniform {
 		for i, s := range in.meta.Seqs {
 			if i == p.key.NumReqs || s.Rows.Len() != p.key.NumTokens/p.key.NumReqs {
-				return fmt.Errorf("model: %s: request %d of %d has %d tokens, in a graph for %d requests of %d tokens each",
-					p.attn.Name, i, len(in.meta.Seqs), s.Rows.Len(), p.key.NumReqs, p.key.NumTokens/p.key.NumReqs)
+				return fmt.Errorf(
+					"model: %s: request %d of %d has %d tokens, in a graph for %d requests of %d tokens each",
+					p.attn.Name,
+					i,
+					len(in.meta.Seqs),
+					s.Rows.Len(),
+					p.key.NumReqs,
+					p.key.NumTokens/p.key.NumReqs,
+				)
 			}
 		}
 	}
@@ -228,7 +245,13 @@ func (p *attnPlan) run(t *activations) {
 
 // attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys'
 // products with q. It returns scores for the next call to use again.
-func (a *Attention) attend(dst, q []float64, cache *KVCache, blockTable []int, position int, scores []float64) []float64 {
+func (a *Attention) attend(
+	dst, q []float64,
+	cache *KVCache,
+	blockTable []int,
+	position int,
+	scores []float64,
+) []float64 {
 	dim := len(q) / a.Heads
 	for h := range a.Heads {
 		lo, hi := h*dim, (h+1)*dim

@@ -9,7 +9,7 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// Executor runs a model for one rank, by graphs where the pass asks for them. A graph is a plan
+// Executor runs a model for one rank, by graphs if the pass asks for them. A graph is a plan
 // that is kept: the stages of the model laid out for one shape, with buffers of their own into
 // which a replay copies its inputs. A pass in mode PIECEWISE replays each stage, expert exchanges
 // included, and calls attention in between as an eager pass does; one in mode FULL replays stages
@@ -89,7 +89,11 @@ func (e *Executor) current(ctx context.Context) *activations {
 	return e.active[u]
 }
 
-func (e *Executor) captureStage(ctx context.Context, i int, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
+func (e *Executor) captureStage(
+	ctx context.Context,
+	i int,
+	key fwd.BatchDescriptor,
+) (fwd.ForwardFunc, error) {
 	s, err := e.model.plan(ctx, i, key.NumTokens)
 	if err != nil {
 		return nil, err

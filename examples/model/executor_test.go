@@ -1,3 +1,5 @@
+// Passes by graphs, and microbatches.
+
 package model
 
 import (
@@ -91,14 +93,16 @@ func TestGraphRefuses(t *testing.T) {
 		mode       fwd.GraphMode
 		change     func(fc *fwd.ForwardContext)
 	}{
-		{"adapters", "a batch with 2 adapters for a graph with 1", fwd.GraphPiecewise, func(fc *fwd.ForwardContext) {
-			meta := fc.AttnMetadata[0][""].(*AttnMeta)
-			meta.Adapters, meta.ActiveAdapters = []int{1, 2, 0, 0}, 2
-			fc.Batch.HasLoRA, fc.Batch.NumActiveLoRAs = true, 1
-		}},
-		{"requests", "request 0 of 4 has 1 tokens, in a graph for 2 requests of 2 tokens each", fwd.GraphFull, func(fc *fwd.ForwardContext) {
-			fc.Batch.NumReqs = 2
-		}},
+		{"adapters", "a batch with 2 adapters for a graph with 1", fwd.GraphPiecewise,
+			func(fc *fwd.ForwardContext) {
+				meta := fc.AttnMetadata[0][""].(*AttnMeta)
+				meta.Adapters, meta.ActiveAdapters = []int{1, 2, 0, 0}, 2
+				fc.Batch.HasLoRA, fc.Batch.NumActiveLoRAs = true, 1
+			}},
+		{"requests", "request 0 of 4 has 1 tokens, in a graph for 2 requests of 2 tokens each", fwd.GraphFull,
+			func(fc *fwd.ForwardContext) {
+				fc.Batch.NumReqs = 2
+			}},
 		{"tokens", "a batch of 4 tokens for a graph of 8", fwd.GraphFull, func(fc *fwd.ForwardContext) {
 			fc.NumTokens, fc.Batch.NumTokens = 8, 8
 		}},
@@ -111,7 +115,8 @@ func TestGraphRefuses(t *testing.T) {
 			}
 			fc, tokens := decode(layers, 4, c.mode)
 			c.change(fc)
-			if _, err := e.Forward(fwd.NewContext(t.Context(), fc), tokens); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := e.Forward(fwd.NewContext(t.Context(), fc), tokens); err == nil ||
+				!strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want an error with %q", err, c.want)
 			}
 		})
@@ -138,7 +143,8 @@ func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
 // one waiting for them.
 func TestMicrobatchFails(t *testing.T) {
 	m, layers := newTest(t, 3)
-	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
+	fc := split(layers, &AttnMeta{Positions: make([]int, 2)},
+		&AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
 	fc.SlotMapping[0][""] = []int{NoSlot} // one is missing
 	var failed *fwd.UBatchError
 	_, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 5))
@@ -146,7 +152,8 @@ func TestMicrobatchFails(t *testing.T) {
 		t.Errorf("%v, want the error of microbatch 0", err)
 	}
 	fc = split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3)})
-	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil || !strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
+	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil ||
+		!strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
 		t.Errorf("%v, want an error about the missing row", err)
 	}
 }
@@ -181,7 +188,8 @@ func TestMicrobatchesOverlap(t *testing.T) {
 	}
 	written := make(chan struct{})
 	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 2)})
-	for i, own := range []AttnMeta{{Positions: make([]int, 2), Written: written}, {Positions: make([]int, 2), After: written}} {
+	for i, own := range []AttnMeta{{Positions: make([]int, 2), Written: written},
+		{Positions: make([]int, 2), After: written}} {
 		fc.AttnMetadata[i][AttentionName(0)] = &own
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)

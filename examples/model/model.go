@@ -28,7 +28,7 @@ import (
 )
 
 // Model is the decoder: token embedding, layers, final norm, and the head that turns hidden states
-// into logits. It holds weights only and serves any number of passes at once.
+// into logits. It holds weights only and serves any number of passes concurrently.
 type Model struct {
 	weights *Weights
 	layers  []*Layer
@@ -56,7 +56,11 @@ func (m *Model) Forward(ctx context.Context, tokens []int) (*mat.Dense, error) {
 // forward takes tokens through the model: a stage, an attention, a stage, and so on. How stage i is
 // run is the caller's choice; attention is called as it is, since what it does depends on what the
 // batch holds.
-func (m *Model) forward(ctx context.Context, tokens []int, stage func(ctx context.Context, i int, a *activations) error) (*mat.Dense, error) {
+func (m *Model) forward(
+	ctx context.Context,
+	tokens []int,
+	stage func(ctx context.Context, i int, a *activations) error,
+) (*mat.Dense, error) {
 	if len(tokens) == 0 {
 		return nil, errors.New("model: a pass without tokens")
 	}

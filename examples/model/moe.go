@@ -23,8 +23,11 @@ type MoE struct {
 // Workers are the sequence-parallel workers of one rank, the layer object that [MoE] finds under
 // its name.
 type Workers struct {
-	MaxChunk int        // the most rows that one worker sends at once; bounds what a worker must hold of all others
-	Experts  []*Experts // of each worker
+	// MaxChunk is the most rows that one worker sends in one exchange. It bounds what a worker must
+	// hold of all others.
+	MaxChunk int
+
+	Experts []*Experts // of each worker
 }
 
 // Experts is one worker's share of a layer's experts.
@@ -36,7 +39,7 @@ type Experts struct {
 }
 
 // NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go.
-// With more workers than experts some have none and only send and receive rows. Where these are not
+// With more workers than experts some have none and only send and receive rows. If these are not
 // the workers of all ranks, set Worker.
 func NewExperts(w *LayerWeights, worker, workers int, x Exchanger) *Experts {
 	first, end := worker*len(w.Experts)/workers, (worker+1)*len(w.Experts)/workers
@@ -80,7 +83,7 @@ type moePlan struct {
 	workers []*workerPlan
 }
 
-// plan splits rows among the rank's workers by the SP local sizes. Where they don't split evenly
+// plan splits rows among the rank's workers by the SP local sizes. If they don't split evenly
 // the last workers get rows of zeros, which take their way through the experts like any other and
 // are dropped at the end.
 func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
@@ -97,7 +100,8 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 	if !ok {
 		return nil, fmt.Errorf("model: %s: no local sizes in the context", m.Name)
 	}
-	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone && slices.Min(sizes) != slices.Max(sizes) {
+	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone &&
+		slices.Min(sizes) != slices.Max(sizes) {
 		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when
 		// they run graphs.
 		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
@@ -153,7 +157,8 @@ func (m *MoE) checkShares(ctx context.Context, sizes []int, sp int) error {
 	ends, end := dp.CuTokensAcrossSPTo(nil, sp), 0
 	for w, n := range sizes {
 		if end += n; ends.AtVec(w) != float64(end) {
-			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name, w, ends.AtVec(w), sizes, end)
+			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name,
+				w, ends.AtVec(w), sizes, end)
 		}
 	}
 	return nil
@@ -197,7 +202,7 @@ type workerPlan struct {
 	expert  expertBuffers
 }
 
-// chunkPlan is one round of exchanges. out is nil where the worker has run out of rows: it sends
+// chunkPlan is one round of exchanges. out is nil if the worker has run out of rows: it sends
 // one again and drops the result, since the others wait for it.
 type chunkPlan struct {
 	at      Place
@@ -273,7 +278,7 @@ type expertBuffers struct {
 }
 
 // apply runs the local experts over the rows that chose them. Row i·TopK+k of dst is the k-th
-// choice of row i, and zero where that expert lives elsewhere.
+// choice of row i, and zero if that expert lives elsewhere.
 func (e *Experts) apply(dst *mat.Dense, in Routed, b *expertBuffers) {
 	rows, width := in.Rows.Dims()
 	dst.Reset()

@@ -131,7 +131,8 @@ func (s *stage) load(ctx context.Context, a *activations) error {
 		return err
 	}
 	if s.loras >= 0 && meta.ActiveAdapters > s.loras {
-		return fmt.Errorf("model: %s: a batch with %d adapters for a graph with %d", next.attn.Name, meta.ActiveAdapters, s.loras)
+		return fmt.Errorf("model: %s: a batch with %d adapters for a graph with %d", next.attn.Name,
+			meta.ActiveAdapters, s.loras)
 	}
 	if n := len(meta.Adapters); n != 0 && n != rows {
 		return fmt.Errorf("model: %s: %d rows with %d adapters", next.attn.Name, rows, n)

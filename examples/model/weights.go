@@ -51,7 +51,11 @@ func (c Config) validate() error {
 		}
 	}
 	if len(errs) == 0 && c.Width%(2*c.Heads) != 0 {
-		errs = append(errs, fmt.Errorf("model: width %d is no multiple of 2·%d: rotary positions need heads of even width", c.Width, c.Heads))
+		errs = append(
+			errs,
+			fmt.Errorf("model: width %d is no multiple of 2·%d: rotary positions need heads of even width", c.Width,
+				c.Heads),
+		)
 	}
 	return errors.Join(errs...)
 }
@@ -149,7 +153,8 @@ func (w *Weights) drawAdapters() {
 	}
 	for range c.Adapters {
 		for l := range w.Layers {
-			w.Layers[l].Adapters = append(w.Layers[l].Adapters, Adapter{Q: update(), K: update(), V: update(), O: update()})
+			w.Layers[l].Adapters = append(w.Layers[l].Adapters,
+				Adapter{Q: update(), K: update(), V: update(), O: update()})
 		}
 	}
 }

@@ -71,7 +71,9 @@ func serveProcesses(ctx context.Context, o *options, stdout, stderr io.Writer) e
 
 // startServer starts a NATS server on a free port, for this host alone.
 func startServer() (*server.Server, error) {
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
+	s, err := server.NewServer(
+		&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true},
+	)
 	if err != nil {
 		return nil, fmt.Errorf("NATS server: %w", err)
 	}
@@ -110,7 +112,11 @@ type process struct {
 }
 
 func newProcess(rank int, program string, args []string, stderr io.Writer) *process {
-	p := &process{rank: rank, cmd: exec.Command(program, args...), stderr: newLines(stderr, fmt.Sprintf("rank %d: ", rank))}
+	p := &process{
+		rank:   rank,
+		cmd:    exec.Command(program, args...),
+		stderr: newLines(stderr, fmt.Sprintf("rank %d: ", rank)),
+	}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, p.stderr
 	p.cmd.WaitDelay = time.Second // it starts no others that could hold its output
 	onItsOwn(p.cmd)

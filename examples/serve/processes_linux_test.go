@@ -1,3 +1,5 @@
+// Processes that end in ways that only Linux tells their parent.
+
 package main
 
 import (
@@ -81,7 +83,10 @@ func TestProcessesKilled(t *testing.T) {
 	if exit != 1 || p.stdout.Len() > 0 {
 		t.Errorf("exit %d, stdout %q", exit, &p.stdout)
 	}
-	for _, want := range []string{"serve: rank 0: exit status 1\n", "rank 1: exit status 1\n", "rank 2: signal: killed\n", "rank 0: serve: rank 0: ", "rank 1: serve: rank 1: ", "missing: ranks [2])"} {
+	for _, want := range []string{
+		"serve: rank 0: exit status 1\n", "rank 1: exit status 1\n", "rank 2: signal: killed\n",
+		"rank 0: serve: rank 0: ", "rank 1: serve: rank 1: ", "missing: ranks [2])",
+	} {
 		if !strings.Contains(p.stderr.String(), want) {
 			t.Errorf("no %q in %s", want, &p.stderr)
 		}

@@ -111,7 +111,15 @@ func newReport(o *outcome, interrupted bool) *report {
 		r.Speculation = &specReport{Proposed: s.ProposedTokens, Accepted: s.AcceptedTokens}
 	}
 	for _, w := range s.Ranks {
-		r.Waiting = append(r.Waiting, rankReport{Rank: w.Rank, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds()})
+		r.Waiting = append(
+			r.Waiting,
+			rankReport{
+				Rank:    w.Rank,
+				Votes:   w.Votes.Seconds(),
+				Experts: w.Experts.Seconds(),
+				Forward: w.Forward.Seconds(),
+			},
+		)
 	}
 	return r
 }
@@ -204,9 +212,11 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 	printCounts(t, r.Modes, modeMeaning)
 	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
 	printCounts(t, r.Passes, reasonMeaning)
-	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp), r.Graphs.Replays)
+	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp),
+		r.Graphs.Replays)
 	if s := r.Speculation; s != nil {
-		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted, r.DraftPasses)
+		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted,
+			r.DraftPasses)
 	}
 	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
 	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)

@@ -76,10 +76,12 @@ func (r *resultsFile) take(text []byte) error {
 	}
 	request := r.requests[line.ID]
 	if request == nil {
-		return fmt.Errorf("request %d is none of the %d that this rank serves in this run", line.ID, len(r.requests))
+		return fmt.Errorf("request %d is none of the %d that this rank serves in this run", line.ID,
+			len(r.requests))
 	}
 	if want := fingerprint(request); line.Request != want {
-		return fmt.Errorf("request %d is another than in this run, its fingerprint is %q, not %q", line.ID, line.Request, want)
+		return fmt.Errorf("request %d is another than in this run, its fingerprint is %q, not %q", line.ID,
+			line.Request, want)
 	}
 	if len(line.Tokens) != request.MaxTokens {
 		return fmt.Errorf("request %d has %d tokens, want %d", line.ID, len(line.Tokens), request.MaxTokens)
@@ -100,7 +102,9 @@ func fingerprint(r *engine.Request) string {
 
 // add writes a result, in one piece.
 func (r *resultsFile) add(result engine.Result) error {
-	line, err := json.Marshal(resultLine{result.ID, fingerprint(r.requests[result.ID]), result.Tokens, result.Logits})
+	line, err := json.Marshal(
+		resultLine{result.ID, fingerprint(r.requests[result.ID]), result.Tokens, result.Logits},
+	)
 	if err != nil {
 		return fmt.Errorf("results: request %d: %w", result.ID, err)
 	}

@@ -55,8 +55,11 @@ func startTelemetry(ctx context.Context, endpoint, instance string) (*telemetry,
 		return nil, errors.Join(err, spans.Shutdown(ctx), metrics.Shutdown(ctx))
 	}
 	t := &telemetry{
-		traces:  trace.NewTracerProvider(trace.WithBatcher(spans), trace.WithResource(res)),
-		metrics: metric.NewMeterProvider(metric.WithReader(metric.NewPeriodicReader(metrics, metric.WithInterval(5*time.Second))), metric.WithResource(res)),
+		traces: trace.NewTracerProvider(trace.WithBatcher(spans), trace.WithResource(res)),
+		metrics: metric.NewMeterProvider(
+			metric.WithReader(metric.NewPeriodicReader(metrics, metric.WithInterval(5*time.Second))),
+			metric.WithResource(res),
+		),
 	}
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(t.handle)) // the default one would print into the progress bar
 	return t, nil
@@ -85,6 +88,7 @@ func (t *telemetry) stop(stderr io.Writer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.failed > 0 {
-		fmt.Fprintf(stderr, "serve: telemetry is incomplete, %d exports failed, the last with: %v\n", t.failed, t.last)
+		fmt.Fprintf(stderr, "serve: telemetry is incomplete, %d exports failed, the last with: %v\n", t.failed,
+			t.last)
 	}
 }

@@ -58,7 +58,8 @@ func Read(r io.Reader) ([]Row, error) {
 	var columns [3]int
 	for i, name := range []string{"TIMESTAMP", "ContextTokens", "GeneratedTokens"} {
 		columns[i] = slices.IndexFunc(header, func(h string) bool {
-			return strings.EqualFold(strings.TrimSpace(strings.TrimPrefix(h, "\ufeff")), name) // some tools write a byte order mark
+			return strings.EqualFold(strings.TrimSpace(strings.TrimPrefix(h, "\ufeff")),
+				name) // some tools write a byte order mark
 		})
 		if columns[i] < 0 {
 			return nil, fmt.Errorf("line 1: no column %s in %q", name, header)
