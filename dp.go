@@ -466,8 +466,9 @@ type Chunk struct {
 // Chunks returns the rounds of a layer that exchanges at most maxChunk rows of each rank at a time.
 // Every rank gets the same number of rounds, [DPMetadata.NumChunks]. Each round has a context with the
 // round's local sizes, and the rows that this rank computes in it. With n this rank's SP local size, M
-// the largest of all ranks and c maxChunk, round i covers the rows [i·c, min((i+1)·c, M)), of which
-// this rank computes min(start, n-1) to min(end, n) and keeps the result if start is below n. A rank
+// the largest of all ranks and c maxChunk, round i covers the rows from start = i·c to
+// end = min((i+1)·c, M). This rank computes its rows from min(start, n-1) to min(end, n), and keeps the
+// result if start is below n. A rank
 // without rows computes [0, 1), for which the caller supplies a padding row, and keeps nothing. If no
 // rank has tokens, there are no rounds.
 //

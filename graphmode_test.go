@@ -319,7 +319,7 @@ func TestGraphCacheNoDescriptor(t *testing.T) {
 	calls.check(t, "in mode NONE", 1, 0, 0)
 }
 
-// 100 passes that meet 10 unknown keys at once capture 10 times, and every pass replays.
+// 100 passes that meet 10 unknown keys concurrently capture 10 times, and every pass replays.
 func TestGraphCacheCapturesOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

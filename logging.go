@@ -188,7 +188,7 @@ const (
 )
 
 // Bounds, so that no attribute set grows without one. Together they keep an instrument below 1,500
-// attribute sets, of which the SDK keeps 2,000.
+// attribute sets; the SDK keeps 2,000.
 const (
 	maxLinks       = 128  // on a span: a batch has many parents
 	maxErrorTypes  = 64   // words of the callers for error.type
@@ -478,7 +478,8 @@ type measurementOptions struct {
 	add    []metric.AddOption
 }
 
-// get returns the options of a key; if there are too many, those of coarse, of which there are few.
+// get returns the options of a key. If there are too many keys, it returns those of coarse, a key of a
+// small set.
 func (c *optionCache[K]) get(key, coarse K) measurementOptions {
 	c.mu.RLock()
 	options, ok := c.options[key]
@@ -855,7 +856,7 @@ func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue
 	return attrs
 }
 
-// bucket returns the batch size of a pass for metrics, of which there are few: the capture size if Plan
+// bucket returns the batch size of a pass for metrics, one of few: the capture size if Plan
 // dispatched the pass to a graph and there are not too many, or else the next power of two.
 func (r *Runner) bucket(p *Pass) int64 {
 	planned := p.GraphMode != GraphNone && p.Reason != ReasonUnknown

@@ -41,7 +41,7 @@ type detector struct {
 }
 
 // servedCombinations are flags of serve under which its answers, or its own checks, depend on every part
-// of the package. The first one has nearly everything at once, and most faults are noticed there.
+// of the package. The first one has nearly everything, and most faults are noticed there.
 var servedCombinations = []string{
 	"-dp 3 -sp 2 -chunk 7 -ubatches 2 -loras 3",
 	"-dp 3 -chunk 7 -spec 2",
@@ -186,7 +186,7 @@ func (b *bench) tryAll(ctx context.Context, faults []fault, jobs int, done func(
 		}
 	})
 	for i := range faults {
-		next <- i // once ctx has ended, a try ends at once
+		next <- i // once ctx has ended, a try ends immediately
 	}
 	close(next)
 	wg.Wait()
