@@ -332,8 +332,12 @@ func (r *Runner) applyGraph(pass *Pass, d *draft, a *Agreement) error {
 		return err
 	}
 	_, batch, reason := r.follow(d.query, a, pass.NumTokens)
-	if d.vote.Idle {
-		pass.Reason = reason // it has no batch of its own that could have a reason
+	switch { // an idle rank has no batch of its own that could have a reason
+	case !d.vote.Idle:
+	case reason == ReasonFullExcluded:
+		pass.Reason = ReasonDPRank // the others have excluded full graphs
+	default:
+		pass.Reason = reason
 	}
 	pass.Batch = batch
 	return nil

@@ -1402,7 +1402,7 @@ func (e *exchange) finish(step uint64, a *Agreement, err error) {
 	}
 	r.state.closeExchange(e, step)
 	e.over.Store(true)
-	e.span.end(e, ended)
+	e.span.end(e)
 }
 
 // Errors come last.

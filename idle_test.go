@@ -59,6 +59,10 @@ func TestIdlePlan(t *testing.T) {
 			{planBatch(11), planPass(planTokens{11, 16, 16, 1}, piecewise, relaxed, planKey(16))},
 			{fwd.Schedule{}, planDummy(planTokens{1, 1, 16, 1}, piecewise, relaxed, planKey(16))},
 		}},
+		{"beside prefill of a size with full graphs", ranks, &one, []planRank{
+			{planBatch(5), planPass(planTokens{5, 8, 8, 1}, piecewise, relaxed, planKey(8))},
+			{fwd.Schedule{}, planDummy(planTokens{1, 1, 8, 1}, piecewise, lowered, planKey(8))},
+		}},
 		{"q=3", ranks, &three, []planRank{
 			{fwd.Schedule{}, planDummy(planTokens{3, 3, 6, 1}, full, exact, planUniform(6, 2))},
 			{planBatch(3, 3), planDecoding(planTokens{6, 6, 6, 2}, full, exact, planUniform(6, 2))},

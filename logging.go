@@ -1033,11 +1033,11 @@ func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinat
 }
 
 // end ends the span of an exchange, measures it, and tells of one that failed.
-func (s *coordinateSpan) end(e *exchange, ended instant) {
+func (s *coordinateSpan) end(e *exchange) {
 	t := s.telemetry
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
-		s.endSpan(e, e.runner.timeOf(ended), word)
+		s.endSpan(e, word)
 	}
 	if s.listeners&listenMetrics != 0 {
 		ctx := recordable(s.ctx)
@@ -1051,14 +1051,14 @@ func (s *coordinateSpan) end(e *exchange, ended instant) {
 	}
 }
 
-func (s *coordinateSpan) endSpan(e *exchange, ended time.Time, word string) {
+func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	t := s.telemetry
 	if s.span.Span == nil {
 		ctx, links := t.stepParent(s.ctx, e.agreement) // without an agreement: the caller's
 		s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true, trace.WithLinks(links...))
 	}
 	defer func() { s.span.End(s.span.options...) }()
-	s.span.finish(ended, e.err, word)
+	s.span.finish(s.span.began.Add(e.wait), e.err, word) // not by another look at the time of day
 	if !s.span.IsRecording() {
 		return
 	}
@@ -1077,10 +1077,13 @@ func (s *coordinateSpan) endSpan(e *exchange, ended time.Time, word string) {
 	s.span.SetAttributes(attrs...)
 }
 
-// step returns the step of an exchange that is over.
+// step returns the step of an exchange that is over: the group's, if that is known.
 func (e *exchange) step() uint64 {
 	if e.agreement != nil {
 		return e.agreement.Step
+	}
+	if rankErr := (*RankError)(nil); errors.As(e.err, &rankErr) && rankErr != nil {
+		return rankErr.Step
 	}
 	return e.draft.vote.Step
 }

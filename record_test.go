@@ -162,6 +162,28 @@ func TestRecordOfFailure(t *testing.T) {
 	})
 }
 
+// The record of a rank that was restarted has the step of the group, as its error has it.
+func TestRecordOfRestart(t *testing.T) {
+	t.Parallel()
+	group := localGroup(t, 2)
+	recorder := fwd.NewRecorder(1)
+	plan := func(runners ...*fwd.Runner) {
+		together(len(runners), func(rank int) {
+			_, _ = runners[rank].Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}})
+		})
+	}
+	first := groupRunner(t, group[0])
+	other := groupRunner(t, group[1])
+	for range 3 {
+		plan(first, other)
+	}
+	plan(first, groupRunner(t, group[1], fwd.WithObserver(recorder.Observe)))
+	records := recorder.Recent()
+	if len(records) != 1 || records[0].Step != 4 || !errors.Is(records[0].Err, fwd.ErrLockstep) {
+		t.Errorf("records %+v, want one that is out of step at step 4", records)
+	}
+}
+
 // A Recorder keeps the last records, oldest first, and what it returned before stays as it was.
 func TestRecorder(t *testing.T) {
 	t.Parallel()
