@@ -168,9 +168,11 @@ func TestRecordOfRestart(t *testing.T) {
 	group := localGroup(t, 2)
 	recorder := fwd.NewRecorder(1)
 	plan := func(runners ...*fwd.Runner) {
-		together(len(runners), func(rank int) {
-			_, _ = runners[rank].Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}})
-		})
+		var wg sync.WaitGroup
+		for _, r := range runners {
+			wg.Go(func() { _, _ = r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: []int{1}}) })
+		}
+		wg.Wait()
 	}
 	first := groupRunner(t, group[0])
 	other := groupRunner(t, group[1])
