@@ -6,7 +6,9 @@ import (
 	"context"
 	"fmt"
 	"runtime"
+	"slices"
 	"testing"
+	"time"
 
 	"gonum.org/v1/gonum/mat"
 
@@ -33,20 +35,57 @@ func TestAllocsRun(t *testing.T) {
 	through := func(next fwd.ForwardFunc) fwd.ForwardFunc {
 		return func(ctx context.Context) error { return next(ctx) }
 	}
-	three := []fwd.Middleware{through, through, through}
+	three := fwd.WithMiddleware(through, through, through)
+	clock := fwd.WithClock(func() time.Time { return time.Time{} })
 	ctx, pass := context.Background(), decodePass()
-	for provider, most := range map[string]float64{"noop": 2, "global": 4} {
-		for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": three} {
-			r, err := fwd.New(fwd.Config{Name: "target"}, append(providers()[provider], fwd.WithMiddleware(mw...))...)
+	for provider, most := range map[string]float64{"noop": 1, "global": 2} {
+		for name, opts := range map[string][]fwd.Option{
+			"": nil, " with 3 middlewares": {three}, " with a clock": {clock}, " with both": {three, clock},
+		} {
+			r, err := fwd.New(fwd.Config{Name: "target"}, slices.Concat(providers()[provider], opts)...)
 			if err != nil {
 				t.Fatal(err)
 			}
-			wantAllocs(t, provider+name, most, func() {
+			wantAllocs(t, "Run, provider "+provider+name, most, func() {
 				if err := r.Run(ctx, pass, nothing); err != nil {
 					t.Error(err)
 				}
 			})
 		}
+	}
+}
+
+// Records cost a pass nothing more than its context.
+func TestAllocsObserver(t *testing.T) {
+	skipUnderRace(t)
+	recorder := fwd.NewRecorder(8)
+	opts := append(providers()["noop"], fwd.WithObserver(recorder.Observe))
+	r, err := fwd.New(fwd.Config{Name: "target"}, opts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, pass := context.Background(), decodePass()
+	wantAllocs(t, "Run with an observer", 1, func() {
+		if err := r.Run(ctx, pass, nothing); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// Report costs nothing if nobody listens.
+func TestAllocsReport(t *testing.T) {
+	skipUnderRace(t)
+	ctx, pass, began := context.Background(), decodePass(), time.Unix(1, 0)
+	for name, opts := range providers() {
+		r, err := fwd.New(fwd.Config{Name: "target"}, opts...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantAllocs(t, "Report, provider "+name, 0, func() {
+			if err := r.Report(ctx, pass, began, began, nil); err != nil {
+				t.Error(err)
+			}
+		})
 	}
 }
 
@@ -57,14 +96,12 @@ func TestAllocsUBatches(t *testing.T) {
 		t.Fatal(err)
 	}
 	fn := func(context.Context, int) error { return nil }
-	for n, most := range map[int]float64{1: 0, 2: 12, 4: 20} {
-		for r, spans := range map[*fwd.Runner]int{nil: 0, noop: n} {
-			if n == 1 {
-				spans = 0 // the pass's own
-			}
-			err := r.Run(context.Background(), splitPass(64, n), func(ctx context.Context) error {
-				name := fmt.Sprintf("RunUBatches of %d with %d spans", n, spans)
-				wantAllocs(t, name, most+float64(spans), func() {
+	for n, most := range map[int]float64{1: 0, 2: 6, 4: 8} {
+		for name, r := range map[string]*fwd.Runner{"nil": nil, "noop": noop} {
+			pass := splitPass(64, n)
+			wantAllocs(t, fmt.Sprintf("Parts of %d", n), max(2-float64(n), 0), func() { pass.Parts() })
+			err := r.Run(context.Background(), pass, func(ctx context.Context) error {
+				wantAllocs(t, fmt.Sprintf("RunUBatches of %d, Runner %s", n, name), most, func() {
 					if err := fwd.RunUBatches(ctx, fn); err != nil {
 						t.Error(err)
 					}
@@ -78,6 +115,72 @@ func TestAllocsUBatches(t *testing.T) {
 	}
 }
 
+// Four local ranks begin and wait in one goroutine: none is started.
+func TestAllocsBegin(t *testing.T) {
+	const ranks = 4
+	runners := localRunners(t, ranks)
+	step := func() {
+		var waits [ranks]func() (fwd.Pass, error)
+		for rank, r := range runners {
+			wait, err := r.Begin(context.Background(), fwd.Schedule{NumScheduledTokens: []int{1 + rank}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			waits[rank] = wait
+		}
+		for _, wait := range waits {
+			if _, err := wait(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	before := runtime.NumGoroutine()
+	wait, err := runners[0].Begin(context.Background(), fwd.Schedule{NumScheduledTokens: []int{1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := runtime.NumGoroutine() - before; n > 0 {
+		t.Errorf("Begin starts %d goroutines, want none", n)
+	}
+	for _, r := range runners[1:] {
+		if _, err := r.Begin(context.Background(), fwd.Schedule{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := runtime.NumGoroutine() - before; n > 0 {
+		t.Errorf("Begin of all ranks leaves %d goroutines, want none", n)
+	}
+	if _, err := wait(); err != nil {
+		t.Fatal(err)
+	}
+	if !raceEnabled {
+		wantAllocs(t, "a step of 4 ranks", 9*ranks, step)
+	}
+}
+
+// localRunners returns the Runners of a local group, with a dispatcher and without telemetry.
+func localRunners(tb testing.TB, ranks int) []*fwd.Runner {
+	tb.Helper()
+	d, err := fwd.NewDispatcher(fwd.DispatcherConfig{
+		Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(64), MaxNumSeqs: 32,
+	})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	group, err := fwd.NewLocalGroup(ranks)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	runners := make([]*fwd.Runner, ranks)
+	for rank, c := range group {
+		opts := append(providers()["noop"], fwd.WithCoordinator(c), fwd.WithDispatcher(d))
+		if runners[rank], err = fwd.New(fwd.Config{}, opts...); err != nil {
+			tb.Fatal(err)
+		}
+	}
+	return runners
+}
+
 // allocsOfLookups looks up in ctx what is there and what isn't.
 func allocsOfLookups(t *testing.T, where string, ctx context.Context) {
 	t.Helper()
@@ -87,6 +190,7 @@ func allocsOfLookups(t *testing.T, where string, ctx context.Context) {
 		"MustFromContext":     func() bool { return fwd.MustFromContext(ctx) != nil },
 		"LocalSizes":          func() bool { _, ok := fwd.LocalSizes(ctx); return ok },
 		"AttnMetadata":        func() bool { _, err := fwd.AttnMetadata[value](ctx, "attn"); return err == nil },
+		"MustAttnMetadata":    func() bool { return fwd.MustAttnMetadata[value](ctx, "attn") != nil },
 		"AttnMetadata of all": func() bool { _, err := fwd.AttnMetadata[value](ctx, "other"); return err == nil },
 		"SlotMapping":         func() bool { _, err := fwd.SlotMapping[value](ctx, "attn"); return err == nil },
 		"Layer":               func() bool { _, err := fwd.Layer[value](ctx, "attn"); return err == nil },

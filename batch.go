@@ -76,14 +76,11 @@ func (r *Runner) Plan(ctx context.Context, s Schedule) (Pass, error) {
 	case s.Reuse != nil:
 		return r.planAgain(&d, &s)
 	}
-	e, err := r.vote(ctx, d.vote)
-	if err != nil {
+	e := &exchange{draft: d}
+	if err := r.exchange(ctx, e); err != nil {
 		return Pass{}, err
 	}
-	if err := e.settle(); err != nil {
-		return Pass{}, err
-	}
-	return r.finish(&d, e.agreement, e.plan())
+	return r.finish(&e.draft, e.agreement, &e.plan)
 }
 
 // Begin is the first half of [Runner.Plan]: it votes, and returns without waiting for the other ranks.
@@ -106,39 +103,24 @@ func (r *Runner) Begin(ctx context.Context, s Schedule) (wait func() (Pass, erro
 		}
 		return func() (Pass, error) { return pass, nil }, nil
 	}
-	b := &begunPlan{}
-	if b.draft, err = r.draft(&s); err != nil {
+	e := new(exchange)
+	if e.draft, err = r.draft(&s); err != nil {
 		return nil, err
 	}
-	b.draft.lengths = slices.Clone(b.draft.lengths)
-	if b.exchange, err = r.vote(ctx, b.draft.vote); err != nil {
+	e.draft.lengths = slices.Clone(e.draft.lengths)
+	if err := r.open(ctx, e, true); err != nil {
 		return nil, err
 	}
-	if err := b.exchange.begin(); err != nil {
-		return nil, err
-	}
-	return b.wait, nil
+	e.begin()
+	return e.waitPass, nil
 }
 
-// begunPlan is a plan between Begin and wait.
-type begunPlan struct {
-	draft    draft
-	exchange *exchange
-
-	once sync.Once
-	pass Pass
-	err  error
-}
-
-func (b *begunPlan) wait() (Pass, error) {
-	if err := b.exchange.settle(); err != nil {
+// waitPass is the second half of Plan.
+func (e *exchange) waitPass() (Pass, error) {
+	if err := e.settle(); err != nil {
 		return Pass{}, err
 	}
-	b.once.Do(func() {
-		r := b.exchange.runner
-		b.pass, b.err = r.finish(&b.draft, b.exchange.agreement, b.exchange.plan())
-	})
-	return b.pass, b.err
+	return e.runner.finish(&e.draft, e.agreement, &e.plan)
 }
 
 // draft is a pass before the ranks have agreed: this rank's batch, and its vote.
@@ -312,7 +294,7 @@ func (r *Runner) finish(d *draft, a *Agreement, shared *plan) (Pass, error) {
 	tokens := int(a.NumTokensAcrossDP.AtVec(rank))
 	pass := Pass{
 		NumTokens:         tokens,
-		NumTokensUnpadded: min(d.vote.NumTokens, tokens), // fewer for an idle rank whose q is above what the others run
+		NumTokensUnpadded: min(d.vote.NumTokens, tokens), // an idle rank's q may be above what the others run
 		NumTokensGraph:    min(d.vote.NumTokensPadded, tokens),
 		NumReqs:           max(d.vote.NumReqs, toInt(d.vote.Idle)),
 		GraphMode:         a.GraphMode,
@@ -429,7 +411,7 @@ func (r *Runner) WarmUp(ctx context.Context) iter.Seq2[Pass, error] {
 		if !r.parallel.coordinated() {
 			return
 		}
-		if _, err := r.exchangeWarmUp(ctx, Vote{}); err != nil {
+		if err := r.exchange(ctx, &exchange{draft: draft{vote: Vote{WarmUp: true}}}); err != nil {
 			yield(Pass{}, err)
 		}
 	}
@@ -449,24 +431,15 @@ func (r *Runner) planCapture(ctx context.Context, c Capture) (Pass, error) {
 	if !r.parallel.coordinated() {
 		return pass, nil
 	}
-	e, err := r.exchangeWarmUp(ctx, Vote{
+	e := &exchange{draft: draft{vote: Vote{
 		NumTokens: n, NumTokensPadded: n, NumReqs: c.Batch.NumReqs, Uniform: c.Batch.Uniform,
-		NumActiveLoRAs: c.Batch.NumActiveLoRAs, GraphMode: c.Mode,
-	})
-	if err != nil {
+		NumActiveLoRAs: c.Batch.NumActiveLoRAs, GraphMode: c.Mode, WarmUp: true,
+	}}}
+	if err := r.exchange(ctx, e); err != nil {
 		return Pass{}, err
 	}
-	pass.Agreement, pass.plan = e.agreement, e.plan()
+	pass.Agreement, pass.plan = e.agreement, &e.plan
 	return pass, nil
-}
-
-func (r *Runner) exchangeWarmUp(ctx context.Context, v Vote) (*exchange, error) {
-	v.WarmUp = true
-	e, err := r.vote(ctx, v)
-	if err != nil {
-		return nil, err
-	}
-	return e, e.settle()
 }
 
 // BatchDescriptor is the key of a captured graph: what about a batch decides which graph can replay it.
@@ -529,7 +502,8 @@ func (s UBatchSlice) NumTokens() int { return s.Tokens.Len() }
 
 // String returns the slice as "requests [0, 2) tokens [0, 16)".
 func (s UBatchSlice) String() string {
-	return fmt.Sprintf("requests [%d, %d) tokens [%d, %d)", s.Requests.Start, s.Requests.Stop, s.Tokens.Start, s.Tokens.Stop)
+	return fmt.Sprintf("requests [%d, %d) tokens [%d, %d)",
+		s.Requests.Start, s.Requests.Stop, s.Tokens.Start, s.Tokens.Stop)
 }
 
 // maxUBatches bounds the microbatches of a pass, each of which costs a goroutine.
@@ -547,7 +521,9 @@ const maxUBatches = 1 << 16
 // It returns an error that wraps ErrInvalid if n is below 2 or above 2^16, if a count is negative, if
 // padding is below what is scheduled, or if a slice would have no tokens, which happens if
 // numTokensPadded is well above the scheduled tokens.
-func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int) (slices, padded []UBatchSlice, err error) {
+func SplitUBatches(
+	numScheduledTokens []int, numTokensPadded, numReqsPadded, n, splitPoint int,
+) (slices, padded []UBatchSlice, err error) {
 	scheduled, err := sumScheduled(numScheduledTokens)
 	if err != nil {
 		return nil, nil, err
@@ -573,8 +549,8 @@ func SplitUBatches(numScheduledTokens []int, numTokensPadded, numReqsPadded, n, 
 		split = numTokensPadded / n
 	}
 	if lastStart := int64(n-1) * int64(split); split == 0 || lastStart >= int64(scheduled) {
-		return nil, nil, invalidf("%d microbatches split at %d of %d padded tokens: the last would start at token %d of %d scheduled",
-			n, split, numTokensPadded, lastStart, scheduled)
+		return nil, nil, invalidf("the last of %d microbatches of %d tokens each (%d padded in all) "+
+			"would start at token %d of %d scheduled", n, split, numTokensPadded, lastStart, scheduled)
 	}
 	both := make([]UBatchSlice, 2*n)
 	slices, padded = both[:n:n], both[n:]
@@ -630,7 +606,7 @@ func checkUBatches(p *problems, ubatches []UBatchSlice, numTokens int) {
 		if s.Tokens.Start != next {
 			p.addf("microbatch %d starts at token %d, want %d: slices must tile the pass", i, s.Tokens.Start, next)
 		}
-		if i > 0 && (s.Requests.Start < ubatches[i-1].Requests.Start || s.Requests.Stop < ubatches[i-1].Requests.Stop) {
+		if last := ubatches[max(i-1, 0)].Requests; s.Requests.Start < last.Start || s.Requests.Stop < last.Stop {
 			p.addf("microbatch %d has %v after %v", i, s, ubatches[i-1])
 		}
 		next = s.Tokens.Stop
@@ -657,9 +633,9 @@ func UBatch(ctx context.Context) (i, n int, ok bool) {
 	return c.ubatch, c.ubatches, true
 }
 
-// RunUBatches calls fn for every microbatch of the pass in ctx, all concurrently, each in its own
-// goroutine, and returns when all have returned. If the pass is not split, it calls fn once, with ctx
-// and index 0, on the calling goroutine.
+// RunUBatches calls fn for every microbatch of the pass in ctx, all concurrently, and returns when all
+// have returned. The first runs on the calling goroutine, which would only wait otherwise; each of the
+// others runs in its own. If the pass is not split, RunUBatches calls fn once, with ctx and index 0.
 //
 // A microbatch's context derives from ctx and holds its own forward context: its own attention metadata
 // and slot mapping, its own token counts and Part, DP metadata in which every rank has this microbatch's
@@ -693,9 +669,11 @@ func (c *passContext) runUBatches(ctx context.Context, fn func(ctx context.Conte
 	defer cancel(nil)
 	g := &ubatchGroup{pass: c, ctx: ctx, fn: fn, cancel: cancel, parts: make([]ubatchPart, len(c.fc.UBatches))}
 	g.wg.Add(len(g.parts))
-	for i := range g.parts {
+	for i := 1; i < len(g.parts); i++ {
 		go g.run(i)
 	}
+	defer g.wg.Wait() // also if the first one ends this goroutine
+	g.run(0)
 	g.wg.Wait()
 	if g.panicked != nil {
 		panic(g.panicked)
@@ -773,6 +751,7 @@ func (g *ubatchGroup) call(i int) error {
 	x.passContext = passContext{
 		Context: g.ctx, fc: &x.value, ubatch: i, ubatches: len(g.parts), run: g.pass.run, inner: g.pass.inner,
 	}
+	x.readMetadata()
 	t := g.pass.traced()
 	if t == nil || !t.spans {
 		return g.fn(&x.passContext, i)

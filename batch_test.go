@@ -4,10 +4,13 @@ package fwd_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"runtime"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -58,7 +61,8 @@ func TestSplitUBatchesVectors(t *testing.T) {
 		if v.SplitPoint != nil {
 			split = *v.SplitPoint
 		}
-		slices, padded, err := fwd.SplitUBatches(v.NumScheduledTokens, v.NumTokensPadded, v.NumReqsPadded, v.NumUBatches, split)
+		slices, padded, err := fwd.SplitUBatches(v.NumScheduledTokens, v.NumTokensPadded, v.NumReqsPadded,
+			v.NumUBatches, split)
 		if err != nil {
 			t.Errorf("case %d: %v; want %v", i, err, v.Want)
 			continue
@@ -81,7 +85,8 @@ func TestLastUBatchEmptyVectors(t *testing.T) {
 	}
 	for _, v := range readVectors[vector](t, "last_ubatch_empty.json", 24) {
 		if got := fwd.LastUBatchEmpty(v.Orig, v.Padded, v.N); got != v.Want {
-			t.Errorf("%d tokens padded to %d in %d microbatches: last empty %t, want %t", v.Orig, v.Padded, v.N, got, v.Want)
+			t.Errorf("%d tokens padded to %d in %d microbatches: last empty %t, want %t", v.Orig, v.Padded, v.N, got,
+				v.Want)
 		}
 	}
 }
@@ -93,7 +98,8 @@ func ubatchRun(t *testing.T, p fwd.Pass, fn func(ctx context.Context, i int) err
 	return r.Run(t.Context(), p, func(ctx context.Context) error { return fwd.RunUBatches(ctx, fn) })
 }
 
-// Microbatches run at the same time: each one can end only once another, before or after it, has started.
+// Microbatches run at the same time: each one can end only once another, before or after it, has
+// started.
 func TestUBatchesRunAtOnce(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{2, 3, 4} {
@@ -118,35 +124,42 @@ func TestUBatchesRunAtOnce(t *testing.T) {
 	}
 }
 
+// ubatchSeen is what a microbatch sees of its forward context.
+type ubatchSeen struct {
+	Tokens, Unpadded, Engine int
+	Part                     fwd.UBatchSlice
+	Counts                   []int
+	Rank, Max                int
+	Mode                     fwd.GraphMode
+	Batch                    fwd.BatchDescriptor
+	Slices                   int
+	Attn, Any                string
+	Slot, Layer              int
+	Index, N                 int
+	Skip, Dummy              bool
+}
+
 // Each microbatch has a forward context of its own, derived from the pass's.
 func TestUBatchForwardContext(t *testing.T) {
 	t.Parallel()
 	layers := map[string]any{"layer": 42}
-	r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 1}, Layers: layers})
+	r, err := fwd.New(
+		fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 3, DataParallelRank: 1}, Layers: layers},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
 	batch := fwd.BatchDescriptor{NumTokens: 12, NumReqs: 6, Uniform: true, HasLoRA: true, NumActiveLoRAs: 2}
 	p := fwd.Pass{
-		NumTokens: 12, NumTokensUnpadded: 6, VirtualEngine: 3, NumTokensAcrossDP: vec(12, 12, 12), GraphMode: fwd.GraphFull, Batch: batch,
+		NumTokens: 12, NumTokensUnpadded: 6, VirtualEngine: 3, NumTokensAcrossDP: vec(12, 12, 12),
+		GraphMode: fwd.GraphFull, Batch: batch,
 		UBatches:     planSlices([4]int{0, 2, 0, 4}, [4]int{1, 4, 4, 9}, [4]int{4, 6, 9, 12}),
 		AttnMetadata: []map[string]any{{"a": "a0", "": "any0"}, {"a": "a1", "": "any1"}, {"a": "a2"}},
 		SlotMapping:  []map[string]any{{"a": 0}, {"a": 1}, {"a": 2}},
 		SkipCompiled: true, Dummy: true,
 	}
-	type seen struct {
-		Tokens, Unpadded, Engine int
-		Counts                   []int
-		Rank, Max                int
-		Mode                     fwd.GraphMode
-		Batch                    fwd.BatchDescriptor
-		Slices                   int
-		Attn, Any                string
-		Slot, Layer              int
-		Index, N                 int
-		Skip, Dummy              bool
-	}
-	got := make([]seen, 3)
+	whole := planSlices([4]int{0, 6, 0, 12})[0]
+	got := make([]ubatchSeen, 3)
 	kept := make([]context.Context, 3)
 	if err := r.Run(t.Context(), p, func(outer context.Context) error {
 		sized, err := fwd.WithSPLocalSizes(outer, 1)
@@ -166,27 +179,19 @@ func TestUBatchForwardContext(t *testing.T) {
 			}
 			slot, err3 := fwd.SlotMapping[int](ctx, "a")
 			layer, err4 := fwd.Layer[int](ctx, "layer")
-			got[i] = seen{
-				fc.NumTokens, fc.NumTokensUnpadded, fc.VirtualEngine, counts(fc.DP.NumTokensAcrossDPTo(nil)), fc.DP.Rank(), fc.DP.MaxTokensAcrossDP(),
-				fc.GraphMode, fc.Batch, len(fc.UBatches), attn, fallback, slot, layer, index, n, fc.SkipCompiled, fc.Dummy,
+			got[i] = ubatchSeen{
+				fc.NumTokens, fc.NumTokensUnpadded, fc.VirtualEngine, fc.Part,
+				counts(fc.DP.NumTokensAcrossDPTo(nil)), fc.DP.Rank(), fc.DP.MaxTokensAcrossDP(),
+				fc.GraphMode, fc.Batch, len(fc.UBatches), attn, fallback, slot, layer, index, n,
+				fc.SkipCompiled, fc.Dummy,
 			}
 			dpNoSizes(t, "in a microbatch", ctx)
 			kept[i] = ctx
-			// A microbatch is not split again.
-			calls := 0
-			err5 := fwd.RunUBatches(ctx, func(inner context.Context, k int) error {
-				calls++
-				if k != 0 || inner != ctx {
-					t.Errorf("RunUBatches inside microbatch %d calls with %d and another ctx", i, k)
-				}
-				return nil
-			})
-			if calls != 1 {
-				t.Errorf("RunUBatches inside microbatch %d calls %d times", i, calls)
-			}
-			return errors.Join(err1, err2, err3, err4, err5)
+			return errors.Join(err1, err2, err3, err4)
 		})
-		if fc := fwd.MustFromContext(sized); fc.NumTokens != 12 || fc.GraphMode != fwd.GraphFull || len(fc.UBatches) != 3 || fc.DP.NumTokens(2) != 12 {
+		// A split pass uses no graph.
+		if fc := fwd.MustFromContext(sized); fc.NumTokens != 12 || fc.GraphMode != fwd.GraphNone ||
+			len(fc.UBatches) != 3 || fc.DP.NumTokens(2) != 12 || fc.Part != whole {
 			t.Errorf("afterwards the pass is %+v", fc)
 		}
 		if _, _, ok := fwd.UBatch(sized); ok {
@@ -196,18 +201,37 @@ func TestUBatchForwardContext(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	want := []seen{
-		{4, 4, 3, []int{4, 4, 4}, 1, 4, fwd.GraphNone, batch, 0, "a0", "any0", 0, 42, 0, 3, true, true},
-		{5, 2, 3, []int{5, 5, 5}, 1, 5, fwd.GraphNone, batch, 0, "a1", "any1", 1, 42, 1, 3, true, true},
-		{3, 0, 3, []int{3, 3, 3}, 1, 3, fwd.GraphNone, batch, 0, "a2", "", 2, 42, 2, 3, true, true},
+	none, parts := fwd.GraphNone, p.UBatches
+	want := []ubatchSeen{
+		{4, 4, 3, parts[0], []int{4, 4, 4}, 1, 4, none, batch, 0, "a0", "any0", 0, 42, 0, 3, true, true},
+		{5, 2, 3, parts[1], []int{5, 5, 5}, 1, 5, none, batch, 0, "a1", "any1", 1, 42, 1, 3, true, true},
+		{3, 0, 3, parts[2], []int{3, 3, 3}, 1, 3, none, batch, 0, "a2", "", 2, 42, 2, 3, true, true},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("microbatches (-want +got):\n%s", diff)
 	}
 	for i, ctx := range kept { // they outlive their goroutines
-		if attn, err := fwd.AttnMetadata[string](ctx, "a"); attn != want[i].Attn || err != nil || fwd.MustFromContext(ctx).NumTokens != want[i].Tokens {
+		if attn, err := fwd.AttnMetadata[string](ctx, "a"); attn != want[i].Attn || err != nil ||
+			fwd.MustFromContext(ctx).NumTokens != want[i].Tokens {
 			t.Errorf("microbatch %d afterwards: %q, %v, %+v", i, attn, err, fwd.MustFromContext(ctx))
 		}
+	}
+}
+
+// A microbatch is not split again.
+func TestRunUBatchesInUBatch(t *testing.T) {
+	t.Parallel()
+	var calls atomic.Int32
+	if err := ubatchRun(t, ubatchPass(2), func(ctx context.Context, i int) error {
+		return fwd.RunUBatches(ctx, func(inner context.Context, k int) error {
+			calls.Add(1)
+			if k != 0 || inner != ctx {
+				t.Errorf("RunUBatches inside microbatch %d calls with %d and another ctx", i, k)
+			}
+			return nil
+		})
+	}); err != nil || calls.Load() != 2 {
+		t.Errorf("RunUBatches inside two microbatches calls %d times, %v; want 2", calls.Load(), err)
 	}
 }
 
@@ -270,7 +294,8 @@ func TestUBatchFirstError(t *testing.T) {
 					return errLater
 				})
 				var got *fwd.UBatchError
-				if !errors.As(err, &got) || got.Index != failing || got.Err != errFirst || !errors.Is(err, errFirst) || errors.Is(err, errLater) {
+				if !errors.As(err, &got) || got.Index != failing || got.Err != errFirst || !errors.Is(err, errFirst) ||
+					errors.Is(err, errLater) {
 					t.Errorf("error %v, want the first one, of microbatch %d", err, failing)
 				}
 				if !strings.Contains(err.Error(), fmt.Sprint(failing)) || !strings.Contains(err.Error(), "first") {
@@ -286,14 +311,16 @@ func TestUBatchFirstError(t *testing.T) {
 	}
 }
 
-// The caller's context stays as it is when a microbatch fails, and its end reaches the microbatches.
+// The caller's context stays as it is when a microbatch fails, and its end reaches the
+// microbatches.
 func TestUBatchContexts(t *testing.T) {
 	t.Parallel()
 	var r *fwd.Runner
 	parent, cancel := context.WithCancelCause(t.Context())
 	errStop := errors.New("stop")
 	if err := r.Run(parent, ubatchPass(2), func(ctx context.Context) error {
-		if err := fwd.RunUBatches(ctx, func(context.Context, int) error { return errStop }); !errors.Is(err, errStop) {
+		err := fwd.RunUBatches(ctx, func(context.Context, int) error { return errStop })
+		if !errors.Is(err, errStop) {
 			t.Errorf("error %v, want %v", err, errStop)
 		}
 		if ctx.Err() != nil {
@@ -317,7 +344,8 @@ func TestUBatchContexts(t *testing.T) {
 // ubatchPanics is named in the stack of the panic.
 func ubatchPanics(value any) { panic(value) }
 
-// A panic reaches the caller with value and stack, once the other microbatches have stopped; it goes before errors.
+// A panic reaches the caller with value and stack, once the other microbatches have stopped; it
+// goes before errors.
 func TestUBatchPanic(t *testing.T) {
 	t.Parallel()
 	errValue := errors.New("a value that is an error")
@@ -334,7 +362,8 @@ func TestUBatchPanic(t *testing.T) {
 					if got.Index != 1 || got.Value != value {
 						t.Errorf("microbatch %d panicked with %v, want 1 with %v", got.Index, got.Value, value)
 					}
-					if !strings.Contains(string(got.Stack), "ubatchPanics") || !strings.Contains(string(got.Stack), "TestUBatchPanic") {
+					if !strings.Contains(string(got.Stack), "ubatchPanics") ||
+						!strings.Contains(string(got.Stack), "TestUBatchPanic") {
 						t.Errorf("the stack does not name what panicked:\n%s", got.Stack)
 					}
 					if n := stopped.Load(); n != 2 {
@@ -436,10 +465,12 @@ func TestUBatchUnequalCounts(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = r.Run(t.Context(), p, func(context.Context) error { t.Error("the pass runs"); return nil })
-	if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), "8") || !strings.Contains(err.Error(), "9") {
+	if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), "8") ||
+		!strings.Contains(err.Error(), "9") {
 		t.Errorf("Run: %v, want %v with both counts", err, fwd.ErrInvalid)
 	}
-	ctx := fwd.NewContext(t.Context(), &fwd.ForwardContext{NumTokens: 8, DP: dpMetadata(t, 0, 8, 7), UBatches: p.UBatches})
+	ctx := fwd.NewContext(t.Context(),
+		&fwd.ForwardContext{NumTokens: 8, DP: dpMetadata(t, 0, 8, 7), UBatches: p.UBatches})
 	if err := fwd.RunUBatches(ctx, never); !errors.Is(err, fwd.ErrInvalid) {
 		t.Errorf("RunUBatches: %v, want %v", err, fwd.ErrInvalid)
 	}
@@ -454,7 +485,8 @@ func TestRunUBatchesUnsplit(t *testing.T) {
 	t.Parallel()
 	var r *fwd.Runner
 	errOwn := errors.New("own")
-	if err := r.Run(t.Context(), fwd.Pass{NumTokens: 3, GraphMode: fwd.GraphFull, AttnMetadata: []map[string]any{{"": 1}}}, func(ctx context.Context) error {
+	pass := fwd.Pass{NumTokens: 3, GraphMode: fwd.GraphFull, AttnMetadata: []map[string]any{{"": 1}}}
+	if err := r.Run(t.Context(), pass, func(ctx context.Context) error {
 		calls := 0
 		err := fwd.RunUBatches(ctx, func(inner context.Context, i int) error {
 			calls++
@@ -482,8 +514,107 @@ func TestRunUBatchesUnsplit(t *testing.T) {
 		t.Error(err)
 	}
 	for _, ctx := range []context.Context{t.Context(), fwd.NewContext(t.Context(), nil)} {
-		if err := fwd.RunUBatches(ctx, func(context.Context, int) error { t.Error("called"); return nil }); !errors.Is(err, fwd.ErrNoForwardContext) {
+		err := fwd.RunUBatches(ctx, func(context.Context, int) error { t.Error("called"); return nil })
+		if !errors.Is(err, fwd.ErrNoForwardContext) {
 			t.Errorf("outside a pass: %v, want %v", err, fwd.ErrNoForwardContext)
 		}
 	}
+}
+
+// What a batch is split into has names that other languages write the same.
+func TestUBatchSliceJSON(t *testing.T) {
+	t.Parallel()
+	slice := planSlices([4]int{1, 4, 16, 40})[0]
+	const want = `{"requests":{"start":1,"stop":4},"tokens":{"start":16,"stop":40}}`
+	text, err := json.Marshal(slice)
+	if err != nil || string(text) != want {
+		t.Errorf("%v marshals as %s, %v; want %s", slice, text, err, want)
+	}
+	var got fwd.UBatchSlice
+	if err := json.Unmarshal([]byte(want), &got); err != nil || got != slice {
+		t.Errorf("%s is %v, %v; want %v", want, got, err, slice)
+	}
+}
+
+// The parts of a pass are what its metadata is for, in the order of its maps.
+func TestParts(t *testing.T) {
+	t.Parallel()
+	split := ubatchPass(3)
+	for _, tt := range []struct {
+		name string
+		pass fwd.Pass
+		want []fwd.UBatchSlice
+	}{
+		{"whole", fwd.Pass{NumTokens: 8, NumReqs: 3}, planSlices([4]int{0, 3, 0, 8})},
+		{"requests not said", fwd.Pass{NumTokens: 8}, planSlices([4]int{0, 0, 0, 8})},
+		{
+			"padded requests",
+			fwd.Pass{NumTokens: 8, NumReqs: 5, Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true}},
+			planSlices([4]int{0, 8, 0, 8}),
+		},
+		{"any number of requests", fwd.Pass{NumTokens: 8, NumReqs: 5, Batch: fwd.BatchDescriptor{NumTokens: 8}},
+			planSlices([4]int{0, 5, 0, 8})},
+		{"split", split, split.UBatches},
+		{"dummy", fwd.Pass{NumTokens: 8, NumReqs: 3, Dummy: true}, nil},
+	} {
+		if diff := cmp.Diff(tt.want, tt.pass.Parts()); diff != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+		// Each is the Part of the context that gets the metadata.
+		if err := (*fwd.Runner)(nil).Run(t.Context(), tt.pass, func(ctx context.Context) error {
+			return fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
+				if got := fwd.MustFromContext(ctx).Part; !tt.pass.Dummy && got != tt.want[i] {
+					t.Errorf("%s: Part %d is %v, want %v", tt.name, i, got, tt.want[i])
+				}
+				return nil
+			})
+		}); err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+}
+
+// Many ranks split a planned step, and each of their microbatches has its part of the agreed
+// padding and metadata of its own.
+func TestUBatchesOfManyRanks(t *testing.T) {
+	t.Parallel()
+	const ranks, n = 8, 4
+	group := localGroup(t, ranks)
+	var wg sync.WaitGroup
+	for rank, c := range group {
+		wg.Go(func() {
+			r, err := fwd.New(fwd.Config{Parallel: fwd.ParallelConfig{NumUBatches: n}}, fwd.WithCoordinator(c))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			lengths := slices.Repeat([]int{128}, 5+rank%2) // 640 or 768 tokens
+			pass, err := r.Plan(t.Context(), fwd.Schedule{NumScheduledTokens: lengths, AllowUBatches: true})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			parts := pass.Parts()
+			if len(parts) != n || pass.NumTokens != 768 {
+				t.Errorf("rank %d: %d tokens in the parts %v, want 768 in %d", rank, pass.NumTokens, parts, n)
+				return
+			}
+			for _, part := range parts {
+				pass.AttnMetadata = append(pass.AttnMetadata, fwd.AllLayers(part))
+			}
+			if err := r.Run(t.Context(), pass, func(ctx context.Context) error {
+				return fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
+					fc := fwd.MustFromContext(ctx)
+					attn := fwd.MustAttnMetadata[fwd.UBatchSlice](ctx, "layer")
+					if fc.Part != parts[i] || attn != parts[i] || fc.NumTokens != 192 || fc.DP.NumTokens(ranks-1) != 192 {
+						t.Errorf("rank %d, microbatch %d: %v with the metadata of %v", rank, i, fc.Part, attn)
+					}
+					return nil
+				})
+			}); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
 }

@@ -340,7 +340,7 @@ func TestBeginStartsNoGoroutine(t *testing.T) {
 	}
 }
 
-// A rank that has nobody to wait for plans at once: alone, dense, and with Reuse.
+// A rank that has nobody to wait for plans immediately: alone, dense, and with Reuse.
 func TestBeginAlone(t *testing.T) {
 	t.Parallel()
 	again := fwd.Schedule{NumScheduledTokens: []int{3, 2}, Reuse: &fwd.Agreement{

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"sync"
 	"testing"
+	"time"
 
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/trace"
@@ -74,15 +75,29 @@ func BenchmarkLookup(b *testing.B) {
 	}
 }
 
+// BenchmarkAttnMetadata looks up an entry of a layer's own and the one for all layers, beside a
+// value of the same depth that needs no look-up by name.
 func BenchmarkAttnMetadata(b *testing.B) {
 	pass := decodePass()
 	pass.AttnMetadata = []map[string]any{{"model.layers.0.attn": 1, "": 2}}
 	benchInPass(b, pass, func(ctx context.Context) {
-		for name, layer := range map[string]string{"own": "model.layers.0.attn", "shared": "model.layers.1.attn"} {
-			b.Run("entry="+name, func(b *testing.B) {
+		for _, depth := range []int{1, 8} {
+			below := bury(ctx, depth-1)
+			for _, entry := range []struct{ name, layer string }{
+				{"own", "model.layers.0.attn"}, {"shared", "model.layers.1.attn"},
+			} {
+				b.Run(fmt.Sprintf("by=fwd/entry=%s/depth=%d", entry.name, depth), func(b *testing.B) {
+					b.ReportAllocs()
+					for b.Loop() {
+						sinkInt, _ = fwd.AttnMetadata[int](below, entry.layer)
+					}
+				})
+			}
+			value := bury(context.WithValue(context.Background(), benchKey{}, 1), depth-1)
+			b.Run(fmt.Sprintf("by=value/depth=%d", depth), func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
-					sinkInt, _ = fwd.AttnMetadata[int](ctx, layer)
+					sinkInt, _ = value.Value(benchKey{}).(int)
 				}
 			})
 		}
@@ -136,6 +151,91 @@ func bareSpan(ctx context.Context, tracer trace.Tracer) {
 	sinkContext = ctx
 }
 
+// BenchmarkReport reports a pass to nobody, beside 4 µs of simulated work: what a simulator spends
+// on a pass.
+func BenchmarkReport(b *testing.B) {
+	ctx, pass, began := context.Background(), decodePass(), time.Unix(1, 0)
+	for _, provider := range []string{"noop", "global"} {
+		r, err := fwd.New(fwd.Config{Name: "target"}, providers()[provider]...)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run("by=fwd/provider="+provider, func(b *testing.B) {
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := r.Report(ctx, pass, began, began.Add(time.Millisecond), nil); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+	b.Run("by=work", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			for began := time.Now(); time.Since(began) < 4*time.Microsecond; {
+				sinkInt++
+			}
+		}
+	})
+}
+
+// BenchmarkBegin plans a step of four ranks in one goroutine, beside what it can't do without: each
+// rank's dispatch before the votes and after, and its Agree.
+func BenchmarkBegin(b *testing.B) {
+	const ranks = 4
+	runners := localRunners(b, ranks)
+	ctx, schedule := context.Background(), fwd.Schedule{NumScheduledTokens: []int{1, 1, 1}}
+	b.Run("by=fwd", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			var waits [ranks]func() (fwd.Pass, error)
+			for rank, r := range runners {
+				wait, err := r.Begin(ctx, schedule)
+				if err != nil {
+					b.Fatal(err)
+				}
+				waits[rank] = wait
+			}
+			for _, wait := range waits {
+				pass, err := wait()
+				if err != nil {
+					b.Fatal(err)
+				}
+				sinkInt = pass.NumTokens
+			}
+		}
+	})
+	d, err := fwd.NewDispatcher(fwd.DispatcherConfig{
+		Mode: fwd.GraphFullAndPiecewise, CaptureSizes: fwd.DefaultCaptureSizes(64), MaxNumSeqs: 32,
+	})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Run("by=agree", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			votes := make([]fwd.Vote, ranks)
+			query := fwd.DispatchQuery{NumTokens: 3, NumReqs: 3, UniformDecode: true}
+			for rank := range votes {
+				mode, batch, _ := d.Dispatch(query)
+				votes[rank] = fwd.Vote{
+					Step: 1, NumTokens: 3, NumTokensPadded: batch.NumTokens, NumReqs: 3, Uniform: true, GraphMode: mode,
+				}
+			}
+			for range votes {
+				a, err := fwd.Agree(votes, 1)
+				if err != nil {
+					b.Fatal(err)
+				}
+				query.NumTokens = int(a.NumTokensAcrossDP.AtVec(0))
+				_, batch, _ := d.Dispatch(query)
+				sinkInt = batch.NumTokens
+			}
+		}
+	})
+}
+
+// BenchmarkRunUBatches runs microbatches that do nothing, beside a bare WaitGroup.
 func BenchmarkRunUBatches(b *testing.B) {
 	for _, n := range []int{1, 2, 4} {
 		fn := func(context.Context, int) error { return nil }
@@ -162,19 +262,28 @@ func BenchmarkRunUBatches(b *testing.B) {
 	}
 }
 
+// benchDP returns the metadata of so many ranks with unequal counts, and the counts.
+func benchDP(b *testing.B, ranks int) (*fwd.DPMetadata, *mat.VecDense) {
+	b.Helper()
+	across := mat.NewVecDense(ranks, nil)
+	for d := range ranks {
+		across.SetVec(d, float64(d%4096))
+	}
+	m, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: ranks}, 0, across)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return m, across
+}
+
+// BenchmarkDP does the arithmetic of a pass without sequence parallelism, beside the bare running
+// sum.
 func BenchmarkDP(b *testing.B) {
 	const sp, maxChunk = 1, 256
 	for _, ranks := range []int{8, 64, 1024, 65536} {
-		across := mat.NewVecDense(ranks, nil)
-		for d := range ranks {
-			across.SetVec(d, float64(d%4096))
-		}
-		p := fwd.ParallelConfig{DataParallelSize: ranks}
-		m, err := fwd.NewDPMetadata(p, 0, across)
-		if err != nil {
-			b.Fatal(err)
-		}
+		m, across := benchDP(b, ranks)
 		list, cu := make([]int, 0, ranks*sp), new(mat.VecDense)
+		p := fwd.ParallelConfig{DataParallelSize: ranks}
 		for _, op := range []struct {
 			name string
 			f    func()
@@ -184,7 +293,7 @@ func BenchmarkDP(b *testing.B) {
 			{"chunk", func() { list = m.AppendChunkedSizes(list[:0], sp, maxChunk, 1) }},
 			{"cumulative", func() { cu = m.CuTokensAcrossSPTo(cu, sp) }},
 			{"max", func() { sinkInt = m.MaxTokensAcrossDP() }},
-			{"baseline", func() { // the bare running sum
+			{"baseline", func() {
 				data, sum := cu.RawVector().Data, 0.0
 				for d := range data {
 					sum += across.AtVec(d)
@@ -194,6 +303,41 @@ func BenchmarkDP(b *testing.B) {
 		} {
 			b.Run(fmt.Sprintf("op=%s/ranks=%d", op.name, ranks), func(b *testing.B) {
 				m.CuTokensAcrossSPTo(cu, sp)
+				b.ReportAllocs()
+				for b.Loop() {
+					op.f()
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkDPSequenceParallel does the arithmetic of 65,536 ranks for SP sizes that are and are not
+// 1, beside loops that only write the same memory.
+func BenchmarkDPSequenceParallel(b *testing.B) {
+	const ranks, maxChunk = 65536, 256
+	m, _ := benchDP(b, ranks)
+	for _, sp := range []int{1, 2, 8} {
+		list, cu := make([]int, ranks*sp), mat.NewVecDense(ranks*sp, nil)
+		for _, op := range []struct {
+			name string
+			f    func()
+		}{
+			{"local", func() { list = m.AppendSPLocalSizes(list[:0], sp) }},
+			{"chunk", func() { list = m.AppendChunkedSizes(list[:0], sp, maxChunk, 1) }},
+			{"write", func() {
+				for i := range list {
+					list[i] = i
+				}
+			}},
+			{"cumulative", func() { m.CuTokensAcrossSPTo(cu, sp) }},
+			{"writefloat", func() {
+				for i, data := 0, cu.RawVector().Data; i < len(data); i++ {
+					data[i] = float64(i)
+				}
+			}},
+		} {
+			b.Run(fmt.Sprintf("op=%s/sp=%d", op.name, sp), func(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
 					op.f()
@@ -288,9 +432,9 @@ func BenchmarkAgree(b *testing.B) {
 	}
 }
 
-// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its vote to
-// every other over buffered channels, without steps, contexts and errors. It counts rounds by b.N, since all
-// ranks must run the same number.
+// BenchmarkExchange is one round of all ranks, beside an all-gather in which each rank sends its
+// vote to every other over buffered channels, without steps, contexts and errors. It counts rounds
+// by b.N, since all ranks must run the same number.
 func BenchmarkExchange(b *testing.B) {
 	for _, ranks := range []int{2, 4, 8} {
 		b.Run(fmt.Sprintf("by=fwd/ranks=%d", ranks), func(b *testing.B) {

@@ -1,15 +1,17 @@
-// Package fwd carries the forward context of an inference engine: what code deep inside a model needs to know about the
-// forward pass that it is part of. That is attention metadata by layer, the token counts of the data-parallel ranks, the
-// graph mode and the key of the batch, and the microbatches. vLLM keeps it in a process-global slot, which is safe as long
-// as one thread runs at a time. Here it is a value inside a [context.Context]: passes nest, run at once, and end by
-// themselves.
+// Package fwd carries the forward context of an inference engine: what code deep inside a model needs to
+// know about the forward pass that it is part of. That is attention metadata by layer, the token counts
+// of the data-parallel ranks, the graph mode and the key of the batch, and the microbatches. vLLM keeps
+// it in a process-global slot, which is safe as long as one thread runs at a time. Here it is a value
+// inside a [context.Context], so passes nest, run concurrently and end by themselves.
 //
-//	runner, err := fwd.New(fwd.Config{Name: "target"})
+//	runner, err := fwd.New(fwd.Config{Name: "target"}, fwd.WithDispatcher(dispatcher))
 //	...
-//	err = runner.Run(ctx, fwd.Pass{
-//		NumTokens:    len(tokens),
-//		AttnMetadata: []map[string]any{{"": attn}},
-//	}, model.Forward)
+//	pass, err := runner.Plan(ctx, fwd.Schedule{NumScheduledTokens: lengths})
+//	...
+//	for _, part := range pass.Parts() {
+//		pass.AttnMetadata = append(pass.AttnMetadata, fwd.AllLayers(attention(part)))
+//	}
+//	err = runner.Run(ctx, pass, model.Forward)
 //
 //	func (l *Attention) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
 //		attn, err := fwd.AttnMetadata[*AttnMetadata](ctx, l.Name)
@@ -18,116 +20,168 @@
 //
 // # The life of a pass
 //
-// [Runner.Plan] turns what the scheduler decided into a [Pass]: it dispatches the batch to a captured graph, and agrees
-// with the other data-parallel ranks on graph mode, microbatches and padding. The caller adds the metadata. [Runner.Run]
-// checks the pass, opens its span, puts the [ForwardContext] into a new context and calls the middleware and the forward
-// function with it. Inside, [FromContext] and the typed accessors read it; [RunUBatches] runs the microbatches, all at
-// once; [Chunks] paces a mixture-of-experts layer; a [GraphCache] captures and replays. When the forward function
-// returns, or panics, the device is synchronised and the span ended. [Runner.Start] is for passes that end elsewhere.
+// [Runner.Plan] turns what the scheduler decided into a [Pass]: it dispatches the batch to a captured
+// graph, and agrees with the other data-parallel ranks on the graph mode, on microbatches and on
+// padding. The caller adds metadata for each of [Pass.Parts]. [Runner.Run] checks the pass, opens its
+// span, puts the [ForwardContext] into a new context, and calls the middleware and the forward function
+// with it. Inside the pass, [FromContext] and the typed accessors read it; [RunUBatches] runs the
+// microbatches concurrently; [Chunks] paces a mixture-of-experts layer; a [GraphCache] captures and
+// replays graphs. When the forward function returns or panics, the device is synchronised and the span
+// ended.
 //
-// Waiting for the other ranks comes before the pass: it is measured apart, as fwd.coordinate.
+// Most programs need nothing else. [Runner.Start] is for passes that end elsewhere, [Runner.Begin] for
+// event loops and pipelined engines, [Runner.Report] for simulators, and [NewContext] for tests. A nil
+// *Runner runs passes too, without telemetry.
+//
+// Waiting for the other ranks' votes comes before the pass and is measured apart, as fwd.coordinate.
 //
 // # Data parallelism
 //
-// The ranks of a mixture-of-experts model run in lockstep, since their experts are spread over all of them. Once per step
-// each gives a [Vote] and gets the votes of all, through its [Coordinator]; [Agree] computes the same [Agreement] from them
-// on every rank. A rank without work plans a dummy pass. Steps are numbered: a rank that is missing is named in the error
-// of all others when the first of them stops waiting (see [WithExchangeTimeout]), a Runner that begins anew
-// costs one failed step, and neither leaves anything behind: once all ranks come again, the next step succeeds. [NewLocalGroup]
-// connects ranks that are goroutines; the module github.com/forwardctx/fwd/natsdp connects processes, on any number of hosts; and
+// The ranks of a mixture-of-experts model run in lockstep, since their experts are spread over all of
+// them. Once per step each rank gives a [Vote] and gets the votes of all, through its [Coordinator];
+// [Agree] computes the same [Agreement] from them on every rank. A rank without work plans a dummy pass,
+// which takes whatever shape the others agree on; if all are idle, nobody runs. Steps are numbered. If a
+// rank is missing, the error of all others names it when the first of them stops waiting (see
+// [WithExchangeTimeout]); a Runner that begins anew costs one failed step. Neither leaves anything
+// behind: once all ranks come again, the next step succeeds. Ranks that are configured differently are
+// refused by all, with their names.
+//
+// [Runner.WarmUp] captures all graphs together. A draft model plans its passes with Schedule.Reuse, from
+// the votes of the target's step, and exchanges nothing. [NewLocalGroup] connects ranks that are
+// goroutines; the module github.com/forwardctx/fwd/natsdp connects processes on any number of hosts; and
 // github.com/forwardctx/fwd/fwdtest tests a [Coordinator] of your own.
 //
 // # Concurrency
 //
-// A forward context and everything derived from it is read-only, and stays valid for goroutines that outlive the pass.
-// [Runner], [Dispatcher], [DPMetadata] and [GraphCache] may be used by any number of goroutines; a Runner exchanges votes
-// one step at a time, and refuses a second exchange meanwhile.
+// A forward context and everything derived from it are read-only, and stay valid for goroutines that
+// outlive the pass. Any number of goroutines may use a [Runner], [Dispatcher], [DPMetadata] or
+// [GraphCache]. A Runner exchanges votes one step at a time, and refuses a second exchange meanwhile.
 //
 // # Telemetry
 //
-// Instead of statistics printed at an interval there are OpenTelemetry spans and metrics. They go to the global providers
-// or to those of [WithTracerProvider] and [WithMeterProvider]; without an SDK they cost next to nothing. [WithStepTrace]
-// puts a step into one trace across all ranks.
+// Instead of statistics printed at an interval there are OpenTelemetry spans and metrics. They go to the
+// global providers or to those of [WithTracerProvider] and [WithMeterProvider]. Without an SDK nothing
+// is emitted, and a pass costs next to nothing. [WithStepTrace] puts a step into one trace across all
+// ranks. [WithObserver] gets a [Record] of each pass, and [WithLogger] logs what failed, both without any
+// SDK. With an SDK, each span is also a runtime/trace task where runtime/trace is on.
 //
-//	span             what it covers                         attributes
-//	fwd.forward      a pass                                 fwd.name, fwd.num_tokens, fwd.num_tokens_unpadded, fwd.num_reqs,
-//	                                                        fwd.batch.num_reqs, fwd.batch.num_active_loras, fwd.batch.uniform,
-//	                                                        fwd.virtual_engine, fwd.ubatches, fwd.step, fwd.dp.rank, fwd.dp.size,
-//	                                                        fwd.dp.max_tokens, fwd.dp.max_tokens_rank, fwd.dp.lowest_mode_rank,
-//	                                                        fwd.padding.graph, fwd.padding.dp, fwd.graph.mode, fwd.graph.reason,
-//	                                                        fwd.dummy
-//	fwd.coordinate   waiting for the votes of a step        fwd.step, fwd.dp.rank, fwd.dp.size, fwd.dp.max_tokens_rank,
-//	                                                        fwd.dp.lowest_mode_rank
-//	fwd.ubatch       a microbatch, inside its pass          fwd.ubatch.index, fwd.num_tokens
+// The spans are fwd.forward for a pass, fwd.coordinate for the wait for the votes of a step, and
+// fwd.ubatch for a microbatch inside its pass. What does not apply is left out:
 //
-//	metric                   kind, unit           attributes
-//	fwd.forward.duration     histogram, s         fwd.name, fwd.graph.mode, fwd.graph.reason, fwd.batch.bucket, fwd.dummy, error.type
-//	fwd.forward.tokens       histogram, {token}   fwd.graph.mode, fwd.dummy
-//	fwd.padding              counter, {token}     fwd.padding.kind: graph, dp
-//	fwd.coordinate.duration  histogram, s         error.type
-//	fwd.graph.events         counter, {event}     fwd.graph.event: capture, replay, eager
+//	attribute                      on spans      what it is
+//	fwd.name                       F             Config.Name
+//	fwd.phase                      F             what the pass is for: decode, mixed, warmup or the caller's
+//	fwd.step                       F C           the step of the exchange
+//	fwd.num_tokens                 F U           tokens, padding included
+//	fwd.num_tokens_unpadded        F             tokens without padding
+//	fwd.num_reqs                   F             scheduled requests
+//	fwd.padding.graph, .dp         F             padding tokens for the graph, and for the other ranks
+//	fwd.padding.ratio              F             the share of padding in all tokens
+//	fwd.graph.mode, .reason        F             the graph mode and why
+//	fwd.batch.num_reqs, .uniform,  F             the key of the graph
+//	    .num_active_loras
+//	fwd.ubatches                   F             microbatches of a split pass
+//	fwd.ubatch.index               U             of a microbatch
+//	fwd.virtual_engine             F             index of the pipeline's engine
+//	fwd.dummy                      F             a warm-up pass, or an idle rank that keeps step
+//	fwd.wait_time                  F             seconds that the pass waited for other ranks, see Waited
+//	fwd.dp.rank, .size             F C           this rank, and how many there are
+//	fwd.dp.max_tokens              F             the most tokens that a rank runs
+//	fwd.dp.max_tokens_rank         F C           the rank that set the maximum
+//	fwd.dp.lowest_mode_rank        F C           the rank that lowered the mode,
+//	fwd.dp.lowest_mode_ranks       F             and the first 8 that did
+//	fwd.idle_ranks                 F             how many ranks are idle
+//	fwd.dp.last_rank               C             whose vote came last
+//	fwd.dp.missing_ranks           C             who did not come
+//	error.type                     F C U         a word for what failed
 //
-// Attributes that do not apply are left out. A span of what failed has status Error and error.type. fwd.graph.mode is what
-// the batch was dispatched to: a pass that is split runs its microbatches without graphs. The event eager counts passes in
-// mode NONE, once each; capture and replay count per cache, so several in a pass with piecewise caches. fwd.batch.bucket, by
-// which durations answer how long a batch of some size takes, is the capture size of a pass that Plan dispatched to a
-// graph, and else fwd.num_tokens rounded up to a power of two. Every attribute set is bounded.
+//	metric                   kind, unit                    attributes
+//	fwd.forward.duration     histogram, s                  fwd.phase, fwd.graph.mode, fwd.graph.reason,
+//	                                                       fwd.batch.bucket, fwd.dummy, error.type
+//	fwd.forward.tokens       histogram, {token}            fwd.graph.mode, fwd.dummy
+//	fwd.forward.active       up-down counter, {pass}
+//	fwd.padding              counter, {token}              fwd.padding.kind (graph, dp), fwd.dummy
+//	fwd.coordinate.duration  histogram, s                  error.type
+//	fwd.wait.time            counter, s                    fwd.dp.peer_rank,
+//	                                                       fwd.wait.kind (coordinate, forward)
+//	fwd.graph.events         counter, {event}              fwd.graph.event (capture, replay, eager)
+//
+// All metrics have fwd.name, and all but fwd.wait.time have fwd.dp.rank if there are several ranks. The
+// event eager counts passes in mode NONE, once each; capture and replay count per cache, so several in a
+// pass with piecewise caches. fwd.batch.bucket is the capture size of a pass that Plan dispatched to a
+// graph, if there are at most 64 of them, and otherwise fwd.num_tokens rounded up to a power of two. So
+// durations answer how long a batch of some size takes. Every attribute set is bounded. When passes
+// overlap, their durations do too; [Queue] makes those of a pipelined engine add up.
 //
 // # Errors
 //
-// What data, configuration or other ranks can cause is an error, to be matched with errors.Is: [ErrInvalid],
-// [ErrTokenMismatch], [ErrNoForwardContext], [ErrNoMetadata], [ErrLayer], [ErrNoDescriptor], [ErrCaptureClosed],
-// [ErrLockstep] and [ErrRankMissing]. Each message names the values in conflict. [RankError], [UBatchError] and
-// [UBatchPanic] hold the details, found with errors.As. What no data could excuse panics, with a text that begins with
-// "fwd: ".
+// What data, configuration or other ranks can cause is an error, to be matched with errors.Is:
+// [ErrInvalid], [ErrTokenMismatch], [ErrNoForwardContext], [ErrNoMetadata], [ErrLayer],
+// [ErrNoDescriptor], [ErrCaptureClosed], [ErrLockstep] and [ErrRankMissing]. Each message names the
+// values in conflict. [RankError], [UBatchError] and [UBatchPanic] hold the details, found with
+// errors.As. Programming errors panic with a message that starts with "fwd: ".
 //
 // # Cost
 //
-// Reading the forward context costs a type assertion, and in a context derived from the pass's what any context value
-// costs there. A pass allocates twice with no-op providers, four times by default without an SDK, and five times with it. go
-// test -bench . measures it beside baselines.
+// Reading the forward context costs a type assertion, and in a context derived from the pass's what any
+// context value costs there. A pass allocates once if nobody listens and five times with the SDK.
+// go test -bench . measures it beside baselines.
 //
 // # Coming from vLLM
 //
-//	vLLM                                     here                                what differs, and why
-//	ForwardContext                           ForwardContext                      a value in ctx, not a slot of the process
-//	  no_compile_layers                      NoCompileLayers, Layer              set once, in Config
-//	  attn_metadata                          AttnMetadata, AttnMetadata()        always a list, one map per microbatch; "" serves all layers
-//	  slot_mapping                           SlotMapping, SlotMapping()          the same
-//	  virtual_engine                         VirtualEngine
-//	  dp_metadata                            DP
-//	  cudagraph_runtime_mode                 GraphMode                           a composite mode is refused
-//	  batch_descriptor                       Batch                               without one, a graph pass gets its token count
-//	  ubatch_slices                          UBatches                            checked: they must tile the pass
-//	  skip_compiled                          SkipCompiled
-//	  additional_kwargs                      context.WithValue                   ctx carries anything, with types
-//	  remaining_moe_layers                   none                                layers know their names
-//	BatchDescriptor                          BatchDescriptor                     NumReqs 0 is None
-//	  relax_for_mixed_batch_cudagraphs       RelaxForMixedBatchGraphs
-//	DPMetadata.make                          NewDPMetadata                       errors instead of assertions
-//	  max_tokens_across_dp_cpu               MaxTokensAcrossDP
-//	  num_tokens_across_dp_cpu               NumTokensAcrossDPTo, NumTokens      exact for all counts up to 2^31-1
-//	  chunked_sizes                          WithChunkedSizes, Chunks            a derived context: no size is left behind
-//	  sp_local_sizes                         WithSPLocalSizes                    the same
-//	  get_chunk_sizes_across_dp_rank         LocalSizes                          absent outside, never stale
-//	  cu_tokens_across_sp                    CuTokensAcrossSPTo
-//	get_forward_context                      FromContext, MustFromContext
-//	is_forward_context_available             FromContext                         its second result
-//	create_forward_context                   Pass                                or a ForwardContext literal
-//	override_forward_context                 NewContext                          the outer one is untouched
-//	set_forward_context                      Runner.Run, Runner.Start            ends by itself, also by error and panic
-//	CUDAGraphMode                            GraphMode                           for any graphs, not only CUDA's
-//	  decode_mode, mixed_mode, max_..._mode  DecodeMode, MixedMode, MaxMode
-//	  has_mode, separate_routine             HasMode, SeparateRoutine
-//	  has_full_cudagraphs                    HasFullGraphs
-//	  has_piecewise_cudagraphs,              HasPiecewiseGraphs                  the two are the same question
+// The names are those of December 2025. Names in brackets are what the newer model runner, the default
+// since v0.29, calls the same thing.
+//
+//	vLLM                                  here                        what differs, and why
+//	ForwardContext                        ForwardContext              a value in ctx, not a global slot
+//	  no_compile_layers                   Layers, Layer               set once, in Config
+//	  attn_metadata                       AttnMetadata                a map per microbatch; "" is for all
+//	  slot_mapping                        SlotMapping                 the same
+//	  virtual_engine                      VirtualEngine
+//	  dp_metadata                         DP
+//	  cudagraph_runtime_mode              GraphMode                   a composite mode is refused
+//	  batch_descriptor                    Batch                       by default its token count
+//	  ubatch_slices                       UBatches, Part              checked: they must tile the pass
+//	  skip_compiled                       SkipCompiled
+//	  additional_kwargs                   context.WithValue           ctx carries anything, with types
+//	  remaining_moe_layers                none                        layers know their names
+//	BatchDescriptor                       BatchDescriptor             NumReqs 0 is None
+//	  [BatchExecutionDescriptor]          Pass                        mode, key and padding of a step
+//	  relax_for_mixed_batch_cudagraphs    RelaxForMixedBatchGraphs
+//	DPMetadata.make                       NewDPMetadata               errors instead of assertions
+//	  max_tokens_across_dp_cpu            MaxTokensAcrossDP
+//	  num_tokens_across_dp_cpu            NumTokensAcrossDPTo         exact for all counts up to 2^31-1
+//	  chunked_sizes                       WithChunkedSizes, Chunks    a derived context: no size is left behind
+//	  sp_local_sizes                      WithSPLocalSizes            the same
+//	  get_chunk_sizes_across_dp_rank      LocalSizes                  absent outside, never stale
+//	  cu_tokens_across_sp                 CuTokensAcrossSPTo
+//	get_forward_context                   FromContext, MustFromContext
+//	is_forward_context_available          FromContext                 its second result
+//	create_forward_context                Pass                        or a ForwardContext literal
+//	override_forward_context              NewContext                  the outer one is untouched
+//	set_forward_context                   Runner.Run, Runner.Start    ends by itself, also by a panic
+//	CUDAGraphMode                         GraphMode                   for any graphs, not only CUDA's
+//	  decode_mode, mixed_mode             DecodeMode, MixedMode
+//	  max_cudagraph_mode                  MaxMode
+//	  has_mode, separate_routine          HasMode, SeparateRoutine
+//	  has_full_cudagraphs                 HasFullGraphs
+//	  has_piecewise_cudagraphs,           HasPiecewiseGraphs          the two are the same question
 //	  requires_piecewise_compilation
-//	  valid_runtime_modes                    ValidRuntime
-//	CudagraphDispatcher                      Dispatcher                          also says why: Reason
-//	CUDAGraphWrapper                         GraphCache                          never captures after warm-up; the first pass has its result too
-//	coordinate_batch_across_dp               Plan: Coordinator, Agree            has a deadline, and names the missing rank
-//	UBatchSlice, maybe_create_ubatch_slices  UBatchSlice, SplitUBatches          any number of microbatches; an empty one is an error
-//	UBatchWrapper                            RunUBatches                         really at once; errors and panics come out
-//	platform hook, its additional kwargs     Middleware, context.WithValue       wraps the pass instead of adding keys to it
-//	VLLM_LOG_BATCHSIZE_INTERVAL              fwd.forward.duration                by batch size, mode and reason, without a log
+//	  valid_runtime_modes                 ValidRuntime
+//	CudagraphDispatcher                   Dispatcher                  also says why: Reason, Gaps
+//	  [CudaGraphManager.dispatch]
+//	CUDAGraphWrapper                      GraphCache                  never captures after warm-up
+//	  [CudaGraphManager.run_fullgraph]
+//	capture_model                         Runner.WarmUp               all ranks capture the same one
+//	  [CudaGraphManager.capture]
+//	coordinate_batch_across_dp            Runner.Plan, Agree          a deadline, and the missing rank's name
+//	  [dispatch_cg_and_sync_dp]
+//	  [DPSyncState]                       Agreement                   with all votes and who set what
+//	  [dp_sync]                           Schedule.Reuse              a draft model exchanges nothing
+//	execute_dummy_batch                   Plan of an idle rank        lowers nobody's mode
+//	UBatchSlice                           UBatchSlice
+//	maybe_create_ubatch_slices            SplitUBatches               any number of them
+//	UBatchWrapper                         RunUBatches                 concurrent; errors come out
+//	platform hook, its additional kwargs  Middleware                  wraps the pass
+//	VLLM_LOG_BATCHSIZE_INTERVAL           fwd.forward.duration        by size, mode and reason
 package fwd

@@ -143,7 +143,7 @@ func checkAcross(p ParallelConfig, numTokens int, across *mat.VecDense) error {
 		return invalidf("%d token counts for %d data-parallel ranks", across.Len(), p.DataParallelSize)
 	}
 	if own := across.AtVec(p.DataParallelRank); own != float64(numTokens) {
-		return fmt.Errorf("%w: rank %d runs %d tokens, but the counts across ranks say %v; both must include padding",
+		return fmt.Errorf("%w: rank %d runs %d tokens, but the counts across ranks say %v; both include padding",
 			ErrTokenMismatch, p.DataParallelRank, numTokens, own)
 	}
 	for d := range across.Len() {
@@ -195,20 +195,28 @@ func (m *DPMetadata) MaxTokensAcrossDP() int { return m.max }
 // It has length D·sp and no leading zero. dst is treated as by NumTokensAcrossDPTo.
 func (m *DPMetadata) CuTokensAcrossSPTo(dst *mat.VecDense, sp int) *mat.VecDense {
 	dst, raw, inc := vecOfLen(dst, m.numLocal(sp))
-	div := newDivider(sp)
-	sum, i := int64(0), 0 // below 2^53, so it is exact as a float64
-	for d := range m.size {
-		local := m.max
-		if m.tokens != nil {
-			local = m.tokens[d]
+	sum := int64(0) // below 2^53, so it is exact as a float64
+	switch {
+	case m.tokens == nil:
+		local := int64(ceilDiv(m.max, sp))
+		for k := range m.size * sp {
+			sum += local
+			raw[k*inc] = float64(sum)
 		}
-		if sp > 1 {
-			local = div.ceil(local)
+	case sp == 1 && inc == 1:
+		raw = raw[:len(m.tokens)]
+		for d, n := range m.tokens {
+			sum += int64(n)
+			raw[d] = float64(sum)
 		}
-		for range sp {
-			sum += int64(local)
-			raw[i] = float64(sum)
-			i += inc
+	default:
+		div, i := newDivider(sp), 0
+		for _, n := range m.tokens {
+			local := int64(div.ceil(n))
+			for end := i + sp*inc; i < end; i += inc {
+				sum += local
+				raw[i] = float64(sum)
+			}
 		}
 	}
 	return dst
@@ -224,10 +232,12 @@ func (m *DPMetadata) AppendSPLocalSizes(dst []int, sp int) []int {
 	case sp == 1:
 		copy(out, m.tokens)
 	default:
-		div := newDivider(sp)
+		div, i := newDivider(sp), 0
 		for _, n := range m.tokens {
-			fill(out[:sp], div.ceil(n))
-			out = out[sp:]
+			local := div.ceil(n)
+			for end := i + sp; i < end; i++ {
+				out[i] = local
+			}
 		}
 	}
 	return dst
@@ -246,20 +256,22 @@ func (m *DPMetadata) AppendChunkedSizes(dst []int, sp, maxChunk, idx int) []int 
 	if idx <= maxCount/maxChunk {
 		start = maxChunk * idx
 	}
-	if m.tokens == nil {
+	switch {
+	case m.tokens == nil:
 		fill(out, chunkSize(ceilDiv(m.max, sp), start, maxChunk))
-		return dst
-	}
-	if sp == 1 {
+	case sp == 1:
+		out = out[:len(m.tokens)]
 		for d, n := range m.tokens {
 			out[d] = chunkSize(n, start, maxChunk)
 		}
-		return dst
-	}
-	div := newDivider(sp)
-	for _, n := range m.tokens {
-		fill(out[:sp], chunkSize(div.ceil(n), start, maxChunk))
-		out = out[sp:]
+	default:
+		div, i := newDivider(sp), 0
+		for _, n := range m.tokens {
+			size := chunkSize(div.ceil(n), start, maxChunk)
+			for end := i + sp; i < end; i++ {
+				out[i] = size
+			}
+		}
 	}
 	return dst
 }
@@ -454,8 +466,9 @@ type Chunk struct {
 // Chunks returns the rounds of a layer that exchanges at most maxChunk rows of each rank at a time.
 // Every rank gets the same number of rounds, [DPMetadata.NumChunks]. Each round has a context with the
 // round's local sizes, and the rows that this rank computes in it. With n this rank's SP local size, M
-// the largest of all ranks and c maxChunk, round i covers the rows [i·c, min((i+1)·c, M)), of which
-// this rank computes min(start, n-1) to min(end, n) and keeps the result if start is below n. A rank
+// the largest of all ranks and c maxChunk, round i covers the rows from start = i·c to
+// end = min((i+1)·c, M). This rank computes its rows from min(start, n-1) to min(end, n), and keeps the
+// result if start is below n. A rank
 // without rows computes [0, 1), for which the caller supplies a padding row, and keeps nothing. If no
 // rank has tokens, there are no rounds.
 //
@@ -553,6 +566,42 @@ func (v *Vote) same(w *Vote) bool {
 		v.Uniform == w.Uniform && v.ExcludeFull == w.ExcludeFull && v.Eager == w.Eager &&
 		v.UBatch == w.UBatch && v.Idle == w.Idle && v.WarmUp == w.WarmUp &&
 		v.GraphMode == w.GraphMode && v.Note == w.Note && v.Config == w.Config
+}
+
+// newFingerprint returns a number that stands for what must be equal on all ranks: FNV-1a over its
+// parts, each as 8 bytes, so that it is the same in every process and on every architecture.
+func (r *Runner) newFingerprint() uint64 {
+	f := fingerprint(14695981039346656037)
+	f.text(r.name)
+	c := r.parallel
+	f.ints(c.DataParallelSize, toInt(c.Dense), c.NumUBatches, c.DecodeUBatchThreshold,
+		c.PrefillUBatchThreshold, c.TokenMultiple, toInt(r.stepTrace))
+	r.dispatcher.addTo(&f)
+	return max(uint64(f), 1) // 0 means that nothing is said
+}
+
+type fingerprint uint64
+
+func (f *fingerprint) ints(list ...int) {
+	for _, n := range list {
+		for i := range 8 {
+			*f = (*f ^ fingerprint(byte(int64(n)>>(8*i)))) * 1099511628211
+		}
+	}
+}
+
+func (f *fingerprint) text(s string) {
+	f.ints(len(s))
+	for _, b := range []byte(s) {
+		f.ints(int(b))
+	}
+}
+
+func toInt(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
 }
 
 // warmUpGraph identifies the graph that a vote warms up; the zero value is none.
@@ -709,8 +758,8 @@ func checkVotes(votes []Vote) error {
 }
 
 var (
-	errConfigured = fmt.Errorf("%w: ranks are configured differently; give all the same Config and options", ErrInvalid)
-	errWarmUp     = fmt.Errorf("%w: ranks don't warm up the same graph; warm up all together, then serve", ErrLockstep)
+	errConfigured = fmt.Errorf("%w: the ranks are configured differently; configure all the same", ErrInvalid)
+	errWarmUp     = fmt.Errorf("%w: not all ranks warm up the same graph; warm up together", ErrLockstep)
 )
 
 // minority returns the ranks whose key is not the most frequent one; if several are equally frequent,
@@ -825,9 +874,11 @@ type localGroup struct {
 	here  int    // ranks in the open round
 	step  uint64 // the group's: of the last round that has ended, whichever way
 
-	begins bool          // some exchanges are begun, and want to know when their round ended
-	timer  *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
-	armed  time.Duration // when it fires; 0: it does not
+	agreement *Agreement // of the latest complete round, for all who were in it; nil: not computed yet
+	ubatches  int        // the number of microbatches that it is on
+
+	timer *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
+	armed time.Duration // when it fires; 0: it does not
 }
 
 // localRank is one rank's Coordinator. What follows wake is guarded by the group's mutex.
@@ -845,7 +896,6 @@ type localRank struct {
 	late     bool   // rounds were broken since it was here,
 	lateFrom uint64 // this one first
 	begun    begun
-	ended    time.Duration // when its latest round ended, if anybody in it was begun
 }
 
 // begun is what a rank that does not wait in Exchange needs, so that its round ends all the same.
@@ -853,10 +903,12 @@ type begun struct {
 	ctx      context.Context
 	over     bool          // it ended when it began: this rank came last, or was refused
 	err      error         // of a rank whose exchange was over
+	waits    bool          // its round is open
 	stop     func() bool   // of what follows the end of ctx; nil: ctx never ends
 	deadline time.Duration // 0: none
 	cause    error         // of the deadline
 	expired  bool
+	ended    time.Duration // when the round ended
 }
 
 // Rank implements [Coordinator].
@@ -895,9 +947,12 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 	if err := v.Validate(c.rank); err != nil {
 		return nil, err
 	}
+	c.group.mu.Lock()
 	votes, complete, err := c.group.join(c, &v)
+	round := c.round
+	c.group.mu.Unlock()
 	if err == nil && !complete {
-		err = c.wait(ctx)
+		err = c.wait(ctx, round)
 	}
 	if err != nil {
 		return nil, err
@@ -908,31 +963,24 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 // begin is the first half of an Exchange whose second half, await, may come whenever it likes: the
 // round also ends with ctx, and after timeout if that is above 0, with that cause. No goroutine is
 // started. The vote must be valid.
-func (c *localRank) begin(ctx context.Context, v Vote, timeout time.Duration, cause error) {
-	_, complete, err := c.group.join(c, &v)
-	b := begun{ctx: ctx, cause: cause, over: complete || err != nil, err: err}
-	if !b.over && ctx.Done() != nil {
-		round := c.round // only this rank's calls change it
-		b.stop = context.AfterFunc(ctx, func() { c.group.breakRound(c, round) })
+func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, cause error) {
+	g := c.group
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	_, complete, err := g.join(c, v)
+	c.begun = begun{ctx: ctx, cause: cause, over: complete || err != nil, err: err}
+	if c.begun.over {
+		return
 	}
-	c.group.mu.Lock()
-	defer c.group.mu.Unlock()
-	c.group.begins = true
-	if c.here && timeout > 0 {
-		b.deadline = now() + timeout
-		c.group.arm(b.deadline)
+	c.begun.waits = true
+	if timeout > 0 {
+		c.begun.deadline = now() + timeout
+		g.arm(c.begun.deadline)
 	}
-	c.begun = b
-}
-
-// endedAt returns when the round of the latest Exchange ended, or otherwise if that is not known.
-func (c *localRank) endedAt(otherwise time.Duration) time.Duration {
-	c.group.mu.Lock()
-	defer c.group.mu.Unlock()
-	if c.ended == 0 {
-		return otherwise
+	if ctx.Done() != nil {
+		round := c.round
+		c.begun.stop = context.AfterFunc(ctx, func() { g.breakRound(c, round) })
 	}
-	return c.ended
 }
 
 // open reports whether the round of the latest Exchange has not ended yet.
@@ -945,22 +993,23 @@ func (c *localRank) open() bool {
 // await is the second half of a begun Exchange.
 func (c *localRank) await() ([]Vote, error) {
 	c.group.mu.Lock()
-	b, votes := c.begun, c.votes
+	b := &c.begun
+	over, votes := b.over, c.votes
 	c.group.mu.Unlock()
-	if b.over {
+	if over {
 		if b.err != nil {
 			return nil, b.err
 		}
 		return votes, nil
 	}
-	err := <-c.wake
+	err := <-c.wake // who has sent it has set expired before
 	if b.stop != nil {
 		b.stop()
 	}
 	switch {
 	case err == nil:
 		return votes, nil
-	case c.hasExpired():
+	case b.expired:
 		err.Err = fmt.Errorf("%w: %w", err.Err, b.cause)
 	default:
 		err.addCause(b.ctx)
@@ -968,10 +1017,31 @@ func (c *localRank) await() ([]Vote, error) {
 	return nil, err
 }
 
-func (c *localRank) hasExpired() bool {
+// endedAt returns when the round of the latest Exchange, which began then, ended.
+func (c *localRank) endedAt(began time.Duration) time.Duration {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()
-	return c.begun.expired
+	if c.begun.over {
+		return began
+	}
+	return c.begun.ended
+}
+
+// agree is Agree for the votes of a round of this group: the first rank of a round that asks computes
+// the agreement, and the others share it.
+func (c *localRank) agree(votes []Vote, numUBatches int) (*Agreement, error) {
+	g := c.group
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if a := g.agreement; a != nil && &a.Votes[0] == &votes[0] && g.ubatches == numUBatches {
+		return a, nil
+	}
+	a, err := Agree(votes, numUBatches)
+	if err != nil {
+		return nil, err
+	}
+	g.agreement, g.ubatches = &a, numUBatches
+	return g.agreement, nil
 }
 
 // arm makes sure that the group looks after its deadlines at t. It usually does already: the timer is
@@ -1015,10 +1085,8 @@ func twice(rank int, step uint64) error {
 }
 
 // join adds rank c's vote to the open round. The last to join ends the round. join returns where the
-// votes will be.
+// votes will be. It wants the group locked.
 func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	waits := c.here || len(c.wake) > 0 // the latter has yet to hear that its round has ended
 	if waits || c.voted && v.Step == c.last {
 		return nil, false, twice(c.rank, v.Step)
@@ -1065,14 +1133,17 @@ func (g *localGroup) takeRoom() []Vote {
 // last is the rank whose vote came last, or -1.
 func (g *localGroup) end(self *localRank, last int, step uint64, err *RankError) {
 	ended := time.Duration(0)
-	if g.begins {
-		ended = now()
-	}
 	for _, c := range g.ranks {
 		if !c.here {
 			continue
 		}
-		c.here, c.last, c.lastRank, c.begun.deadline, c.ended = false, step, last, 0, ended
+		c.here, c.last, c.lastRank = false, step, last
+		if c.begun.waits { // it may ask later than the round ends
+			if ended == 0 {
+				ended = now()
+			}
+			c.begun.waits, c.begun.deadline, c.begun.ended = false, 0, ended
+		}
 		if c != self {
 			c.wake <- err.clone() // never blocks: a rank waits once a round, and the buffer holds one
 		}
@@ -1081,7 +1152,7 @@ func (g *localGroup) end(self *localRank, last int, step uint64, err *RankError)
 }
 
 // wait waits for the end of the round that c has joined, and breaks it when ctx ends first.
-func (c *localRank) wait(ctx context.Context) error {
+func (c *localRank) wait(ctx context.Context, round uint64) error {
 	runtime.Gosched() // the others may be about to come, and to let them is cheaper than to sleep and be woken
 	done := ctx.Done()
 	var err *RankError
@@ -1091,7 +1162,7 @@ func (c *localRank) wait(ctx context.Context) error {
 		select {
 		case err = <-c.wake:
 		case <-done:
-			c.group.breakRound(c, c.round)
+			c.group.breakRound(c, round)
 			err = <-c.wake
 		}
 	}

@@ -71,6 +71,29 @@ type passContext struct {
 	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
 	run              *run            // nil: not in a Runner's pass
 	inner            bool            // the forward function has been called with it, inside all middleware
+	attn, slots      metadata        // what fc has for this context
+}
+
+// metadata is the metadata of a pass, or a microbatch, by layer, ready to be read fast.
+type metadata struct {
+	byLayer map[string]any // nil: there is none here
+	all     any            // the entry of every layer without its own
+}
+
+// readMetadata finds the metadata for a context of a pass, which has none if the pass is split.
+func (c *passContext) readMetadata() {
+	if len(c.fc.UBatches) > 0 {
+		c.attn, c.slots = metadata{}, metadata{}
+		return
+	}
+	c.attn.read(c.fc.AttnMetadata)
+	c.slots.read(c.fc.SlotMapping)
+}
+
+func (m *metadata) read(maps []map[string]any) {
+	if len(maps) == 1 {
+		m.byLayer, m.all = maps[0], maps[0][""]
+	}
 }
 
 // Value returns c itself for the package's key, and leaves every other key to the parent.
@@ -151,7 +174,9 @@ func NewContext(parent context.Context, fc *ForwardContext) context.Context {
 	if !fc.GraphMode.ValidRuntime() {
 		panic(fmt.Sprintf("fwd: NewContext in graph mode %v, which is not a runtime mode", fc.GraphMode))
 	}
-	return &passContext{Context: parent, fc: fc}
+	c := &passContext{Context: parent, fc: fc}
+	c.readMetadata()
+	return c
 }
 
 // FromContext returns the forward context of the innermost pass, or microbatch, that ctx is in. Outside
@@ -190,12 +215,16 @@ func MustFromContext(ctx context.Context) *ForwardContext {
 // microbatches.
 func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
-	if c != nil && len(c.fc.AttnMetadata) == 1 && len(c.fc.UBatches) == 0 {
-		if v, ok := entry(c.fc.AttnMetadata[0], layer).(T); ok {
+	if c != nil {
+		entry, ok := c.attn.byLayer[layer]
+		if !ok {
+			entry = c.attn.all
+		}
+		if v, ok := entry.(T); ok {
 			return v, nil
 		}
 	}
-	return missing[T](c, "attention metadata", layer)
+	return missing[T](c, whatAttn, layer)
 }
 
 // MustAttnMetadata is [AttnMetadata] for layers whose Forward returns no error. It panics with the
@@ -211,12 +240,16 @@ func MustAttnMetadata[T any](ctx context.Context, layer string) T {
 // SlotMapping returns the slot mapping of a layer. It treats names and errors as [AttnMetadata] does.
 func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
-	if c != nil && len(c.fc.SlotMapping) == 1 && len(c.fc.UBatches) == 0 {
-		if v, ok := entry(c.fc.SlotMapping[0], layer).(T); ok {
+	if c != nil {
+		entry, ok := c.slots.byLayer[layer]
+		if !ok {
+			entry = c.slots.all
+		}
+		if v, ok := entry.(T); ok {
 			return v, nil
 		}
 	}
-	return missing[T](c, "slot mapping", layer)
+	return missing[T](c, whatSlots, layer)
 }
 
 // Layer returns the layer object of that name, from Config.Layers. The error wraps ErrNoForwardContext
@@ -228,15 +261,7 @@ func Layer[T any](ctx context.Context, name string) (T, error) {
 			return v, nil
 		}
 	}
-	return missing[T](c, "layer", name)
-}
-
-// entry returns the entry of a layer, or else the one for all layers, or nil.
-func entry(m map[string]any, layer string) any {
-	if v, ok := m[layer]; ok {
-		return v
-	}
-	return m[""]
+	return missing[T](c, whatLayer, name)
 }
 
 // AllLayers returns metadata that serves every layer: {"": v}.
@@ -255,7 +280,7 @@ func WithMetadata(ctx context.Context, attn, slots map[string]any) (context.Cont
 		return nil, ErrNoForwardContext
 	}
 	if n := len(c.fc.UBatches); n > 0 {
-		return nil, invalidf("metadata for a pass that is split into %d microbatches; add it inside each microbatch", n)
+		return nil, invalidf("metadata for a pass that is split into %d microbatches; add it inside of each", n)
 	}
 	fc := *c.fc
 	if attn != nil {
@@ -266,6 +291,7 @@ func WithMetadata(ctx context.Context, attn, slots map[string]any) (context.Cont
 	}
 	derived := c.over(ctx)
 	derived.fc = &fc
+	derived.readMetadata()
 	return derived, nil
 }
 
@@ -372,58 +398,6 @@ func WithSynchronize(f func(context.Context) error) Option {
 // A duration is never negative, even if the clock goes back. nil means the real time.
 func WithClock(now func() time.Time) Option { return optionFunc(func(cfg *config) { cfg.clock = now }) }
 
-// WithQueue sets the device that runs the passes, one after the other. See [Queue]. nil means none.
-func WithQueue(q *Queue) Option { return optionFunc(func(cfg *config) { cfg.queue = q }) }
-
-// A Queue is a device that runs passes in the order in which they begin, however early they are begun.
-// Durations of passes on Runners that share a Queue count from the later of their own start and the end
-// of the pass before, so the durations of pipelined passes sum to the time that went by. Spans keep
-// their own start. The zero value is ready to use, by any number of goroutines. The Runners must share
-// a clock too: [New] refuses one with [WithClock] beside one without.
-type Queue struct {
-	mu    sync.Mutex
-	clock queueClock
-	last  instant // the end of the last pass
-	used  bool    // last is set
-}
-
-type queueClock uint8
-
-const (
-	queueUnknown queueClock = iota
-	queueReal
-	queueSimulated
-)
-
-// join refuses a Runner whose clock can't be that of the others.
-func (q *Queue) join(simulated bool, p *problems) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	clock := queueReal
-	if simulated {
-		clock = queueSimulated
-	}
-	if q.clock != queueUnknown && q.clock != clock {
-		p.addf("the Queue is shared by Runners with and without WithClock; give all the same clock")
-		return
-	}
-	q.clock = clock
-}
-
-// duration returns how long the device took for a pass.
-func (q *Queue) duration(began, ended instant) time.Duration {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.used && began.until(q.last) > 0 {
-		began = q.last
-	}
-	d := began.until(ended)
-	if d > 0 || !q.used {
-		q.last, q.used = ended, true
-	}
-	return max(d, 0)
-}
-
 // A Runner runs the forward passes of one rank of one model. Most callers need two of its methods:
 // [Runner.Plan], then [Runner.Run], once per step. Run may be called from several goroutines. With a
 // coordinator, Plan and Run exchange votes one at a time, in the same order on every rank. A nil
@@ -528,42 +502,6 @@ func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
 	r.fingerprint = r.newFingerprint()
 }
 
-// newFingerprint returns a number that stands for what must be equal on all ranks: FNV-1a over its
-// parts, each as 8 bytes, so that it is the same in every process and on every architecture.
-func (r *Runner) newFingerprint() uint64 {
-	f := fingerprint(14695981039346656037)
-	f.text(r.name)
-	c := r.parallel
-	f.ints(c.DataParallelSize, toInt(c.Dense), c.NumUBatches, c.DecodeUBatchThreshold,
-		c.PrefillUBatchThreshold, c.TokenMultiple, toInt(r.stepTrace))
-	r.dispatcher.addTo(&f)
-	return max(uint64(f), 1) // 0 means that nothing is said
-}
-
-type fingerprint uint64
-
-func (f *fingerprint) ints(list ...int) {
-	for _, n := range list {
-		for i := range 8 {
-			*f = (*f ^ fingerprint(byte(int64(n)>>(8*i)))) * 1099511628211
-		}
-	}
-}
-
-func (f *fingerprint) text(s string) {
-	f.ints(len(s))
-	for _, b := range []byte(s) {
-		f.ints(int(b))
-	}
-}
-
-func toInt(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
-}
-
 // WithGraphs returns a Runner that goes on at r's step with another dispatcher; r must not be used any
 // more. All ranks must change in the same step: otherwise their fingerprints differ, and every rank's
 // next exchange returns ErrInvalid.
@@ -625,7 +563,7 @@ func (r *Runner) Status() Status {
 	if s.Step = step; e == nil {
 		return s
 	}
-	s.Step = e.vote.Step
+	s.Step = e.draft.vote.Step
 	if e.waiting() {
 		s.Exchanging, s.Since = true, r.timeOf(e.began)
 		if c, ok := r.coordinator.(interface{ Missing() []int }); ok {
@@ -678,38 +616,6 @@ func (a *activity) running() (oldest instant, n int) {
 		n++
 	}
 	return oldest, n
-}
-
-// instant is a point in time, on the clock of a Runner if it has one, otherwise on the process's
-// monotonic clock, which is cheaper to read than the time of day.
-type instant struct {
-	mono  time.Duration
-	clock time.Time
-}
-
-var processStart = time.Now()
-
-// now returns the time on the process's monotonic clock.
-func now() time.Duration { return time.Since(processStart) }
-
-func (r *Runner) now() instant {
-	if r.clock != nil {
-		return instant{clock: r.clock()}
-	}
-	return instant{mono: now()}
-}
-
-// until returns the time from i to j, which is negative if j is earlier.
-func (i instant) until(j instant) time.Duration {
-	return j.mono - i.mono + j.clock.Sub(i.clock)
-}
-
-// timeOf returns the time of day.
-func (r *Runner) timeOf(i instant) time.Time {
-	if r.clock != nil {
-		return i.clock
-	}
-	return time.Now().Add(i.mono - now())
 }
 
 // Pass describes one forward pass. [Runner.Plan] makes one; a caller without Plan fills it in. After
@@ -882,7 +788,8 @@ func (r *Runner) String() string {
 	if r == nil {
 		r = nilRunner
 	}
-	return fmt.Sprintf("fwd.Runner %q, rank %d of %d", r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize)
+	return fmt.Sprintf("fwd.Runner %q, rank %d of %d",
+		r.name, r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 }
 
 // run is a pass while it runs: its context with the forward context beside it in one allocation, and
@@ -957,6 +864,7 @@ func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
 	}
 	v.Part = p.whole()
 	v.SkipCompiled, v.Dummy = p.SkipCompiled, p.Dummy
+	x.readMetadata()
 	x.began = r.now()
 	if listening != 0 {
 		r.telemetry.startForward(x, p, listening)
@@ -1030,16 +938,12 @@ func (p *Pass) across() *mat.VecDense {
 // exchangeByHand exchanges the vote of a pass that nobody planned. Without graph or microbatches nothing
 // is padded, so each rank keeps the tokens it has.
 func (r *Runner) exchangeByHand(ctx context.Context, p *Pass) error {
-	e, err := r.vote(ctx, Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens, NumReqs: p.NumReqs})
-	if err != nil {
+	e := &exchange{plan: plan{byHand: true}}
+	e.draft.vote = Vote{NumTokens: p.NumTokensUnpadded, NumTokensPadded: p.NumTokens, NumReqs: p.NumReqs}
+	if err := r.exchange(ctx, e); err != nil {
 		return err
 	}
-	if err := e.settle(); err != nil {
-		return err
-	}
-	p.Agreement = e.agreement
-	p.plan = e.plan()
-	p.plan.byHand = true
+	p.Agreement, p.plan = e.agreement, &e.plan
 	return nil
 }
 
@@ -1120,7 +1024,8 @@ func (x *run) call() error {
 
 // runInnermost is what the middleware wraps: it calls the forward function of the pass that ctx is in.
 func (r *Runner) runInnermost(ctx context.Context) error {
-	c := lookup(ctx)
+	innermost := lookup(ctx)
+	c := innermost
 	for c != nil && (c.run == nil || c.run.runner.state != r.state || c.run.forward == nil) {
 		c = lookup(c.Context) // a middleware may have put another Runner's pass around the rest
 	}
@@ -1135,6 +1040,9 @@ func (r *Runner) runInnermost(ctx context.Context) error {
 	}
 	within := c.over(ctx)
 	within.inner = true
+	if c != innermost {
+		within = innermost.over(within) // the forward function is in that pass
+	}
 	return c.run.forward(within)
 }
 
@@ -1213,7 +1121,9 @@ func (x *run) endStarted(err error) {
 // Call is [Runner.Run] for a forward function that returns something: it returns what forward returned
 // last. If forward is not called, as in a pass of which the agreement says that every rank is idle, it
 // returns the zero value. Middleware must not call next concurrently.
-func Call[T any](ctx context.Context, r *Runner, p Pass, forward func(ctx context.Context) (T, error)) (T, error) {
+func Call[T any](
+	ctx context.Context, r *Runner, p Pass, forward func(ctx context.Context) (T, error),
+) (T, error) {
 	var result T
 	if forward == nil {
 		return result, r.Run(ctx, p, nil)
@@ -1268,42 +1178,45 @@ func (r *Runner) checkReported(p *Pass) error {
 	return err
 }
 
-// exchange is one exchange of a Runner, from its vote to its outcome.
+// exchange is one exchange of a Runner, from its vote to its outcome, with what its passes share.
 type exchange struct {
-	runner *Runner
-	ctx    context.Context
-	vote   Vote
-	span   coordinateSpan
-	began  instant
-	local  bool          // begun at a rank of a local group, which waits without a goroutine
-	done   chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
-
-	over atomic.Bool // the outcome is there
-	mu   sync.Mutex  // held while the outcome is fetched
+	plan           // of the passes
+	draft    draft // of the pass, with the vote
+	ctx      context.Context
+	span     *coordinateSpan // nil: nobody listens
+	began    instant
+	over     atomic.Bool   // the outcome is there
+	joined   atomic.Bool   // of a local one: its vote is in
+	local    bool          // begun at a rank of a local group, which waits without a goroutine
+	mu       sync.Mutex    // held while the outcome is fetched
+	done     chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
+	panicked any           // by Exchange or an observer, in the goroutine
 
 	agreement *Agreement
 	err       error
-	wait      time.Duration
-	lastRank  int
-	panicked  any // by Exchange or an observer, in the goroutine
 }
 
-// vote opens the Runner's next exchange. It must be settled.
-func (r *Runner) vote(ctx context.Context, v Vote) (*exchange, error) {
+// open opens the Runner's next exchange, which must be settled. If it is to be begun, its caller does not
+// wait for the votes.
+func (r *Runner) open(ctx context.Context, e *exchange, begun bool) error {
 	if r.coordinator == nil {
-		return nil, invalidf("rank %d of %d has no coordinator; use WithCoordinator",
+		return invalidf("rank %d of %d has no coordinator; use WithCoordinator",
 			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 	}
-	v.Config = r.fingerprint
-	e := &exchange{runner: r, ctx: ctx, vote: v, began: r.now(), lastRank: -1}
+	e.runner, e.lastRank = r, -1
+	e.ctx, e.began = ctx, r.now()
+	e.draft.vote.Config = r.fingerprint
+	if e.local = begun && r.local != nil; begun && !e.local {
+		e.done = make(chan struct{})
+	}
 	for other := r.state.openExchange(e); other != nil; other = r.state.openExchange(e) {
 		if other.waiting() {
-			return nil, r.busy(other)
+			return r.busy(other)
 		}
 		other.settle() // it is over, but nobody has asked for the outcome
 	}
 	e.span = r.telemetry.startCoordinate(ctx, e)
-	return e, nil
+	return nil
 }
 
 // openExchange makes e the open exchange, unless there is one, which it returns.
@@ -1312,7 +1225,7 @@ func (s *state) openExchange(e *exchange) *exchange {
 	defer s.mu.Unlock()
 	if s.open == nil {
 		s.open = e
-		e.vote.Step = s.step + 1
+		e.draft.vote.Step = s.step + 1
 		return nil
 	}
 	return s.open
@@ -1337,23 +1250,28 @@ func (s *state) exchanging() (*exchange, uint64) {
 // busy is the error of an exchange that is begun while another is open.
 func (r *Runner) busy(open *exchange) error {
 	rank := r.parallel.DataParallelRank
-	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first", ErrLockstep, rank)
-	return &RankError{err, open.vote.Step, []int{rank}}
+	err := fmt.Errorf("%w: rank %d begins an exchange while another is open; wait for that one first",
+		ErrLockstep, rank)
+	return &RankError{err, open.draft.vote.Step, []int{rank}}
+}
+
+// exchange opens an exchange and waits for its outcome.
+func (r *Runner) exchange(ctx context.Context, e *exchange) error {
+	if err := r.open(ctx, e, false); err != nil {
+		return err
+	}
+	return e.settle()
 }
 
 // begin starts the exchange without waiting for its outcome.
-func (e *exchange) begin() error {
+func (e *exchange) begin() {
 	r := e.runner
-	if err := e.vote.Validate(r.parallel.DataParallelRank); err != nil {
-		e.finish(e.vote.Step-1, nil, err)
-		return err
+	if e.local {
+		vote := e.draft.vote // a copy, since a late rank votes for another step
+		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		e.joined.Store(true)
+		return
 	}
-	if r.local != nil {
-		e.local = true
-		r.local.begin(e.span.ctx, e.vote, r.timeout, r.timeoutCause)
-		return nil
-	}
-	e.done = make(chan struct{})
 	go func() {
 		defer close(e.done)
 		e.panicked = "fwd: the coordinator's Exchange ended its goroutine"
@@ -1365,12 +1283,11 @@ func (e *exchange) begin() error {
 		e.resolve()
 		e.panicked = nil
 	}()
-	return nil
 }
 
 // waiting reports whether votes are still missing.
 func (e *exchange) waiting() bool {
-	if e.local {
+	if e.local && e.joined.Load() {
 		return e.runner.local.open()
 	}
 	return !e.over.Load()
@@ -1395,15 +1312,15 @@ func (e *exchange) settle() error {
 
 // resolve fetches the votes, agrees, and notes what came out.
 func (e *exchange) resolve() {
+	step := e.draft.vote.Step
 	returned := false
 	defer func() {
 		if !returned {
-			e.finish(e.vote.Step, nil, errPanic)
+			e.finish(step, nil, errPanic)
 		}
 	}()
 	votes, err := e.ask()
 	returned = true
-	step := e.vote.Step
 	var a *Agreement
 	switch {
 	case err == nil:
@@ -1414,7 +1331,7 @@ func (e *exchange) resolve() {
 	case errors.Is(err, ErrInvalid):
 		step-- // refused before anything was sent
 	}
-	if rankErr := (*RankError)(nil); errors.As(err, &rankErr) && rankErr != nil {
+	if rankErr := (*RankError)(nil); err != nil && errors.As(err, &rankErr) && rankErr != nil {
 		step = rankErr.Step
 	}
 	e.finish(step, a, err)
@@ -1426,28 +1343,40 @@ func (e *exchange) ask() ([]Vote, error) {
 	if e.local {
 		return r.local.await()
 	}
-	ctx := e.span.ctx
+	ctx := e.askCtx()
 	if r.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeoutCause(ctx, r.timeout, r.timeoutCause)
 		defer cancel()
 	}
-	return r.coordinator.Exchange(ctx, e.vote)
+	return r.coordinator.Exchange(ctx, e.draft.vote)
+}
+
+// askCtx returns the context of the exchange, with its span if that is open.
+func (e *exchange) askCtx() context.Context {
+	if e.span != nil {
+		return e.span.ctx
+	}
+	return e.ctx
 }
 
 // agree checks that the votes are those of this step, and agrees. If a coordinator mixes rounds up, that
 // must not go unnoticed: the ranks would run different passes.
 func (e *exchange) agree(votes []Vote) (*Agreement, error) {
-	size, rank := e.runner.parallel.DataParallelSize, e.runner.parallel.DataParallelRank
+	r, vote := e.runner, &e.draft.vote
+	size, rank := r.parallel.DataParallelSize, r.parallel.DataParallelRank
 	if len(votes) != size {
 		return nil, invalidf("the coordinator returned %d votes for %d ranks", len(votes), size)
 	}
-	if own := &votes[rank]; own.Step < e.vote.Step || !own.same(&e.vote) {
+	if own := &votes[rank]; own.Step < vote.Step || !own.same(vote) {
 		err := fmt.Errorf("%w: the coordinator returned %+v as the vote of rank %d, which voted %+v",
-			ErrLockstep, *own, rank, e.vote)
-		return nil, &RankError{err, e.vote.Step, []int{rank}}
+			ErrLockstep, *own, rank, *vote)
+		return nil, &RankError{err, vote.Step, []int{rank}}
 	}
-	a, err := Agree(votes, e.runner.parallel.NumUBatches)
+	if r.local != nil {
+		return r.local.agree(votes, r.parallel.NumUBatches)
+	}
+	a, err := Agree(votes, r.parallel.NumUBatches)
 	if err != nil {
 		return nil, err
 	}
@@ -1457,22 +1386,23 @@ func (e *exchange) agree(votes []Vote) (*Agreement, error) {
 // finish notes the outcome and tells those who listen.
 func (e *exchange) finish(step uint64, a *Agreement, err error) {
 	r := e.runner
+	e.agreement, e.err = a, err
+	if e.span == nil {
+		r.state.closeExchange(e, step)
+		e.over.Store(true)
+		return
+	}
 	ended := r.now()
 	if e.local && r.clock == nil {
-		ended.mono = r.local.endedAt(ended.mono)
+		ended.mono = r.local.endedAt(e.began.mono)
 	}
-	e.agreement, e.err, e.wait = a, err, max(e.began.until(ended), 0)
+	e.wait = max(e.began.until(ended), 0)
 	if c, ok := r.coordinator.(interface{ Last() int }); ok {
 		e.lastRank = c.Last()
 	}
 	r.state.closeExchange(e, step)
 	e.over.Store(true)
 	e.span.end(e, ended)
-}
-
-// plan returns what the passes of the exchange share.
-func (e *exchange) plan() *plan {
-	return &plan{runner: e.runner, wait: e.wait, lastRank: e.lastRank}
 }
 
 // Errors come last.
@@ -1572,15 +1502,17 @@ func (e *RankError) addCause(ctx context.Context) {
 	}
 }
 
-// missing returns the error of metadata or a layer object that is not there, or is of another type.
+// What can be looked up by name.
+const (
+	whatAttn  = "attention metadata"
+	whatSlots = "slot mapping"
+	whatLayer = "layer"
+)
+
+// missing returns the error of what is not there, or is of another type.
 func missing[T any](c *passContext, what, name string) (T, error) {
 	var zero T
-	e := &lookupError{what: what, name: name, want: reflect.TypeFor[T]()}
-	if c != nil {
-		e.fc = c.fc
-	}
-	e.err = e.kind()
-	return zero, e
+	return zero, newLookupError(c, what, name, reflect.TypeFor[T]())
 }
 
 // lookupError is a miss. Hot code asks for what may not be there, so the text is put together only when
@@ -1588,46 +1520,33 @@ func missing[T any](c *passContext, what, name string) (T, error) {
 type lookupError struct {
 	err        error
 	what, name string
-	fc         *ForwardContext // nil: outside a pass
+	from       map[string]any // where it was looked for
 	want       reflect.Type
 }
 
-// entries returns what was looked through, and how many maps there are.
-func (e *lookupError) entries() (maps []map[string]any) {
-	switch e.what {
-	case "layer":
-		return []map[string]any{e.fc.Layers}
-	case "slot mapping":
-		return e.fc.SlotMapping
+func newLookupError(c *passContext, what, name string, want reflect.Type) error {
+	e := &lookupError{err: ErrLayer, what: what, name: name, want: want}
+	if c == nil {
+		e.err = ErrNoForwardContext
+		return e
 	}
-	return e.fc.AttnMetadata
-}
-
-func (e *lookupError) kind() error {
+	maps := c.fc.AttnMetadata
+	switch what {
+	case whatLayer:
+		e.from = c.fc.Layers
+		return e
+	case whatSlots:
+		maps = c.fc.SlotMapping
+	}
 	switch {
-	case e.fc == nil:
-		return ErrNoForwardContext
-	case e.what == "layer":
-		return ErrLayer
-	case len(e.fc.UBatches) > 0:
-		return ErrInvalid
-	}
-	switch n := len(e.fc.AttnMetadata); {
-	case e.what == "slot mapping":
-		return kindOf(len(e.fc.SlotMapping))
+	case len(c.fc.UBatches) > 0 || len(maps) > 1:
+		e.err = ErrInvalid
+	case len(maps) == 0:
+		e.err = ErrNoMetadata
 	default:
-		return kindOf(n)
+		e.from = maps[0]
 	}
-}
-
-func kindOf(maps int) error {
-	switch maps {
-	case 0:
-		return ErrNoMetadata
-	case 1:
-		return ErrLayer
-	}
-	return ErrInvalid
+	return e
 }
 
 // Unwrap returns the kind of miss.
@@ -1637,23 +1556,23 @@ func (e *lookupError) Unwrap() error { return e.err }
 func (e *lookupError) Error() string {
 	switch e.err {
 	case ErrNoForwardContext, ErrNoMetadata:
-		return fmt.Sprintf("%v: no %s of %q", e.err, e.what, e.name)
+		return fmt.Sprintf("%v: no %s for %q", e.err, e.what, e.name)
 	case ErrInvalid:
-		return fmt.Sprintf("%v: the pass is split, and ctx is in none of its microbatches: no %s of %q", e.err, e.what, e.name)
+		return fmt.Sprintf("%v: no %s for %q in a split pass outside its microbatches; use RunUBatches",
+			e.err, e.what, e.name)
 	}
-	from := e.entries()[0]
-	value, ok := from[e.name]
-	if !ok && e.what != "layer" {
-		value, ok = from[""]
+	value, ok := e.from[e.name]
+	if !ok && e.what != whatLayer {
+		value, ok = e.from[""]
 	}
-	if ok {
-		return fmt.Sprintf("%v: the %s of %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+	have := quoted(slices.Sorted(maps.Keys(e.from)))
+	switch {
+	case ok:
+		return fmt.Sprintf("%v: the %s for %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+	case e.what == whatLayer:
+		return fmt.Sprintf("%v: no layer %q in Config.Layers (have %s)", e.err, e.name, have)
 	}
-	where := "for it"
-	if e.what == "layer" {
-		where = "of that name in Config.Layers"
-	}
-	return fmt.Sprintf("%v: %q: no %s %s (have %s)", e.err, e.name, e.what, where, quoted(slices.Sorted(maps.Keys(from))))
+	return fmt.Sprintf("%v: no %s for %q (have %s)", e.err, e.what, e.name, have)
 }
 
 func invalidf(format string, args ...any) error {

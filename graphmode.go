@@ -16,11 +16,20 @@ type GraphMode uint8
 
 // The graph modes. Their values and text forms are vLLM's CUDAGraphMode.
 const (
-	GraphNone             GraphMode = iota // no graph: eager execution
-	GraphPiecewise                         // graphs for the parts between attention calls
-	GraphFull                              // one graph for the whole forward pass
-	GraphFullDecodeOnly                    // composite: GraphFull for decode batches, GraphNone for mixed ones
-	GraphFullAndPiecewise                  // composite: GraphFull for decode batches, GraphPiecewise for mixed ones
+	// GraphNone is eager execution, without a graph.
+	GraphNone GraphMode = iota
+
+	// GraphPiecewise has graphs for the parts between attention calls.
+	GraphPiecewise
+
+	// GraphFull has one graph for the whole forward pass.
+	GraphFull
+
+	// GraphFullDecodeOnly is composite: GraphFull for decode batches, GraphNone for mixed ones.
+	GraphFullDecodeOnly
+
+	// GraphFullAndPiecewise is composite: GraphFull for decode batches, GraphPiecewise for mixed ones.
+	GraphFullAndPiecewise
 )
 
 // graphModes says of every mode its name and its two parts. A runtime mode is both of its parts.
@@ -122,20 +131,49 @@ type Reason uint8
 
 // The reasons, each with the word that telemetry shows.
 const (
-	ReasonUnknown      Reason = iota // "unplanned": nobody dispatched the batch
-	ReasonExact                      // "exact": a full graph of exactly this padded batch
-	ReasonRelaxed                    // "relaxed": a graph for any batch with this padded token count
-	ReasonDisabled                   // "disabled": graph mode NONE, no dispatcher, or eager execution was asked for
-	ReasonTooLarge                   // "too_large": more tokens than the largest capture size, or requests than MaxNumSeqs
-	ReasonFullExcluded               // "full_excluded": a full graph existed, and was excluded
-	ReasonNoKey                      // "no_key": no graph is captured for such a batch
-	ReasonLoRA                       // "lora": no graph for this number of adapters, though there is one for another number
-	ReasonDPRank                     // "dp_rank": lowered by a data-parallel rank, Agreement.LowestModeRank
-	ReasonUBatch                     // "ubatch": lowered because the pass is split into microbatches
+	// ReasonUnknown, "unplanned", is that of a pass that nobody dispatched.
+	ReasonUnknown Reason = iota
+
+	// ReasonExact, "exact": there is a full graph of exactly this padded batch.
+	ReasonExact
+
+	// ReasonRelaxed, "relaxed": there is a graph for any batch with this padded token count.
+	ReasonRelaxed
+
+	// ReasonDisabled, "disabled": the mode is NONE, there is no dispatcher, or the batch is to run eagerly.
+	ReasonDisabled
+
+	// ReasonTooLarge, "too_large": the batch has more tokens than the largest capture size, or more
+	// requests than MaxNumSeqs.
+	ReasonTooLarge
+
+	// ReasonFullExcluded, "full_excluded": there is a full graph, but it was excluded.
+	ReasonFullExcluded
+
+	// ReasonNoKey, "no_key": no graph is captured for such a batch.
+	ReasonNoKey
+
+	// ReasonLoRA, "lora": there is no graph for this number of adapters, but for another.
+	ReasonLoRA
+
+	// ReasonDPRank, "dp_rank": another data-parallel rank lowered the mode, Agreement.LowestModeRank.
+	ReasonDPRank
+
+	// ReasonUBatch, "ubatch": the mode was lowered because the pass is split into microbatches.
+	ReasonUBatch
 )
 
 var reasons = [...]string{
-	"unplanned", "exact", "relaxed", "disabled", "too_large", "full_excluded", "no_key", "lora", "dp_rank", "ubatch",
+	ReasonUnknown:      "unplanned",
+	ReasonExact:        "exact",
+	ReasonRelaxed:      "relaxed",
+	ReasonDisabled:     "disabled",
+	ReasonTooLarge:     "too_large",
+	ReasonFullExcluded: "full_excluded",
+	ReasonNoKey:        "no_key",
+	ReasonLoRA:         "lora",
+	ReasonDPRank:       "dp_rank",
+	ReasonUBatch:       "ubatch",
 }
 
 // String returns the reason's word, such as "too_large", or "Reason(99)" for an unknown value.
@@ -307,7 +345,8 @@ func (d *Dispatcher) addTo(f *fingerprint) {
 	if d == nil {
 		d = noGraphs
 	}
-	f.ints(int(d.mode), d.q, d.maxSeqs, d.lora.MaxLoRAs, toInt(d.lora.Unspecialized), toInt(d.lora.SpecializeCount))
+	f.ints(int(d.mode), d.q, d.maxSeqs)
+	f.ints(d.lora.MaxLoRAs, toInt(d.lora.Unspecialized), toInt(d.lora.SpecializeCount))
 	f.ints(len(d.sizes))
 	f.ints(d.sizes...)
 }
@@ -511,7 +550,8 @@ func (d *Dispatcher) gaps(decode bool, step, largest int) (gaps []Gap) {
 		if last < next {
 			continue
 		}
-		mode, _, reason := d.Dispatch(DispatchQuery{NumTokens: last, UniformDecode: decode, NumActiveLoRAs: d.fewestLoRAs()})
+		query := DispatchQuery{NumTokens: last, UniformDecode: decode, NumActiveLoRAs: d.fewestLoRAs()}
+		mode, _, reason := d.Dispatch(query)
 		if mode < promised {
 			gap := Gap{Range{next, last + 1}, decode, mode, reason}
 			if n := len(gaps); n > 0 && gaps[n-1].Mode == mode && gaps[n-1].Reason == reason &&
@@ -634,8 +674,10 @@ type captureKey struct{ cache *GraphCache }
 //
 // NewGraphCache returns an error that wraps ErrInvalid if mode is not GraphPiecewise or GraphFull, or if
 // a function is nil.
-func NewGraphCache(mode GraphMode, forward ForwardFunc,
-	capture func(ctx context.Context, key BatchDescriptor) (replay ForwardFunc, err error)) (*GraphCache, error) {
+func NewGraphCache(
+	mode GraphMode, forward ForwardFunc,
+	capture func(ctx context.Context, key BatchDescriptor) (replay ForwardFunc, err error),
+) (*GraphCache, error) {
 	var p problems
 	if mode == GraphNone || !mode.ValidRuntime() {
 		p.addf("a graph cache for mode %v, want PIECEWISE or FULL", mode)
@@ -743,7 +785,9 @@ func (c *GraphCache) captured(ctx context.Context, pass *passContext, key BatchD
 
 // join returns the graph of a key if it is known by now, or else the capture that is in progress, or
 // else a new one, which is ours.
-func (c *GraphCache) join(key BatchDescriptor, within *capturing) (g *graph, flight *capturing, ours bool, err error) {
+func (c *GraphCache) join(
+	key BatchDescriptor, within *capturing,
+) (g *graph, flight *capturing, ours bool, err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if g := c.graphs[key]; g != nil {

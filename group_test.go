@@ -323,7 +323,7 @@ func TestGroupDifferentSteps(t *testing.T) {
 					}
 				}
 				step++
-				s.together(step) // whole again at once
+				s.together(step) // whole again immediately
 			}
 		}
 	})
@@ -369,7 +369,7 @@ func TestGroupRestartTwice(t *testing.T) {
 	})
 }
 
-// All ranks restart at once: nothing but the votes says at which step a group is.
+// All ranks restart together: nothing but the votes says at which step a group is.
 func TestGroupAllRestart(t *testing.T) {
 	groupEach(t, 3, func(s *groupSim) {
 		for step := uint64(1); step <= 5; step++ {

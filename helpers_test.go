@@ -213,7 +213,8 @@ func settleGoroutines(t *testing.T, before int) {
 	}
 }
 
-// ubatchPass is a pass of n microbatches with 4 tokens each, the last one less two tokens of padding.
+// ubatchPass is a pass of n microbatches with 4 tokens each, the last one less two tokens of
+// padding.
 func ubatchPass(n int) fwd.Pass {
 	p := fwd.Pass{NumTokens: 4 * n, NumTokensUnpadded: 4*n - 2, NumReqs: n}
 	for i := range n {
@@ -247,7 +248,8 @@ func decodePass() fwd.Pass {
 	}
 }
 
-// exchangeRounds runs that many steps of a group, with all ranks concurrently. The first is step from.
+// exchangeRounds runs that many steps of a group, with all ranks concurrently. The first is step
+// from.
 func exchangeRounds(tb testing.TB, group []fwd.Coordinator, from, rounds int) {
 	var wg sync.WaitGroup
 	for rank, c := range group {

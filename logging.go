@@ -87,6 +87,58 @@ func WithPeerName(name func(rank int) string) Option {
 	return optionFunc(func(cfg *config) { cfg.peerName = name })
 }
 
+// WithQueue sets the device that runs the passes, one after the other. See [Queue]. nil means none.
+func WithQueue(q *Queue) Option { return optionFunc(func(cfg *config) { cfg.queue = q }) }
+
+// A Queue is a device that runs passes in the order in which they begin, however early they are begun.
+// Durations of passes on Runners that share a Queue count from the later of their own start and the end
+// of the pass before, so the durations of pipelined passes sum to the time that went by. Spans keep
+// their own start. The zero value is ready to use, by any number of goroutines. The Runners must share
+// a clock too: [New] refuses one with [WithClock] beside one without.
+type Queue struct {
+	mu    sync.Mutex
+	clock queueClock
+	last  instant // the end of the last pass
+	used  bool    // last is set
+}
+
+type queueClock uint8
+
+const (
+	queueUnknown queueClock = iota
+	queueReal
+	queueSimulated
+)
+
+// join refuses a Runner whose clock can't be that of the others.
+func (q *Queue) join(simulated bool, p *problems) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	clock := queueReal
+	if simulated {
+		clock = queueSimulated
+	}
+	if q.clock != queueUnknown && q.clock != clock {
+		p.addf("the Queue is shared by Runners with and without WithClock; give all the same clock")
+		return
+	}
+	q.clock = clock
+}
+
+// duration returns how long the device took for a pass.
+func (q *Queue) duration(began, ended instant) time.Duration {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.used && began.until(q.last) > 0 {
+		began = q.last
+	}
+	d := began.until(ended)
+	if d > 0 || !q.used {
+		q.last, q.used = ended, true
+	}
+	return max(d, 0)
+}
+
 // Attribute keys, on spans, metrics, records and profiles.
 const (
 	keyName            = attribute.Key("fwd.name")
@@ -136,7 +188,7 @@ const (
 )
 
 // Bounds, so that no attribute set grows without one. Together they keep an instrument below 1,500
-// attribute sets, of which the SDK keeps 2,000.
+// attribute sets; the SDK keeps 2,000.
 const (
 	maxLinks       = 128  // on a span: a batch has many parents
 	maxErrorTypes  = 64   // words of the callers for error.type
@@ -218,7 +270,8 @@ func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
 		if isPending(meters) {
 			t.pendingMeters = meters
 		}
-		if err := t.makeInstruments(r, meters.Meter(ScopeName, metric.WithInstrumentationVersion(Version))); err != nil {
+		meter := meters.Meter(ScopeName, metric.WithInstrumentationVersion(Version))
+		if err := t.makeInstruments(r, meter); err != nil {
 			return nil, err
 		}
 	}
@@ -294,7 +347,7 @@ func (t *telemetry) makeOptions() {
 		return metric.WithAttributeSet(attribute.NewSet(slices.Concat(base, attrs)...))
 	}
 	t.durations.make = func(k durationKey) metric.MeasurementOption { return set(ranked, k.attributes()...) }
-	t.waits.make = func(word string) metric.MeasurementOption { return set(ranked, errorTypeAttributes(word)...) }
+	t.waits.make = func(w string) metric.MeasurementOption { return set(ranked, errorTypeAttributes(w)...) }
 	t.waitTimes.make = func(k waitKey) metric.MeasurementOption { return set(named, k.attributes()...) }
 	for mode := range t.tokenOptions {
 		for dummy := range 2 {
@@ -335,7 +388,7 @@ func (t *telemetry) observeActive(r *Runner, meter metric.Meter, active metric.I
 	if err != nil {
 		return err
 	}
-	runtime.AddCleanup(r.state, func(registration metric.Registration) { _ = registration.Unregister() }, registration)
+	runtime.AddCleanup(r.state, func(r metric.Registration) { _ = r.Unregister() }, registration)
 	return nil
 }
 
@@ -425,7 +478,8 @@ type measurementOptions struct {
 	add    []metric.AddOption
 }
 
-// get returns the options of a key; if there are too many, those of coarse, of which there are few.
+// get returns the options of a key. If there are too many keys, it returns those of coarse, a key of a
+// small set.
 func (c *optionCache[K]) get(key, coarse K) measurementOptions {
 	c.mu.RLock()
 	options, ok := c.options[key]
@@ -500,8 +554,9 @@ func (t *telemetry) errorType(err error) string {
 	return t.errorTypes.bound(word)
 }
 
-// errorWord returns what an ErrorType method says if err has one, or else the type of err. A nil pointer
-// in an error, whose methods may panic, is a type too.
+// errorWord returns what an ErrorType method says if err has one, or else the type of err; what fmt.Errorf
+// wraps says more than its wrapper, so that counts. A nil pointer in an error, whose methods may panic, is
+// a type too.
 func errorWord(err error) (word string) {
 	defer func() {
 		if recover() != nil {
@@ -514,8 +569,14 @@ func errorWord(err error) (word string) {
 			return word
 		}
 	}
+	for reflect.TypeOf(err) == wrapError {
+		err = errors.Unwrap(err)
+	}
 	return fmt.Sprintf("%T", err)
 }
+
+// wrapError is the type of an error that wraps one other with fmt.Errorf.
+var wrapError = reflect.TypeOf(fmt.Errorf("%w", errPanic))
 
 // phase returns the bounded word for a phase.
 func (t *telemetry) phase(word string) string {
@@ -531,6 +592,7 @@ func (t *telemetry) phase(word string) string {
 type timedSpan struct {
 	trace.Span
 	options []trace.SpanEndOption // nil: the span takes the real time; else one, set by finish
+	began   time.Time             // with options
 }
 
 // noSpan stands for a span that nobody wants.
@@ -542,7 +604,7 @@ func (t *telemetry) start(ctx context.Context, name string, began time.Time, tim
 	options ...trace.SpanStartOption) (context.Context, timedSpan) {
 	var span timedSpan
 	if timed {
-		span.options = []trace.SpanEndOption{at(began)}
+		span.options, span.began = []trace.SpanEndOption{at(began)}, began
 		options = append(options, at(began))
 	}
 	ctx, span.Span = t.tracer.Start(ctx, name, options...)
@@ -558,9 +620,13 @@ func at(now time.Time) trace.SpanEventOption {
 	return trace.WithTimestamp(now)
 }
 
-// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type.
+// finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type. If the
+// clock has gone back, the span ends when it began.
 func (s *timedSpan) finish(ended time.Time, err error, word string) {
 	if s.options != nil {
+		if ended.Before(s.began) {
+			ended = s.began
+		}
 		s.options[0] = at(ended)
 	}
 	if err != nil && s.IsRecording() {
@@ -576,6 +642,47 @@ func recordable(ctx context.Context) context.Context {
 		return context.WithoutCancel(ctx)
 	}
 	return ctx
+}
+
+// instant is a point in time, on the clock of a Runner if it has one, otherwise on the process's
+// monotonic clock, which is cheaper to read than the time of day.
+type instant struct {
+	mono  time.Duration
+	clock time.Time
+}
+
+var processStart = time.Now()
+
+// now returns the time on the process's monotonic clock.
+func now() time.Duration { return time.Since(processStart) }
+
+func (r *Runner) now() instant {
+	if r.clock != nil {
+		return instant{clock: r.clock()}
+	}
+	return instant{mono: now()}
+}
+
+// until returns the time from i to j, which is negative if j is earlier.
+func (i instant) until(j instant) time.Duration {
+	return j.mono - i.mono + j.clock.Sub(i.clock)
+}
+
+// onClock returns i with a time of day in place of the monotonic one, for comparison with instants that
+// callers have given. Those of one process compare exactly.
+func (i instant) onClock() instant {
+	if i.mono == 0 {
+		return i
+	}
+	return instant{clock: processStart.Add(i.mono)}
+}
+
+// timeOf returns the time of day.
+func (r *Runner) timeOf(i instant) time.Time {
+	if r.clock != nil {
+		return i.clock
+	}
+	return time.Now().Add(i.mono - now())
 }
 
 // traced is what a pass reports about itself.
@@ -650,8 +757,11 @@ func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Conte
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	attrs := make([]attribute.KeyValue, 0, 32)
-	attrs = append(attrs, t.common...)
+	most := 16 // of a pass without the others
+	if a != nil {
+		most += 8
+	}
+	attrs := append(make([]attribute.KeyValue, 0, len(t.common)+most), t.common...)
 	attrs = append(attrs,
 		keyNumTokens.Int(p.NumTokens),
 		keyUnpadded.Int(p.NumTokensUnpadded),
@@ -746,10 +856,11 @@ func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue
 	return attrs
 }
 
-// bucket returns the batch size of a pass for metrics, of which there are few: the capture size if Plan
+// bucket returns the batch size of a pass for metrics, one of few: the capture size if Plan
 // dispatched the pass to a graph and there are not too many, or else the next power of two.
 func (r *Runner) bucket(p *Pass) int64 {
-	if d := r.dispatcher; d != nil && len(d.sizes) <= maxBuckets && p.GraphMode != GraphNone && p.Reason != ReasonUnknown {
+	planned := p.GraphMode != GraphNone && p.Reason != ReasonUnknown
+	if d := r.dispatcher; planned && d != nil && len(d.sizes) <= maxBuckets {
 		if _, ok := slices.BinarySearch(d.sizes, p.Batch.NumTokens); ok {
 			return int64(p.Batch.NumTokens)
 		}
@@ -766,7 +877,7 @@ func (x *traced) endForward(run *run, err error) {
 	ended := r.now()
 	duration := max(run.began.until(ended), 0)
 	if r.queue != nil {
-		duration = r.queue.duration(run.began, ended)
+		duration = r.queue.duration(run.began.onClock(), ended.onClock())
 	}
 	x.end(recordable(&run.passContext), ended.clock, duration, err)
 }
@@ -853,7 +964,9 @@ func (t *telemetry) tell(ctx context.Context, rec *Record, well, failed string) 
 }
 
 // report reports a pass that ran elsewhere.
-func (t *telemetry) report(ctx context.Context, r *Runner, p Pass, began, ended time.Time, err error, l listeners) {
+func (t *telemetry) report(
+	ctx context.Context, r *Runner, p Pass, began, ended time.Time, err error, l listeners,
+) {
 	x := new(traced)
 	maxTokens := -1
 	if r.parallel.coordinated() && p.across() != nil {
@@ -895,25 +1008,26 @@ func (t *telemetry) endUBatch(span *timedSpan, err error) {
 // coordinateSpan is the span of an exchange. With the step trace the ranks other than 0 learn only from
 // the votes under which span theirs belongs, and open it then.
 type coordinateSpan struct {
-	telemetry *telemetry // nil: nobody listens
+	telemetry *telemetry
 	listeners listeners
 	ctx       context.Context // the exchange's
 	span      timedSpan       // zero: not open yet
 }
 
-// startCoordinate starts the span of an exchange. With the step trace, rank 0's vote carries its context.
-func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) coordinateSpan {
+// startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0's vote
+// carries its context.
+func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
 	l := t.listening(ctx)
 	if l == 0 {
-		return coordinateSpan{ctx: ctx}
+		return nil
 	}
-	s := coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
+	s := &coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
 	if l&listenSpans == 0 || t.stepTrace && t.parallel.DataParallelRank != 0 {
 		return s
 	}
 	s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true)
 	if t.stepTrace {
-		e.vote.SpanContext = s.span.SpanContext()
+		e.draft.vote.SpanContext = s.span.SpanContext()
 	}
 	return s
 }
@@ -921,9 +1035,6 @@ func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) coordinate
 // end ends the span of an exchange, measures it, and tells of one that failed.
 func (s *coordinateSpan) end(e *exchange, ended instant) {
 	t := s.telemetry
-	if t == nil {
-		return
-	}
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
 		s.endSpan(e, e.runner.timeOf(ended), word)
@@ -971,7 +1082,7 @@ func (e *exchange) step() uint64 {
 	if e.agreement != nil {
 		return e.agreement.Step
 	}
-	return e.vote.Step
+	return e.draft.vote.Step
 }
 
 // tell tells of an exchange that failed, or that was late.
@@ -983,7 +1094,7 @@ func (s *coordinateSpan) tell(e *exchange) {
 			Step: e.step(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
 		}
 		t.tell(s.ctx, &rec, "", "exchange of votes failed")
-	} else if t.logger != nil && e.agreement.Step > e.vote.Step {
+	} else if t.logger != nil && e.agreement.Step > e.draft.vote.Step {
 		t.logger.LogAttrs(s.ctx, slog.LevelWarn, "rank came late and goes on at the group's step",
 			slog.Int(string(keyRank), t.parallel.DataParallelRank),
 			slog.Uint64(string(keyStep), e.agreement.Step))
@@ -1095,8 +1206,16 @@ func (rec *Record) LogValue() slog.Value {
 		number(keyNumReqs, rec.NumReqs, rec.NumReqs > 0)
 		word(keyGraphMode, rec.GraphMode.String())
 		word(keyGraphReason, rec.Reason.String())
-		number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, rec.NumTokens > rec.NumTokensUnpadded)
-		number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, rec.NumTokens > rec.NumTokensUnpadded)
+		if b := &rec.Batch; *b != (BatchDescriptor{}) {
+			attrs = append(attrs, slog.Bool(string(keyBatchUniform), b.Uniform))
+			number(keyBatchReqs, b.NumReqs, b.NumReqs > 0)
+			number(keyBatchLoRAs, b.NumActiveLoRAs, b.HasLoRA)
+		}
+		if padding := rec.NumTokens - rec.NumTokensUnpadded; padding > 0 {
+			number(keyPaddingGraph, rec.NumTokensGraph-rec.NumTokensUnpadded, true)
+			number(keyPaddingDP, rec.NumTokens-rec.NumTokensGraph, true)
+			attrs = append(attrs, slog.Float64(string(keyPaddingRatio), float64(padding)/float64(rec.NumTokens)))
+		}
 		number(keyUBatches, rec.UBatches, rec.UBatches > 0)
 		attrs = append(attrs, slog.Bool(string(keyDummy), rec.Dummy), slog.Duration("fwd.duration", rec.Duration))
 	}
@@ -1105,7 +1224,7 @@ func (rec *Record) LogValue() slog.Value {
 		attrs = append(attrs, slog.Duration("fwd.wait", rec.Wait))
 	}
 	if rec.Waited > 0 {
-		attrs = append(attrs, slog.Duration(string(keyWaitTime), rec.Waited))
+		attrs = append(attrs, slog.Float64(string(keyWaitTime), rec.Waited.Seconds()))
 	}
 	if rec.Err != nil {
 		word(keyErrorType, errorWord(rec.Err))

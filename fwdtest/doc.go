@@ -1,8 +1,9 @@
-// Package fwdtest checks implementations of [fwd.Coordinator], as testing/slogtest checks those of slog.Handler. It runs in
-// real time and looks at coordinators from outside only, so that it serves those of one process and those that speak over a
-// network alike.
+// Package fwdtest tests implementations of [fwd.Coordinator], as testing/slogtest tests those of
+// slog.Handler. It runs in real time and looks at coordinators only from outside, so it serves
+// those of one process and those that speak over a network.
 //
-// An implementation calls [TestCoordinator] in a test of its own, with a function that makes groups:
+// An implementation calls [TestCoordinator] in a test of its own, with a function that makes
+// groups:
 //
 //	func TestCoordinator(t *testing.T) {
 //		server := startServer(t)
@@ -30,30 +31,48 @@
 //
 // # What is checked
 //
-//   - Exchange: each coordinator knows its rank and size. All votes come to all ranks, in rank order and with every field,
-//     whatever the order in which the ranks come, and nobody returns before the last has come. The votes are the caller's.
-//   - Lockstep: ranks at different steps all get a [fwd.RankError] that is [fwd.ErrLockstep], with the highest step and the
-//     ranks which are not at it. The next step works, whichever rank was restarted, and how often. Ranks that all begin anew,
-//     or are all further on, agree at the step that they say.
-//   - Missing: where a rank's context ends, by itself or with a cause, all that wait get a RankError that is
-//     [fwd.ErrRankMissing] at once, with the group's step and the ranks which had not come. For that rank alone it wraps the
-//     cause. The next step works, and a rank that comes late, by one broken step or by several, votes at the group's
-//     step, without an error. A rank that is late and was restarted is out of step.
-//   - Context: one that has ended before its exchange begins breaks the round, or doesn't where the rank is the last to come
-//     and need not wait. One that ends after its exchange has returned disturbs nobody.
-//   - Refused: votes that can't be right are [fwd.ErrInvalid], and nothing is sent. A second call in one step is ErrLockstep:
-//     while the first one waits, and after its round, which was complete or broken. Neither disturbs the round.
+//   - Exchange: each coordinator knows its rank and size. Every rank gets all votes, in rank order
+//     and with every field, in whatever order the ranks come, and nobody returns before the last
+//     has come. Votes that were returned never change. The suite does not write to them, so ranks
+//     may share them.
+//   - Lockstep: if the ranks vote for different steps, all get a [fwd.RankError] that is
+//     [fwd.ErrLockstep], with the highest step and the ranks that are not at it. The next step
+//     works, whichever rank was restarted, and however often. If all ranks begin anew, or all are
+//     further on, they agree at the step that they say.
+//   - Missing: if a rank's context ends, all that wait immediately get a RankError that is
+//     [fwd.ErrRankMissing], with the group's step and the ranks that had not come. Only for that
+//     rank does it wrap the cause. The next step works. A rank that comes late, by one broken step
+//     or by several, votes at the group's step, without an error. A rank that is late and was also
+//     restarted is out of step.
+//   - MissingRanks: a coordinator may have a method Missing() []int. It returns exactly the ranks
+//     whose votes the open exchange waits for, and nil if none is open. It answers at any time,
+//     from any goroutine. These checks are skipped if there is no such method.
+//   - Context: a context that has ended before its exchange begins breaks the round; if its rank is
+//     the last to come, the round may also be complete. One that ends after its exchange has
+//     returned disturbs nobody.
+//   - Refused: a vote that [fwd.Vote.Validate] refuses is [fwd.ErrInvalid], and nothing is sent. A
+//     second call in one step is ErrLockstep: while the first one waits, and after its round, which
+//     was complete or broken. Neither disturbs the round.
 //   - Runners: a [fwd.Runner] on each coordinator keeps in step by itself through all of that.
-//   - Load: many steps, back to back and of ranks that come when they like; several groups at once, which don't mix; and
-//     contexts that end at any time. There an exchange may succeed on one rank and fail on another whose context ended
-//     meanwhile, but ranks that get the votes of a step get the same ones, and when all is calm the group comes together.
-//   - NothingLeft: neither goroutines nor memory are left by rounds, broken rounds, and groups that were closed.
+//   - Plans: Runners agree over the coordinator. What each schedules comes to all, its Note too.
+//     Idle ranks hold nobody up, and all ranks know when all are idle. If one rank is configured
+//     differently, or does not warm up what the others warm up, all get an error that names it, and
+//     the next step works. They warm up together and then serve. [fwd.Runner.Begin] votes for
+//     several ranks in one goroutine.
+//   - Load: many steps, of ranks that come as fast as they can or when they like; several groups
+//     concurrently, which don't mix; and contexts that end at any time. An exchange may then
+//     succeed on one rank and fail on another, but ranks that get the votes of a step get the same
+//     ones, and the group comes together when all is calm.
+//   - NothingLeft: rounds, broken rounds and closed groups leave neither goroutines nor memory
+//     behind.
 //
 // # Time
 //
-// Whether a vote has come to the other ranks can't be seen from outside. The suite measures how long a round takes, and where
-// the order of arrival matters it waits a good deal longer. "At once" is within 2 seconds. An exchange that doesn't return
-// fails its check after 10 seconds at most, and is left behind.
+// Nobody can see from outside whether a vote has come to the other ranks. The suite measures how
+// long a round takes, and waits a good deal longer if the order of arrival matters. Immediately
+// means within 2 seconds. An exchange that does not return fails its check after 10 seconds at
+// most, and is left behind.
 //
-// It takes about 6 seconds for the coordinators of [fwd.NewLocalGroup], most of which it waits.
+// The suite takes about 10 seconds for the coordinators of [fwd.NewLocalGroup]; most of that is
+// waiting.
 package fwdtest

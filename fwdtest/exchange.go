@@ -1,6 +1,8 @@
 package fwdtest
 
 import (
+	"context"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"strconv"
@@ -9,7 +11,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// The coordinators are those of the ranks, and a rank alone exchanges with itself.
+// ranks checks that the coordinators are those of the ranks, and that a rank alone exchanges with
+// itself.
 func (s suite) ranks(t *testing.T) {
 	for _, size := range []int{1, 2, 3, 8} {
 		g := s.group(t, size)
@@ -24,7 +27,7 @@ func (s suite) ranks(t *testing.T) {
 	}
 }
 
-// Every field of every vote arrives at every rank.
+// fields checks that every field of every vote comes to every rank.
 func (s suite) fields(t *testing.T) {
 	g := s.group(t, 3)
 	random := rand.New(rand.NewPCG(1, 2))
@@ -40,56 +43,82 @@ func (s suite) fields(t *testing.T) {
 
 func pick[T any](random *rand.Rand, from ...T) T { return from[random.IntN(len(from))] }
 
-// randomVote prefers values at the ends of what is allowed.
+// randomVote returns a valid vote. It prefers values at the ends of what is allowed.
 func randomVote(random *rand.Rand, step uint64) fwd.Vote {
-	const most = 1<<31 - 1
+	count := func() int { return pick(random, 0, 1, 4096, math.MaxInt32, random.IntN(math.MaxInt32)) }
+	flag := func() bool { return pick(random, false, true) }
+	word := func() uint64 { return pick(random, 0, 1, 1<<53+1, math.MaxUint64, random.Uint64()) }
 	v := fwd.Vote{
 		Step:            step,
-		NumTokensPadded: pick(random, 0, 1, 4096, most, random.IntN(most)),
-		UBatch:          pick(random, false, true),
+		NumTokensPadded: count(),
+		NumReqs:         count(),
+		NumActiveLoRAs:  count(),
+		Uniform:         flag(),
+		ExcludeFull:     flag(),
+		Eager:           flag(),
+		UBatch:          flag(),
+		Idle:            flag(),
+		WarmUp:          flag(),
 		GraphMode:       pick(random, fwd.GraphNone, fwd.GraphPiecewise, fwd.GraphFull),
+		Note:            word(),
+		Config:          word(),
 	}
 	v.NumTokens = pick(random, 0, v.NumTokensPadded, random.IntN(max(v.NumTokensPadded, 1)))
+	return withRandomSpan(random, v)
+}
+
+// withRandomSpan returns the vote with a whole span context, half of one, or none: not every vote
+// has one.
+func withRandomSpan(random *rand.Rand, v fwd.Vote) fwd.Vote {
 	var traceID [16]byte
 	var spanID [8]byte
 	for i := range traceID {
 		traceID[i] = byte(random.Uint32())
 		spanID[i/2] = byte(random.Uint32())
 	}
-	sc := v.SpanContext // none: not every vote has one
+	sc := v.SpanContext
 	switch random.IntN(4) {
-	case 1: // half of one
+	case 1:
 		sc = sc.WithTraceID(traceID)
 	case 2:
 		sc = sc.WithTraceID(traceID).WithSpanID(spanID)
 	case 3:
 		state := sc.TraceState()
 		for i := range random.IntN(4) {
-			state, _ = state.Insert("tenant"+strconv.Itoa(i)+"@vendor", strconv.FormatUint(random.Uint64(), 36)) // always well formed
+			value := strconv.FormatUint(random.Uint64(), 36)
+			state, _ = state.Insert("tenant"+strconv.Itoa(i)+"@vendor", value) // always well formed
 		}
 		sc = sc.WithTraceID(traceID).WithSpanID(spanID).WithTraceFlags(0x03).WithTraceState(state)
-		sc = sc.WithTraceFlags(sc.TraceFlags().WithSampled(pick(random, false, true))).WithRemote(pick(random, false, true))
+		sc = sc.WithTraceFlags(sc.TraceFlags().WithSampled(pick(random, false, true)))
+		sc = sc.WithRemote(pick(random, false, true))
 	}
 	v.SpanContext = sc
 	return v
 }
 
-// In whatever order the ranks come, nobody returns before the last, and all get all votes.
+// arrivalOrder checks that nobody returns before the last rank has come, in whatever order they
+// come, and that all get all votes.
 func (s suite) arrivalOrder(t *testing.T) {
-	orders := permutations(3)
-	for i, order := range permutations(4) {
-		if i%4 == 0 { // each rank has its turn as the first and as the last
-			orders = append(orders, order)
-		}
-	}
 	groups := map[int]*group{3: s.group(t, 3), 4: s.group(t, 4)}
-	for _, order := range orders {
+	for _, order := range arrivalOrders() {
 		g := groups[len(order)]
 		last := len(order) - 1
 		calls := g.beginInOrder(t.Context(), order[:last]...)
 		g.waiting(calls)
 		g.agree(append(calls, g.begin(t.Context(), order[last])...))
 	}
+}
+
+// arrivalOrders returns every order of 3 ranks, and those of 4 in which each rank has its turn as
+// the first and as the last.
+func arrivalOrders() [][]int {
+	orders := permutations(3)
+	for i, order := range permutations(4) {
+		if i%4 == 0 {
+			orders = append(orders, order)
+		}
+	}
+	return orders
 }
 
 // permutations returns every order of 0 to n-1.
@@ -106,24 +135,33 @@ func permutations(n int) [][]int {
 	return orders
 }
 
-// Who writes to the votes disturbs neither the other ranks nor a later round, and who keeps them keeps what they were.
-func (s suite) votesAreTheCallers(t *testing.T) {
+// votesStay checks that votes which were returned stay what they were, through complete, broken and
+// refused rounds: agreements and records keep them.
+func (s suite) votesStay(t *testing.T) {
 	g := s.group(t, 3)
-	var kept [][]fwd.Vote
-	for range 5 {
+	type kept struct {
+		rank  int
+		votes []fwd.Vote
+		step  uint64
+	}
+	var all []kept
+	for range 4 {
 		g.step++
-		for i, c := range g.begin(t.Context(), g.all()...) {
+		for _, c := range g.begin(t.Context(), g.all()...) {
 			c.agreed()
-			if i == 2 {
-				kept = append(kept, c.votes)
-			} else {
-				clear(c.votes[:cap(c.votes)])
-			}
+			all = append(all, kept{c.rank, c.votes, g.step})
 		}
 	}
-	for i, votes := range kept {
-		if err := differ(votes, g.votes(uint64(i+1))); err != nil {
-			t.Errorf("the votes that rank 2 got in step %d have changed: %v", i+1, err)
+	g.breakStep(0, 1)
+	g.restart(2)
+	g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, 2)
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	g.fail(g.begin(ended, 0), fwd.ErrRankMissing, 1, 2)
+	g.together()
+	for _, k := range all {
+		if err := differ(k.votes, g.votes(k.step)); err != nil {
+			t.Errorf("the votes that rank %d got in step %d have changed: %v", k.rank, k.step, err)
 		}
 	}
 }

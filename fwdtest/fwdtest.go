@@ -8,13 +8,13 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// TestCoordinator checks that the coordinators that newGroup makes hold what [fwd.Coordinator] promises, each promise in a
-// subtest of its own. All subtests are through when it returns.
+// TestCoordinator checks that the coordinators which newGroup makes do what [fwd.Coordinator]
+// promises, each promise in a subtest of its own. All subtests have ended when it returns.
 //
-// newGroup makes the coordinators of a new group of size ranks, 1 to 8, element i that of rank i; none of them has
-// exchanged yet. What has to be closed, newGroup registers with the Cleanup of the t that it is given, which is the
-// subtest's; where a group can't be made it calls that t's Fatal. It is called from several subtests at once. With -short
-// there are fewer steps.
+// newGroup makes the coordinators of a new group of size ranks, 1 to 8; element i is that of rank
+// i. None of them has exchanged yet. It registers what has to be closed with the Cleanup of the t
+// that it is given, which is the subtest's, and calls the Fatal of that t if it can't make a group.
+// Several subtests call it concurrently. With -short there are fewer steps.
 func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.Coordinator) {
 	s := suite{newGroup: newGroup}
 	s.measure(t)
@@ -23,7 +23,7 @@ func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.C
 		if p.runners {
 			s = s.withRunners()
 		}
-		t.Run(p.name, func(t *testing.T) { // returns when the part's parallel subtests are through
+		t.Run(p.name, func(t *testing.T) { // returns when the part's parallel subtests have ended
 			for _, c := range p.checks {
 				t.Run(c.name, func(t *testing.T) {
 					if !p.alone {
@@ -39,7 +39,7 @@ func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.C
 // suite is what the checks need to know.
 type suite struct {
 	newGroup func(t *testing.T, size int) []fwd.Coordinator
-	round    time.Duration // that a round takes
+	round    time.Duration // how long a round takes
 	settle   time.Duration // after which a vote has come to the other ranks
 }
 
@@ -48,11 +48,11 @@ type check struct {
 	run  func(s suite, t *testing.T)
 }
 
-// part is checks of one kind. Most checks mainly wait, and run in parallel. Those that keep the processors busy would delay
-// them, and those that count goroutines would count theirs.
+// part is checks of one kind. Most checks mainly wait, and run in parallel. Those that keep the
+// processors busy would delay them, and those that count goroutines would count theirs.
 type part struct {
 	name    string
-	runners bool // each rank is driven by a Runner
+	runners bool // a Runner drives each rank
 	alone   bool // one check at a time
 	checks  []check
 }
@@ -62,7 +62,7 @@ var parts = []part{
 		{"Ranks", suite.ranks},
 		{"Fields", suite.fields},
 		{"ArrivalOrder", suite.arrivalOrder},
-		{"VotesAreTheCallers", suite.votesAreTheCallers},
+		{"VotesStay", suite.votesStay},
 	}},
 	{name: "Lockstep", checks: []check{
 		{"DifferentSteps", suite.differentSteps},
@@ -79,6 +79,12 @@ var parts = []part{
 		{"Late", suite.late},
 		{"LateByDifferentSteps", suite.lateByDifferentSteps},
 		{"LateAndRestarted", suite.lateAndRestarted},
+	}},
+	{name: "MissingRanks", checks: []check{
+		{"NoneOpen", suite.missingNoneOpen},
+		{"Waiting", suite.missingWaiting},
+		{"AfterBrokenSteps", suite.missingAfterBrokenSteps},
+		{"AnyTime", suite.missingAnyTime},
 	}},
 	{name: "Context", checks: []check{
 		{"EndedBefore", suite.endedBefore},
@@ -98,6 +104,17 @@ var parts = []part{
 		{"Late", suite.late},
 		{"LateAndRestarted", suite.lateAndRestarted},
 	}},
+	{name: "Plans", checks: []check{
+		{"Schedules", suite.planSchedules},
+		{"Idle", suite.planIdle},
+		{"AllIdle", suite.planAllIdle},
+		{"ConfiguredDifferently", suite.planConfiguredDifferently},
+		{"WarmUp", suite.planWarmUp},
+		{"WarmUpAlone", suite.planWarmUpAlone},
+		{"WarmUpAnotherGraph", suite.planWarmUpAnotherGraph},
+		{"Begin", suite.planBegin},
+		{"BeginMissing", suite.planBeginMissing},
+	}},
 	{name: "Load", alone: true, checks: []check{
 		{"BackToBack", suite.backToBack},
 		{"Paced", suite.paced},
@@ -112,15 +129,16 @@ var parts = []part{
 	}},
 }
 
-// measure lets a group take some rounds, for how long they take. Nobody outside can see when a vote has come to the other
-// ranks: the suite gives it 20 times as long as a round usually takes, or twice as long as the slowest.
+// measure lets a group take some rounds and notes how long they take. Nobody outside can see when a
+// vote has come to the other ranks: the suite gives it 20 times as long as a round usually takes,
+// or twice as long as the slowest took.
 func (s *suite) measure(t *testing.T) {
 	g := s.group(t, 4)
 	var took []time.Duration
 	for i := range 30 {
 		began := time.Now()
 		for _, c := range g.begin(t.Context(), g.all()...) {
-			c.returned(patience) // with what, others check
+			c.returned(patience) // whatever it returns: the checks look at that
 			g.steps[c.rank]++
 		}
 		if i >= 10 { // connected, and warm
@@ -132,7 +150,8 @@ func (s *suite) measure(t *testing.T) {
 	s.settle = min(max(20*s.round, 2*took[len(took)-1], 25*time.Millisecond), time.Second)
 }
 
-// many returns n, the number of steps of a long run; fewer with -short, and where they would take more than 5 seconds.
+// many returns n, the number of steps of a long run. It returns fewer with -short, and if n steps
+// would take more than 5 seconds.
 func (s suite) many(n int) int {
 	if testing.Short() {
 		n /= 10

@@ -1,3 +1,5 @@
+// This file tests that the coordinators of the root package pass the suite.
+
 package fwdtest_test
 
 import (

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -12,22 +14,22 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// How long an exchange may take that must return: now, or at once. No clock is that exact on a busy machine, and a network
-// takes its time.
+// These are how long an exchange may take that must return, and one that must return immediately. A
+// busy machine delays both, and a network takes its time.
 const (
 	patience = 10 * time.Second
 	atOnce   = 2 * time.Second
 )
 
-// group is one group under test. Its ranks do as the contract says: each votes for the step after the last one that it
-// knows of.
+// group is one group under test. Its ranks do as the contract says: each votes for the step after
+// the last one that it knows of.
 type group struct {
 	*testing.T
 	ranks  []fwd.Coordinator
 	settle time.Duration
 	salt   int      // in the votes, so that groups don't say the same
 	step   uint64   // of the last round
-	steps  []uint64 // the same as each rank knows it
+	steps  []uint64 // the same, as far as each rank knows
 	last   []*call  // of each rank
 }
 
@@ -59,13 +61,13 @@ func (g *group) except(ranks ...int) []int {
 	return others
 }
 
-// vote is a vote that tells groups, ranks and steps apart.
+// vote returns a vote that tells groups, ranks and steps apart. It is one that a Runner could give.
 func (g *group) vote(rank int, step uint64) fwd.Vote {
 	n := g.salt + 1000*rank + int(step%1000) + 1
-	return fwd.Vote{Step: step, NumTokens: n, NumTokensPadded: n}
+	return fwd.Vote{Step: step, NumTokens: n, NumTokensPadded: n, NumReqs: 1, Note: uint64(n) << 32}
 }
 
-// votes are the votes of all ranks in one step.
+// votes returns the votes of all ranks in one step.
 func (g *group) votes(step uint64) []fwd.Vote {
 	votes := make([]fwd.Vote, len(g.ranks))
 	for rank := range votes {
@@ -74,24 +76,40 @@ func (g *group) votes(step uint64) []fwd.Vote {
 	return votes
 }
 
-// differ says where votes are not the wanted ones.
+// differ returns an error that says in what the votes are not the wanted ones.
 func differ(got, want []fwd.Vote) error {
 	if len(got) != len(want) {
 		return fmt.Errorf("%d votes, want %d", len(got), len(want))
 	}
-	for rank, v := range got {
-		if !same(v, want[rank]) {
-			return fmt.Errorf("the vote of rank %d is %+v, want %+v", rank, v, want[rank])
+	for rank := range got {
+		if !same(&got[rank], &want[rank]) {
+			return fmt.Errorf("the vote of rank %d has %s", rank, difference(got[rank], want[rank]))
 		}
 	}
 	return nil
 }
 
-// same reports whether two votes say the same. Whether a span context comes from elsewhere is not part of what is said.
-func same(v, w fwd.Vote) bool {
+// same reports whether two votes say the same. Whether a span context is remote is not part of
+// that.
+func same(v, w *fwd.Vote) bool {
 	return v.Step == w.Step && v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded &&
-		v.UBatch == w.UBatch && v.GraphMode == w.GraphMode &&
+		v.NumReqs == w.NumReqs && v.NumActiveLoRAs == w.NumActiveLoRAs &&
+		v.Uniform == w.Uniform && v.ExcludeFull == w.ExcludeFull && v.Eager == w.Eager &&
+		v.UBatch == w.UBatch && v.Idle == w.Idle && v.WarmUp == w.WarmUp &&
+		v.GraphMode == w.GraphMode && v.Note == w.Note && v.Config == w.Config &&
 		v.SpanContext.WithRemote(false).Equal(w.SpanContext.WithRemote(false))
+}
+
+// difference names the fields in which two votes differ.
+func difference(got, want fwd.Vote) string {
+	var fields []string
+	g, w := reflect.ValueOf(got), reflect.ValueOf(want)
+	for i := range g.NumField() {
+		if one, other := g.Field(i).Interface(), w.Field(i).Interface(); !reflect.DeepEqual(one, other) {
+			fields = append(fields, fmt.Sprintf("%s %v, want %v", g.Type().Field(i).Name, one, other))
+		}
+	}
+	return strings.Join(fields, "; ")
 }
 
 // restart lets ranks begin anew on the same coordinators.
@@ -107,7 +125,7 @@ type call struct {
 	rank  int
 	vote  fwd.Vote
 	done  chan struct{}
-	votes []fwd.Vote // these two once it is done
+	votes []fwd.Vote // this and err once it is done
 	err   error
 }
 
@@ -162,7 +180,7 @@ func (g *group) waiting(calls []*call) {
 	g.pause()
 	for _, c := range calls {
 		if c.isDone() {
-			g.Fatalf("%v returned %+v, %v; want it to wait", c, c.votes, c.err)
+			g.Fatalf("%v returned %d votes, %v; want it to wait", c, len(c.votes), c.err)
 		}
 	}
 }
@@ -186,7 +204,7 @@ func (c *call) returned(within time.Duration) {
 	}
 }
 
-// errs says which ranks have got an error, for which others may still wait.
+// errs says which ranks have got an error: others may wait in vain because of it.
 func (g *group) errs() string {
 	var text string
 	for _, c := range g.last {
@@ -225,8 +243,9 @@ func (c *call) agreed() {
 	c.steps[c.rank] = step
 }
 
-// fail checks that the calls return an error of that kind, with the group's next step and those ranks. Who was missing has time
-// to hear of it: over a network a rank that comes while the news is on its way can't know.
+// fail checks that the calls return an error of that kind, with the group's next step and those
+// ranks. It gives the ranks that were missing time to hear of it: over a network, a rank that comes
+// while the news is on its way can't know.
 func (g *group) fail(calls []*call, kind error, ranks ...int) {
 	g.Helper()
 	g.step++
@@ -240,7 +259,7 @@ func (g *group) fail(calls []*call, kind error, ranks ...int) {
 	}
 }
 
-// failed checks that the call returns an error of that kind, with the group's step.
+// failed checks that the call returns a RankError of that kind, with the group's step.
 func (c *call) failed(kind error) *fwd.RankError {
 	c.Helper()
 	c.refused(kind)
@@ -256,26 +275,27 @@ func (c *call) failed(kind error) *fwd.RankError {
 	return err
 }
 
-// refused checks that the call returns at once, with an error of that kind alone and without votes.
+// refused checks that the call returns immediately, with an error of that kind alone and without
+// votes.
 func (c *call) refused(kind error) {
 	c.Helper()
 	if c.returned(atOnce); len(c.votes) != 0 || !errors.Is(c.err, kind) {
-		c.Fatalf("%v: %+v, %v; want error %v", c, c.votes, c.err, kind)
+		c.Fatalf("%v: %d votes, %v; want error %v", c, len(c.votes), c.err, kind)
 	}
 	for _, other := range []error{fwd.ErrInvalid, fwd.ErrLockstep, fwd.ErrRankMissing} {
 		if other != kind && errors.Is(c.err, other) {
-			c.Errorf("%v: error %v is %v too", c, c.err, other)
+			c.Errorf("%v: error %v is also %v", c, c.err, other)
 		}
 	}
 }
 
-// together checks that the group is whole: all ranks come and get the votes of the next step.
+// together checks that the group is whole: all ranks come, and get the votes of the next step.
 func (g *group) together() {
 	g.Helper()
 	g.agree(g.begin(g.Context(), g.all()...))
 }
 
-// breakStep lets those ranks come, the first of which then goes away again.
+// breakStep lets those ranks come; then the first of them goes away again.
 func (g *group) breakStep(here ...int) {
 	g.Helper()
 	ctx, cancel := context.WithCancel(g.Context())

@@ -12,15 +12,15 @@ type footprint struct{ goroutines, bytes int }
 
 func current() footprint {
 	runtime.GC()
-	runtime.GC() // what was in a pool
+	runtime.GC() // frees what was in a pool
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)
 	return footprint{runtime.NumGoroutine(), int(stats.HeapAlloc)}
 }
 
-// leavesNothing checks that what do does so many times leaves neither goroutines nor memory behind. The process may have
-// other goroutines, which come and go, and memory for things that are made once. So one of several tries is enough: a leak
-// shows in each.
+// leavesNothing checks that do, which does something so many times, leaves neither goroutines nor
+// memory behind. The process may have other goroutines, which come and go, and memory for things
+// that are made once. So one good try of several is enough: a leak shows in each.
 func leavesNothing(t *testing.T, times int, do func()) {
 	t.Helper()
 	most := footprint{goroutines: times / 4, bytes: 32*times + 64<<10}
@@ -32,10 +32,11 @@ func leavesNothing(t *testing.T, times int, do func()) {
 			return
 		}
 	}
-	t.Errorf("%d times left %d goroutines and %d bytes behind, want about none", times, left.goroutines, left.bytes)
+	t.Errorf("%d times left %d goroutines and %d bytes behind, want about none",
+		times, left.goroutines, left.bytes)
 }
 
-// grown returns how much more there is than before, once what is ending has ended.
+// grown returns how much more there is than before, after it has given goroutines time to end.
 func (before footprint) grown(most footprint) footprint {
 	deadline := time.Now().Add(500 * time.Millisecond)
 	for {
@@ -52,14 +53,14 @@ func (f footprint) within(most footprint) bool {
 	return f.goroutines <= most.goroutines && f.bytes <= most.bytes
 }
 
-// Rounds leave nothing behind.
+// nothingLeftByRounds checks that rounds leave nothing behind.
 func (s suite) nothingLeftByRounds(t *testing.T) {
 	g := s.group(t, 4)
 	const rounds = 1000
 	leavesNothing(t, rounds, func() { g.takeAll(rounds, noPause) })
 }
 
-// Nor do broken rounds.
+// nothingLeftByBrokenRounds checks that broken rounds leave nothing behind.
 func (s suite) nothingLeftByBrokenRounds(t *testing.T) {
 	g := s.group(t, 3)
 	const rounds = 1000
@@ -71,7 +72,7 @@ func (s suite) nothingLeftByBrokenRounds(t *testing.T) {
 	g.comeTogether()
 }
 
-// breakAtOnce lets those ranks come, and all go away again: before or after the others have come.
+// breakAtOnce lets those ranks come, and all go away again, before or after the others have come.
 func (g *group) breakAtOnce(here ...int) {
 	g.Helper()
 	ctx, cancel := context.WithCancel(g.Context())
@@ -86,12 +87,12 @@ func (g *group) breakAtOnce(here ...int) {
 	}
 }
 
-// Nor do groups that were closed.
+// nothingLeftByGroups checks that groups which were closed leave nothing behind.
 func (s suite) nothingLeftByGroups(t *testing.T) {
 	const each, groups = 10, 100
 	leavesNothing(t, groups, func() {
 		for range groups / each {
-			t.Run("closed", func(t *testing.T) { // when it ends
+			t.Run("closed", func(t *testing.T) { // its Cleanup closes them
 				for range each {
 					g := s.group(t, 2)
 					g.together()

@@ -13,16 +13,17 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// watch is where goroutines that exchange by themselves report: each its end, and a call that does not end.
+// watch is where goroutines that exchange by themselves report: each its end, and a call that does
+// not end.
 type watch chan error
 
-// run calls f with 0 to n-1, all at once, and waits until they have returned. The first error fails the test and ends the
-// contexts of the others.
+// run calls f with 0 to n-1 concurrently, and waits until they have returned. The first error fails
+// the test and ends the contexts of the others.
 func run(t *testing.T, n int, f func(ctx context.Context, w watch, i int) error) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	w := make(watch, 2*n) // enough for all, also when nobody reads any more
+	w := make(watch, 2*n) // enough for all, also if nobody reads any more
 	for i := range n {
 		go func() { w <- f(ctx, w, i) }()
 	}
@@ -53,7 +54,6 @@ func (g *group) take(ctx context.Context, w watch, rank, n int, pause func()) er
 		if err != nil {
 			return fmt.Errorf("rank %d in step %d: %w", rank, step, err)
 		}
-		clear(votes) // they are the caller's
 	}
 	return nil
 }
@@ -61,7 +61,9 @@ func (g *group) take(ctx context.Context, w watch, rank, n int, pause func()) er
 // takeAll lets all ranks take n steps on their own.
 func (g *group) takeAll(n int, pause func()) {
 	g.Helper()
-	run(g.T, len(g.ranks), func(ctx context.Context, w watch, rank int) error { return g.take(ctx, w, rank, n, pause) })
+	run(g.T, len(g.ranks), func(ctx context.Context, w watch, rank int) error {
+		return g.take(ctx, w, rank, n, pause)
+	})
 	g.advance(n)
 }
 
@@ -76,19 +78,19 @@ func (g *group) advance(n int) {
 func noPause()     {}
 func randomPause() { time.Sleep(rand.N(time.Millisecond)) }
 
-// Many steps, as fast as the ranks can.
+// backToBack takes many steps, as fast as the ranks can.
 func (s suite) backToBack(t *testing.T) {
 	for _, size := range []int{2, 4, 8} {
 		s.group(t, size).takeAll(s.many(3000), noPause)
 	}
 }
 
-// Many steps of ranks that don't come at the same time.
+// paced takes many steps of ranks that don't come at the same time.
 func (s suite) paced(t *testing.T) {
 	s.group(t, 4).takeAll(s.many(500), randomPause)
 }
 
-// Groups that run at once don't get each other's votes.
+// severalGroups checks that groups which run concurrently don't get each other's votes.
 func (s suite) severalGroups(t *testing.T) {
 	const size = 3
 	var groups []*group
@@ -100,7 +102,8 @@ func (s suite) severalGroups(t *testing.T) {
 	})
 }
 
-// Contexts that end at any time, for a while: every exchange ends, and once all is calm the group comes together again.
+// chaos lets contexts end at any time, for a while. Every exchange must end, and the group must
+// come together again when all is calm.
 func (s suite) chaos(t *testing.T) {
 	g := s.group(t, 4)
 	c := chaos{group: g, votes: map[uint64][]fwd.Vote{}}
@@ -117,7 +120,7 @@ func (s suite) chaos(t *testing.T) {
 	g.comeTogether()
 }
 
-// chaos is a group in which contexts end, and what has come of it.
+// chaos is a group in which contexts end, with what has come of it.
 type chaos struct {
 	*group
 	mu     sync.Mutex
@@ -125,8 +128,8 @@ type chaos struct {
 	failed int
 }
 
-// rank lets one rank take steps until ctx ends. Every other exchange has a context of its own, which ends about when the
-// others come.
+// rank lets one rank take steps until ctx ends. About every other exchange has a context that ends
+// about when the others come.
 func (c *chaos) rank(ctx context.Context, w watch, rank int) error {
 	random := rand.New(rand.NewPCG(uint64(rank), 42))
 	upTo := func(d time.Duration) time.Duration { return time.Duration(random.Int64N(int64(d))) }
@@ -155,8 +158,8 @@ func (c *chaos) outcome(rank int, sent fwd.Vote, votes []fwd.Vote, err error) (u
 		return 0, fmt.Errorf("%d votes, want %d", len(votes), len(c.ranks))
 	}
 	step := votes[rank].Step
-	if sent.Step = max(sent.Step, step); !same(votes[rank], sent) {
-		return 0, fmt.Errorf("the rank's own vote is %+v, want %+v", votes[rank], sent)
+	if sent.Step = max(sent.Step, step); !same(&votes[rank], &sent) {
+		return 0, fmt.Errorf("the vote of rank %d itself has %s", rank, difference(votes[rank], sent))
 	}
 	for other, v := range votes {
 		if v.Step != step {
@@ -169,13 +172,14 @@ func (c *chaos) outcome(rank int, sent fwd.Vote, votes []fwd.Vote, err error) (u
 	return step, differ(votes, c.votes[step])
 }
 
-// missed returns the step that a rank goes on from after an error, which says that others are missing.
+// missed returns the step that a rank goes on from after an error, which must say that others are
+// missing.
 func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
 	var got *fwd.RankError
 	ok := errors.As(err, &got)
 	switch {
 	case !ok || !errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
-		return 0, fmt.Errorf("error %w, want the votes or a RankError that is %v alone", err, fwd.ErrRankMissing)
+		return 0, fmt.Errorf("error %w, want votes or a RankError that is %v alone", err, fwd.ErrRankMissing)
 	case len(got.Ranks) == 0 || slices.Contains(got.Ranks, rank):
 		return 0, fmt.Errorf("error %w names itself, or nobody", err)
 	case got.Step < sent.Step:
@@ -184,8 +188,8 @@ func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
 	return got.Step, nil
 }
 
-// comeTogether lets all ranks come until they get the votes, which what they have not heard of yet may delay by a few rounds,
-// and then take several steps.
+// comeTogether lets all ranks come until they get the votes, and then take several steps. A few
+// rounds may fail first because of what the ranks have not heard of yet.
 func (g *group) comeTogether() {
 	g.Helper()
 	g.pause()

@@ -7,8 +7,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// All ranks there, but at different steps: all fail, with the highest step and the ranks that are not at it. The group is
-// whole again in the next one.
+// differentSteps checks that all ranks fail if they come at different steps, with the highest step
+// and the ranks that are not at it. The group is whole again in the next one.
 func (s suite) differentSteps(t *testing.T) {
 	g := s.group(t, 3)
 	for _, tt := range []struct {
@@ -32,7 +32,8 @@ func (s suite) differentSteps(t *testing.T) {
 	}
 }
 
-// A restarted rank costs one failed step, whichever it is and whenever it comes. So do two.
+// restarted checks that a restarted rank costs one failed step, whichever it is and whenever it
+// comes, and that two cost no more.
 func (s suite) restarted(t *testing.T) {
 	g := s.group(t, 3)
 	for _, restarted := range [][]int{{0}, {1}, {2}, {0, 2}, {1, 2}} {
@@ -48,8 +49,8 @@ func (s suite) restarted(t *testing.T) {
 	}
 }
 
-// A rank restarted after the very first step says again what it said before. Whether it alone fails, as one that calls
-// twice, or all do, is the coordinator's choice.
+// restartedAfterFirstStep restarts a rank after the very first step, so that it says again what it
+// said before. The coordinator may let it fail alone, as a rank that votes twice, or let all fail.
 func (s suite) restartedAfterFirstStep(t *testing.T) {
 	g := s.group(t, 2)
 	g.together()
@@ -67,7 +68,8 @@ func (s suite) restartedAfterFirstStep(t *testing.T) {
 	g.together()
 }
 
-// A rank that restarts right after its first, failed step costs another.
+// restartedAgain checks that a rank which restarts right after its first, failed step costs
+// another.
 func (s suite) restartedAgain(t *testing.T) {
 	g := s.group(t, 2)
 	for range 4 {
@@ -80,7 +82,7 @@ func (s suite) restartedAgain(t *testing.T) {
 	g.together()
 }
 
-// All ranks restart at once: nothing but the votes says at which step a group is.
+// allRestarted restarts all ranks together: nothing but the votes says at which step a group is.
 func (s suite) allRestarted(t *testing.T) {
 	g := s.group(t, 3)
 	for range 3 {
@@ -93,7 +95,7 @@ func (s suite) allRestarted(t *testing.T) {
 	g.together()
 }
 
-// All ranks are further on than the group was.
+// allAhead lets all ranks be further on than the group was.
 func (s suite) allAhead(t *testing.T) {
 	g := s.group(t, 3)
 	for _, ahead := range []uint64{1, 7, 1 << 40} {

@@ -9,7 +9,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// ending is a way in which a context ends: it returns one, a function that returns when that has ended, and the cause.
+// ending is a way in which a context ends. It returns a context, a function that returns when that
+// has ended, and the cause.
 type ending func(g *group) (ctx context.Context, end func(), cause error)
 
 func cancelled(g *group) (context.Context, func(), error) {
@@ -28,8 +29,9 @@ func deadlineExceeded(g *group) (context.Context, func(), error) {
 	return ctx, func() { <-ctx.Done(); cancel() }, context.DeadlineExceeded
 }
 
-// The context of a rank ends first: all that wait fail at once, with the ranks that had not come, and that rank alone has
-// the cause too. Then the group goes on, and those that come late are not told off.
+// missing returns a check in which the context of a rank ends first. All that wait fail
+// immediately, with the ranks that had not come, and that rank alone also has the cause. Then the
+// group goes on, and those that come late get no error.
 func missing(ending ending) func(s suite, t *testing.T) {
 	return func(s suite, t *testing.T) {
 		g := s.group(t, 4)
@@ -42,7 +44,8 @@ func missing(ending ending) func(s suite, t *testing.T) {
 			g.fail(calls, fwd.ErrRankMissing, g.except(here...)...)
 			for _, c := range calls {
 				if own := c.rank == here[0]; errors.Is(c.err, cause) != own {
-					t.Errorf("%v, where the context of rank %d ended: error %v is %q: %t, want %t", c, here[0], c.err, cause, !own, own)
+					t.Errorf("%v, when the context of rank %d ended: error %v is %q: %t, want %t",
+						c, here[0], c.err, cause, !own, own)
 				}
 			}
 			g.together()
@@ -50,8 +53,8 @@ func missing(ending ending) func(s suite, t *testing.T) {
 	}
 }
 
-// A rank comes late to one broken step or to several, as the last, as the first or in between: its vote counts in the
-// group's step.
+// late lets a rank come late to one broken step or to several, as the last, as the first or in
+// between: its vote counts in the group's step.
 func (s suite) late(t *testing.T) {
 	g := s.group(t, 3)
 	for broken := 1; broken <= 3; broken++ {
@@ -67,7 +70,8 @@ func (s suite) late(t *testing.T) {
 	}
 }
 
-// Two ranks are late by different numbers of steps; and a late rank comes to a round that breaks too.
+// lateByDifferentSteps lets two ranks be late by different numbers of steps, and lets a late rank
+// come to a round that breaks too.
 func (s suite) lateByDifferentSteps(t *testing.T) {
 	g := s.group(t, 3)
 	g.together()
@@ -82,8 +86,8 @@ func (s suite) lateByDifferentSteps(t *testing.T) {
 	g.together()
 }
 
-// A late rank that was restarted as well is out of step as any restarted one, and one that waits alone learns the group's
-// step from its broken round.
+// lateAndRestarted checks that a late rank which was also restarted is out of step, as any
+// restarted one, and that one which waits alone learns the group's step from its broken round.
 func (s suite) lateAndRestarted(t *testing.T) {
 	g := s.group(t, 2)
 	for range 5 {
@@ -101,13 +105,14 @@ func (s suite) lateAndRestarted(t *testing.T) {
 	alone[0].returned(atOnce)
 	var err *fwd.RankError
 	if errors.As(alone[0].err, &err) && err.Step == g.step {
-		g.step-- // what it waited in need not count as a step
+		g.step-- // the round in which it waited need not count as a step
 	}
 	g.fail(alone, fwd.ErrRankMissing, 0)
 	g.together()
 }
 
-// A rank whose context has ended before it comes, with nobody there, fails at once.
+// endedBefore checks that a rank whose context has ended before it comes, when nobody is there,
+// fails immediately.
 func (s suite) endedBefore(t *testing.T) {
 	g := s.group(t, 3)
 	ended, cancel := context.WithCancelCause(t.Context())
@@ -123,8 +128,8 @@ func (s suite) endedBefore(t *testing.T) {
 	}
 }
 
-// A rank whose context has ended before it comes needn't wait where it is the last, so that the round may be complete. Or
-// it breaks; but it does the same for all.
+// endedBeforeTheLastCame lets a rank come last whose context has ended. It need not wait, so the
+// round may be complete, or it may break; but it does the same for all.
 func (s suite) endedBeforeTheLastCame(t *testing.T) {
 	g := s.group(t, 3)
 	ended, cancel := context.WithCancel(t.Context())
@@ -146,7 +151,7 @@ func (s suite) endedBeforeTheLastCame(t *testing.T) {
 	}
 }
 
-// A context that ends after its exchange has returned disturbs nobody.
+// endedAfter checks that a context which ends after its exchange has returned disturbs nobody.
 func (s suite) endedAfter(t *testing.T) {
 	g := s.group(t, 3)
 	for last := range g.ranks {

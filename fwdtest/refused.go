@@ -7,28 +7,34 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// A vote that can't be right is refused before anything is sent: the rank has not come, and its next vote is its first.
+// invalidVote checks that a vote which can't be right is refused before anything is sent: the rank
+// has not come, and its next vote is its first.
 func (s suite) invalidVote(t *testing.T) {
 	g := s.group(t, 2)
 	peer := g.begin(t.Context(), 1)
-	most := 1<<31 - 1
+	most := 1<<31 - 1 // a variable, so that most + 1 compiles on every machine
 	for _, v := range []fwd.Vote{
 		{Step: 1, NumTokens: 5, NumTokensPadded: 4},
 		{Step: 1, NumTokens: -1, NumTokensPadded: 4},
 		{Step: 1, NumTokens: -2, NumTokensPadded: -1},
-		{Step: 1, NumTokens: 1, NumTokensPadded: most + 1}, // negative where an int has 32 bits
+		{Step: 1, NumTokens: 1, NumTokensPadded: most + 1}, // negative if an int has 32 bits
+		{Step: 1, NumTokens: most + 1, NumTokensPadded: most + 1},
+		{Step: 1, NumReqs: -1},
+		{Step: 1, NumReqs: most + 1},
+		{Step: 1, NumActiveLoRAs: -1},
+		{Step: 1, NumActiveLoRAs: most + 1},
 		{Step: 1, GraphMode: fwd.GraphFullDecodeOnly},
 		{Step: 1, GraphMode: fwd.GraphFullAndPiecewise},
 		{Step: 1, GraphMode: 77},
 	} {
 		g.send(t.Context(), 0, v).refused(fwd.ErrInvalid)
-		g.waiting(peer)
 	}
+	g.waiting(peer)
 	g.agree(append(peer, g.begin(t.Context(), 0)...))
 	g.together()
 }
 
-// again checks that a second call of rank 0 is refused, whatever it says.
+// again checks that a second call of rank 0 is refused, whatever it votes for.
 func (g *group) again(step uint64) {
 	g.Helper()
 	other := g.vote(0, step)
@@ -39,7 +45,8 @@ func (g *group) again(step uint64) {
 	}
 }
 
-// A rank that calls again while it waits is refused, and the round is not disturbed.
+// secondCall checks that a rank which calls again while it waits is refused, and that the round is
+// not disturbed.
 func (s suite) secondCall(t *testing.T) {
 	g := s.group(t, 3)
 	for range 3 {
@@ -55,7 +62,7 @@ func (s suite) secondCall(t *testing.T) {
 	}
 }
 
-// A rank that votes again for a step which it has behind it is refused too.
+// secondCallAfterTheRound checks that a rank which votes again for a complete step is refused.
 func (s suite) secondCallAfterTheRound(t *testing.T) {
 	g := s.group(t, 3)
 	for range 3 {
@@ -69,7 +76,7 @@ func (s suite) secondCallAfterTheRound(t *testing.T) {
 	}
 }
 
-// The same where that step was broken.
+// secondCallAfterABrokenRound checks that a rank which votes again for a broken step is refused.
 func (s suite) secondCallAfterABrokenRound(t *testing.T) {
 	g := s.group(t, 3)
 	for range 3 {

@@ -1,8 +1,12 @@
+// Tests that spans are accounted for: what ran is in Jaeger, or counted as dropped, or not sampled;
+// and requests are linked to the passes that served them.
+
 package integration
 
 import (
 	"context"
 	"fmt"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -10,7 +14,6 @@ import (
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/engine"
 	"github.com/google/go-cmp/cmp"
-	"go.opentelemetry.io/otel/metric/noop"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 )
@@ -23,13 +26,8 @@ func (e *ended) OnEnd(sdktrace.ReadOnlySpan)                   { e.n.Add(1) }
 func (*ended) Shutdown(context.Context) error                  { return nil }
 func (*ended) ForceFlush(context.Context) error                { return nil }
 
-// decoding is a step of one token on each rank.
-func decoding() []fwd.Schedule {
-	return []fwd.Schedule{tokens(1), tokens(1), tokens(1), tokens(1)}
-}
-
-// TestNothingLost: at a pace that leaves the exporter some time, every span of every rank of 2,000 steps is in Jaeger, with
-// OpenTelemetry's default queue.
+// TestNothingLost: at a pace that leaves the exporter some time, every span of every rank of 2,000
+// steps is in Jaeger, with OpenTelemetry's default queue.
 func TestNothingLost(t *testing.T) {
 	const numSteps = 2000
 	before := readCounts(t)
@@ -53,7 +51,7 @@ func TestNothingLost(t *testing.T) {
 		t.Errorf("Jaeger holds %d spans, OpenTelemetry counted %+v, want %+v", len(spans), counted, want)
 	}
 	steps := steps(spans)
-	if len(steps) != stats.Steps || len(steps) < numSteps { // the engine may need one more to see that all is done
+	if len(steps) != stats.Steps || len(steps) < numSteps {
 		t.Errorf("%d steps in Jaeger, %d in the engine, want at least %d", len(steps), stats.Steps, numSteps)
 	}
 	for _, step := range steps {
@@ -70,80 +68,80 @@ func (e slowExporter) ExportSpans(ctx context.Context, spans []sdktrace.ReadOnly
 	return e.SpanExporter.ExportSpans(ctx, spans)
 }
 
-// TestDropsCounted: where the exporter is too slow and the queue short, what Jaeger holds and what was counted as dropped are
-// together what ran.
+// TestDropsCounted: if the exporter is too slow and the queue short, what Jaeger holds and what was
+// counted as dropped add up to what ran.
 func TestDropsCounted(t *testing.T) {
 	const numSteps = 2000
 	before := readCounts(t)
 	var ran ended
-	s := newServiceIn(t, shared, "http", []sdktrace.BatchSpanProcessorOption{sdktrace.WithMaxQueueSize(64), sdktrace.WithMaxExportBatchSize(32)},
-		sdktrace.WithSpanProcessor(&ran))
+	short := []sdktrace.BatchSpanProcessorOption{
+		sdktrace.WithMaxQueueSize(64), sdktrace.WithMaxExportBatchSize(32),
+	}
+	s := newServiceIn(t, shared, "http", short, sdktrace.WithSpanProcessor(&ran))
 	s.exporter.SpanExporter = slowExporter{s.exporter.SpanExporter}
-	g := newGroup(t, fwd.DispatcherConfig{}, fwd.ParallelConfig{},
-		fwd.WithStepTrace(), fwd.WithTracerProvider(s.provider), fwd.WithMeterProvider(noop.NewMeterProvider()))
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{}, fwd.ParallelConfig{})
 	for range numSteps {
-		if err := g.step(t.Context(), decoding(), nil, nil); err != nil {
-			t.Fatal(err)
-		}
+		g.takeAll(t, onAll(tokens(1)))
 	}
 	held := int64(len(s.spans(t)))
 	counted := readCounts(t).minus(before)
-	if ran := ran.n.Load(); ran != numSteps*2*ranks || held+counted.dropped != ran || counted.failed != 0 {
-		t.Errorf("%d spans ran, want %d; Jaeger holds %d of them, OpenTelemetry counted %+v", ran, numSteps*2*ranks, held, counted)
+	const want = numSteps * 2 * ranks
+	if ran := ran.n.Load(); ran != want || held+counted.dropped != ran || counted.failed != 0 {
+		t.Errorf("%d spans ran, want %d; Jaeger holds %d of them, OpenTelemetry counted %+v",
+			ran, want, held, counted)
 	}
 	if counted.dropped == 0 || held == 0 {
 		t.Errorf("%d spans held, %d dropped: want some of each", held, counted.dropped)
 	}
 }
 
-// TestSampling: with a parent-based sampler a step is recorded whole, on all ranks, or not at all, whatever the ranks'
-// callers are.
+// TestSampling: with a parent-based sampler a step is recorded whole, on all ranks, or not at all,
+// whatever the ranks' callers are.
 func TestSampling(t *testing.T) {
-	const numSteps, fraction = 3000, 0.01
 	for name, callers := range map[string]bool{"without callers": false, "with callers": true} {
-		t.Run(name, func(t *testing.T) {
-			s := newService(t, "grpc", sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(fraction))))
-			g := newGroup(t, fwd.DispatcherConfig{}, fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 2},
-				fwd.WithStepTrace(), fwd.WithTracerProvider(s.provider), fwd.WithMeterProvider(noop.NewMeterProvider()))
-			if callers {
-				g.tracer = s.provider.Tracer("engine")
-			}
-			two := []fwd.Schedule{tokens(1, 1), tokens(1, 1), tokens(1, 1), tokens(1, 1)}
-			for range numSteps {
-				if err := g.step(t.Context(), two, nil, nil); err != nil {
-					t.Fatal(err)
-				}
-			}
-			spans := s.spans(t)
-			checkTrees(t, spans)
-			want := map[string]int{"fwd.coordinate": ranks, "fwd.forward": ranks, "fwd.ubatch": 2 * ranks}
-			if callers {
-				want["engine.step"] = 1 // rank 0's; those of other ranks are traces of their own
-			}
-			whole := 0
-			for id, trace := range byTrace(spans) {
-				got := map[string]int{}
-				for _, s := range trace {
-					got[s.Name]++
-				}
-				if callers && cmp.Equal(got, map[string]int{"engine.step": 1}) {
-					continue
-				}
-				whole++
-				if diff := cmp.Diff(want, got); diff != "" {
-					t.Errorf("trace %s is not a whole step (-want +got):\n%s", id, diff)
-				}
-			}
-			// 30 are expected; less than 5 or more than 80 come once in 10⁸ runs.
-			if whole < 5 || whole > 80 {
-				t.Errorf("%d of %d steps are recorded, want about 1 %%", whole, numSteps)
-			}
-		})
+		t.Run(name, func(t *testing.T) { testSampling(t, callers) })
 	}
 }
 
-// TestRequests: a request's own trace says how long it waited and how long its answer took, and the passes that served it are
-// linked to it.
+func testSampling(t *testing.T, callers bool) {
+	const numSteps, fraction = 3000, 0.01
+	s := newService(t, "grpc", sdktrace.WithSampler(sdktrace.ParentBased(sdktrace.TraceIDRatioBased(fraction))))
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{},
+		fwd.ParallelConfig{NumUBatches: 2, DecodeUBatchThreshold: 2})
+	if callers {
+		g.tracer = s.provider.Tracer("engine")
+	}
+	for range numSteps {
+		g.takeAll(t, onAll(tokens(1, 1)))
+	}
+	spans := s.spans(t)
+	checkTrees(t, spans)
+	want := map[string]int{"fwd.coordinate": ranks, "fwd.forward": ranks, "fwd.ubatch": 2 * ranks}
+	if callers {
+		want["engine.step"] = 1 // rank 0's; those of other ranks are traces of their own
+	}
+	whole := 0
+	for id, trace := range byTrace(spans) {
+		got := map[string]int{}
+		for _, s := range trace {
+			got[s.Name]++
+		}
+		if callers && cmp.Equal(got, map[string]int{"engine.step": 1}) {
+			continue
+		}
+		whole++
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("trace %s is not a whole step (-want +got):\n%s", id, diff)
+		}
+	}
+	// 30 are expected. Fewer than 5 or more than 80 come once in 10⁸ runs.
+	if whole < 5 || whole > 80 {
+		t.Errorf("%d of %d steps are recorded, want about 1 %%", whole, numSteps)
+	}
+}
+
+// TestRequests: a request's own trace says how long it waited and how long its answer took, and the
+// passes that served it are linked to it.
 func TestRequests(t *testing.T) {
 	s := newService(t, "grpc")
 	requests := newRequests(12, 200, 8)
@@ -165,28 +163,36 @@ func TestRequests(t *testing.T) {
 		t.Errorf("%d request spans for %d requests", len(served), len(requests))
 	}
 	for _, s := range served {
-		r := requests[s.Attributes["engine.request.id"].(int64)]
-		queue, _ := s.Attributes["engine.request.queue_time"].(float64)
-		first, _ := s.Attributes["engine.request.time_to_first_token"].(float64)
-		if d := s.Duration().Seconds(); queue < 0 || first <= queue || d < first || d > patience.Seconds() {
-			t.Errorf("request %d: %vs in the queue, first token after %vs, last after %vs", r.ID, queue, first, d)
-		}
-		delete(s.Attributes, "engine.request.queue_time")
-		delete(s.Attributes, "engine.request.time_to_first_token")
-		want := attrs{
-			"engine.request.id":               int64(r.ID),
-			"engine.request.rank":             int64(r.ID % ranks),
-			"engine.request.prompt_tokens":    int64(len(r.Prompt)),
-			"engine.request.generated_tokens": int64(r.MaxTokens),
-			"engine.request.finished":         true,
-		}
-		if diff := cmp.Diff(want, s.Attributes); diff != "" || s.ParentSpanID != "" {
-			t.Errorf("request %d, parent %q (-want +got):\n%s", r.ID, s.ParentSpanID, diff)
-		}
-		// A pass for each token, and one more for each further part of a prompt beyond a step's budget.
+		r := &requests[s.Attributes["engine.request.id"].(int64)]
+		checkRequest(t, &s, r)
+		// There is a pass for each token, and one more for each part of the prompt beyond a step's
+		// budget.
 		if n := links[s.TraceID+s.SpanID]; n < r.MaxTokens || n > r.MaxTokens+(len(r.Prompt)-1)/8 {
-			t.Errorf("request %d: %d passes are linked to it for %d tokens and a prompt of %d", r.ID, n, r.MaxTokens, len(r.Prompt))
+			t.Errorf("request %d: %d passes are linked to it for %d tokens and a prompt of %d",
+				r.ID, n, r.MaxTokens, len(r.Prompt))
 		}
+	}
+}
+
+// checkRequest checks the span of a request.
+func checkRequest(t *testing.T, s *Span, r *engine.Request) {
+	t.Helper()
+	queue, _ := s.Attributes["engine.request.queue_time"].(float64)
+	first, _ := s.Attributes["engine.request.time_to_first_token"].(float64)
+	if d := s.Duration().Seconds(); queue < 0 || first <= queue || d < first || d > patience.Seconds() {
+		t.Errorf("request %d: %vs in the queue, first token after %vs, last after %vs", r.ID, queue, first, d)
+	}
+	delete(s.Attributes, "engine.request.queue_time")
+	delete(s.Attributes, "engine.request.time_to_first_token")
+	want := attrs{
+		"engine.request.id":               int64(r.ID),
+		"engine.request.rank":             int64(r.ID % ranks),
+		"engine.request.prompt_tokens":    int64(len(r.Prompt)),
+		"engine.request.generated_tokens": int64(r.MaxTokens),
+		"engine.request.finished":         true,
+	}
+	if diff := cmp.Diff(want, s.Attributes); diff != "" || s.ParentSpanID != "" {
+		t.Errorf("request %d, parent %q (-want +got):\n%s", r.ID, s.ParentSpanID, diff)
 	}
 }
 
@@ -198,10 +204,12 @@ func TestManyRequests(t *testing.T) {
 			c := s.config()
 			c.MaxNumSeqs, c.MaxNumBatchedTokens = 200, 200
 			ctx := t.Context()
+			one := "150 128 22"
 			if caller { // the pass is linked to it as well
 				var span trace.Span
 				ctx, span = s.provider.Tracer("engine").Start(ctx, "engine.run")
 				defer span.End()
+				one = "150 128 23"
 			}
 			requests := make([]engine.Request, 150*ranks)
 			for i := range requests {
@@ -210,15 +218,17 @@ func TestManyRequests(t *testing.T) {
 			if _, _, err := newEngine(t, c).Run(ctx, requests); err != nil {
 				t.Fatal(err)
 			}
-			var got []string
-			for _, pass := range named(s.spans(t), "fwd.forward") {
-				if pass.Attributes["fwd.step"] == int64(1) {
-					got = append(got, fmt.Sprint(pass.Attributes["fwd.num_reqs"], " ", len(pass.Links), " ", pass.Attributes["engine.requests.not_linked"]))
+			var got []string // of each rank's first pass
+			first := map[any]bool{}
+			passes := named(s.spans(t), "fwd.forward")
+			slices.SortFunc(passes, func(a, b Span) int { return a.Start.Compare(b.Start) })
+			for _, pass := range passes {
+				rank := pass.Attributes["fwd.dp.rank"]
+				if pass.Attributes["fwd.phase"] != "warmup" && !first[rank] {
+					first[rank] = true
+					got = append(got, fmt.Sprint(pass.Attributes["fwd.num_reqs"], " ", len(pass.Links), " ",
+						pass.Attributes["engine.requests.not_linked"]))
 				}
-			}
-			one := "150 128 22"
-			if caller {
-				one = "150 128 23"
 			}
 			if diff := cmp.Diff([]string{one, one, one, one}, got); diff != "" {
 				t.Errorf("requests, links and what is left out, of each rank (-want +got):\n%s", diff)

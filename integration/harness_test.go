@@ -1,3 +1,6 @@
+// Helpers: services in Jaeger under which tests keep their spans, and the engines whose spans these
+// are.
+
 package integration
 
 import (
@@ -23,6 +26,7 @@ import (
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
 	"go.opentelemetry.io/otel/sdk/resource"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/trace"
 )
 
 const ranks = 4
@@ -39,7 +43,7 @@ var protocols = map[string]func(ctx context.Context, p *process) (sdktrace.SpanE
 
 var services atomic.Int64
 
-// service is a name under which spans come into a Jaeger, for one test alone.
+// service is a name under which one test keeps its spans in a Jaeger.
 type service struct {
 	*process
 	name     string
@@ -48,7 +52,8 @@ type service struct {
 	exporter *countingExporter
 }
 
-// countingExporter counts the spans that an exporter delivered, and those that it couldn't.
+// countingExporter counts the spans that an exporter delivered, and those that it could not
+// deliver.
 type countingExporter struct {
 	sdktrace.SpanExporter
 	delivered, failed atomic.Int64
@@ -64,21 +69,29 @@ func (e *countingExporter) ExportSpans(ctx context.Context, spans []sdktrace.Rea
 	return nil
 }
 
-// newService returns a new service in the shared Jaeger, with OpenTelemetry's defaults beside the options.
+// newService returns a new service in the shared Jaeger, with the options and OpenTelemetry's
+// defaults.
 func newService(t *testing.T, protocol string, options ...sdktrace.TracerProviderOption) *service {
 	t.Helper()
 	return newServiceIn(t, shared, protocol, nil, options...)
 }
 
-func newServiceIn(t *testing.T, p *process, protocol string, batch []sdktrace.BatchSpanProcessorOption, options ...sdktrace.TracerProviderOption) *service {
+func newServiceIn(
+	t *testing.T, p *process, protocol string,
+	batch []sdktrace.BatchSpanProcessorOption, options ...sdktrace.TracerProviderOption,
+) *service {
 	t.Helper()
 	exporter, err := protocols[protocol](t.Context(), p)
 	if err != nil {
 		t.Fatal(err)
 	}
 	name, _, _ := strings.Cut(t.Name(), "/")
-	s := &service{process: p, name: fmt.Sprintf("%s-%d", name, services.Add(1)), began: time.Now().Add(-time.Minute)}
-	s.exporter = &countingExporter{SpanExporter: exporter}
+	s := &service{
+		process:  p,
+		name:     fmt.Sprintf("%s-%d", name, services.Add(1)),
+		began:    time.Now().Add(-time.Minute),
+		exporter: &countingExporter{SpanExporter: exporter},
+	}
 	s.provider = sdktrace.NewTracerProvider(append([]sdktrace.TracerProviderOption{
 		sdktrace.WithBatcher(s.exporter, batch...),
 		sdktrace.WithResource(resource.NewSchemaless(attribute.String("service.name", s.name))),
@@ -97,7 +110,8 @@ func (s *service) flush(t *testing.T) {
 	}
 }
 
-// spans hands all spans over and returns what Jaeger holds, once that are as many as were exported.
+// spans hands all spans over. It returns what Jaeger holds, as soon as that is as many as were
+// exported.
 func (s *service) spans(t *testing.T) []Span {
 	t.Helper()
 	s.flush(t)
@@ -150,23 +164,22 @@ func named(spans []Span, name string) []Span {
 	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
 }
 
-// steps returns the traces that are a step, not a request or a warm-up.
+// steps returns the traces of steps in which passes ran. Other traces are those of requests, of the
+// warm-up, and of exchanges after which nobody ran, since no rank had anything to do.
 func steps(spans []Span) map[string][]Span {
 	traces := byTrace(spans)
 	for id, trace := range traces {
-		if len(named(trace, "fwd.coordinate")) == 0 {
+		if len(named(trace, "warm-up")) > 0 || len(named(trace, "fwd.forward")) == 0 {
 			delete(traces, id)
 		}
 	}
 	return traces
 }
 
-// counts are what OpenTelemetry's own metrics say about the spans of this process.
-type counts struct {
-	dropped  int64 // by a span processor, since its queue was full
-	exported int64
-	failed   int64 // to be exported
-}
+// counts are what OpenTelemetry's own metrics say about the spans of this process: how many a span
+// processor dropped because its queue was full, how many were exported, and how many were not
+// although an exporter had them.
+type counts struct{ dropped, exported, failed int64 }
 
 func (c counts) minus(d counts) counts {
 	return counts{c.dropped - d.dropped, c.exported - d.exported, c.failed - d.failed}
@@ -174,11 +187,12 @@ func (c counts) minus(d counts) counts {
 
 var ownMetrics = sdkmetric.NewManualReader()
 
-// countDrops makes OpenTelemetry count what becomes of spans, as a program would that wants to know. It is the only use of a
-// global provider here.
+// countDrops makes OpenTelemetry count what becomes of spans, as a program does that wants to know.
+// It is the only use of a global provider here.
 func countDrops() error {
 	otel.SetMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(ownMetrics)))
-	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(error) {})) // failed exports are counted; the default prints them
+	// Failed exports are counted. The default handler would print them too.
+	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(error) {}))
 	return os.Setenv("OTEL_GO_X_OBSERVABILITY", "true")
 }
 
@@ -196,29 +210,35 @@ func readCounts(t *testing.T) counts {
 				continue
 			}
 			for _, point := range sum.DataPoints {
-				failed := point.Attributes.HasValue("error.type")
-				switch {
-				case m.Name == "otel.sdk.processor.span.processed" && failed:
-					c.dropped += point.Value
-				case m.Name == "otel.sdk.exporter.span.exported" && failed:
-					c.failed += point.Value
-				case m.Name == "otel.sdk.exporter.span.exported":
-					c.exported += point.Value
-				}
+				c.add(m.Name, point.Value, point.Attributes.HasValue("error.type"))
 			}
 		}
 	}
 	return c
 }
 
-// config is an engine's that shows everything: graphs, microbatches and steps across all ranks.
-func (s *service) config() engine.Config {
+func (c *counts) add(name string, n int64, failed bool) {
+	switch {
+	case name == "otel.sdk.processor.span.processed" && failed:
+		c.dropped += n
+	case name == "otel.sdk.exporter.span.exported" && failed:
+		c.failed += n
+	case name == "otel.sdk.exporter.span.exported":
+		c.exported += n
+	}
+}
+
+// config returns the configuration of an engine that shows everything: graphs, microbatches, and
+// steps across all ranks. It sends its spans to the service.
+func (s *service) config() engine.Config { return config(s.provider) }
+
+func config(provider trace.TracerProvider) engine.Config {
 	return engine.Config{
 		DataParallelSize: ranks,
 		GraphMode:        fwd.GraphFullAndPiecewise,
 		NumUBatches:      2,
 		StepTrace:        true,
-		TracerProvider:   s.provider,
+		TracerProvider:   provider,
 		MeterProvider:    noop.NewMeterProvider(),
 	}
 }
@@ -250,14 +270,16 @@ func serve(t *testing.T, c engine.Config, requests []engine.Request) ([]engine.R
 	return results, stats
 }
 
-// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to
+// maxAnswer.
 func newRequests(n, maxPrompt, maxAnswer int) []engine.Request {
 	rng := rand.New(rand.NewPCG(7, uint64(n)))
 	requests := make([]engine.Request, n)
 	for i := range requests {
-		requests[i] = engine.Request{ID: i, Prompt: make([]int, 1+rng.IntN(maxPrompt)), MaxTokens: 1 + rng.IntN(maxAnswer)}
-		for p := range requests[i].Prompt {
-			requests[i].Prompt[p] = rng.IntN(256)
+		prompt := make([]int, 1+rng.IntN(maxPrompt))
+		requests[i] = engine.Request{ID: i, Prompt: prompt, MaxTokens: 1 + rng.IntN(maxAnswer)}
+		for p := range prompt {
+			prompt[p] = rng.IntN(256)
 		}
 	}
 	return requests
@@ -270,5 +292,18 @@ func inRank(rank int, middleware fwd.Middleware) func(int) []fwd.Middleware {
 			return nil
 		}
 		return []fwd.Middleware{middleware}
+	}
+}
+
+// nthPass is middleware that calls do instead of the model in the n-th pass that serves requests.
+func nthPass(n int64, do func(ctx context.Context, next fwd.ForwardFunc) error) fwd.Middleware {
+	var passes atomic.Int64
+	return func(next fwd.ForwardFunc) fwd.ForwardFunc {
+		return func(ctx context.Context) error {
+			if !fwd.MustFromContext(ctx).Dummy && passes.Add(1) == n {
+				return do(ctx, next)
+			}
+			return next(ctx)
+		}
 	}
 }

@@ -1,6 +1,6 @@
-// Package integration shows what the spans and metrics of fwd are good for once they are in Jaeger and Prometheus. Its tests
-// run the real programs; what they use to read a trace back ([Jaeger]) and to learn from it which rank held up a step
-// ([SlowestRank], [LoweringRank]) is here to be copied.
+// Package integration shows what the spans and metrics of fwd are good for once they are in Jaeger
+// and Prometheus. Its tests run the real programs. The code that reads a trace back ([Jaeger]), and
+// that finds out which rank held up a step ([SlowestRank], [LoweringRank]), is here to be copied.
 package integration
 
 import (
@@ -17,14 +17,25 @@ import (
 
 // Span is a span as Jaeger keeps it.
 type Span struct {
-	TraceID, SpanID, ParentSpanID string // hexadecimal; no parent: empty
-	Service, Scope, ScopeVersion  string
-	Name                          string
-	Start, End                    time.Time
-	Attributes                    map[string]any // string, int64, float64 or bool
-	Links                         []Link
-	Error                         bool   // the status
-	Message                       string // of the status
+	// The ids are hexadecimal. A span without a parent has an empty ParentSpanID.
+	TraceID, SpanID, ParentSpanID string
+
+	Service, Scope, ScopeVersion string
+
+	Name       string
+	Start, End time.Time
+	Links      []Link
+
+	// Attributes are of type string, int64, float64, bool, or []any with elements of these types.
+	Attributes map[string]any
+
+	// Error says that the status is Error. Message is the text of the status.
+	Error   bool
+	Message string
+
+	// Warnings are what Jaeger itself says about the span. For example, if a span does not lie inside its
+	// parent, Jaeger assumes that their clocks differ.
+	Warnings []string
 }
 
 // Link is a link from a span to another one.
@@ -33,12 +44,14 @@ type Link struct{ TraceID, SpanID string }
 // Duration returns how long the span took.
 func (s *Span) Duration() time.Duration { return s.End.Sub(s.Start) }
 
-// Jaeger is the query API of Jaeger v2 at an address as http://localhost:16686.
+// Jaeger is the address of Jaeger v2's query API, such as http://localhost:16686.
 type Jaeger string
 
-// Find returns the ids of at most limit traces of a service that have a span with all these attributes. Values are as
-// Jaeger's search box wants them, 3 as "3" and true as "true".
-func (j Jaeger) Find(ctx context.Context, service string, tags map[string]string, limit int) ([]string, error) {
+// Find returns the ids of at most limit traces of a service that have a span with all these
+// attributes. The values are written as in Jaeger's search box: 3 as "3" and true as "true".
+func (j Jaeger) Find(
+	ctx context.Context, service string, tags map[string]string, limit int,
+) ([]string, error) {
 	query := url.Values{"service": {service}, "limit": {strconv.Itoa(limit)}, "lookback": {"1h"}}
 	if len(tags) > 0 {
 		encoded, err := json.Marshal(tags)
@@ -48,7 +61,8 @@ func (j Jaeger) Find(ctx context.Context, service string, tags map[string]string
 		query.Set("tags", string(encoded))
 	}
 	var found struct{ Data []struct{ TraceID string } }
-	if err := j.get(ctx, "/api/traces?"+query.Encode(), func(d *json.Decoder) error { return d.Decode(&found) }); err != nil {
+	err := j.get(ctx, "/api/traces?"+query.Encode(), func(d *json.Decoder) error { return d.Decode(&found) })
+	if err != nil {
 		return nil, err
 	}
 	ids := make([]string, len(found.Data))
@@ -63,7 +77,7 @@ func (j Jaeger) Trace(ctx context.Context, id string) ([]Span, error) {
 	return j.spans(ctx, "/api/v3/traces/"+id)
 }
 
-// Spans returns the spans of at most limit traces of a service that began since then.
+// Spans returns the spans of at most limit traces of a service that began at since or later.
 func (j Jaeger) Spans(ctx context.Context, service string, since time.Time, limit int) ([]Span, error) {
 	query := url.Values{
 		"query.service_name":   {service},
@@ -77,7 +91,7 @@ func (j Jaeger) Spans(ctx context.Context, service string, since time.Time, limi
 func (j Jaeger) spans(ctx context.Context, path string) ([]Span, error) {
 	var spans []Span
 	err := j.get(ctx, path, func(d *json.Decoder) error {
-		for { // one answer after the other
+		for { // the answer is a sequence of JSON values
 			var part struct {
 				Result struct{ ResourceSpans []resourceSpans }
 			}
@@ -117,7 +131,7 @@ func (j Jaeger) get(ctx context.Context, path string, decode func(*json.Decoder)
 	return nil
 }
 
-// resourceSpans is OTLP in JSON, as far as it is needed.
+// resourceSpans is the part of OTLP in JSON that is needed here.
 type resourceSpans struct {
 	Resource   struct{ Attributes attributes }
 	ScopeSpans []struct {
@@ -140,13 +154,15 @@ func (r *resourceSpans) appendTo(spans []Span) []Span {
 	service, _ := r.Resource.Attributes.decode()["service.name"].(string)
 	for _, scope := range r.ScopeSpans {
 		for _, s := range scope.Spans {
+			attributes := s.Attributes.decode()
 			spans = append(spans, Span{
 				TraceID: s.TraceID, SpanID: s.SpanID, ParentSpanID: s.ParentSpanID,
 				Service: service, Scope: scope.Scope.Name, ScopeVersion: scope.Scope.Version,
 				Name:       s.Name,
 				Start:      time.Unix(0, s.StartTimeUnixNano),
 				End:        time.Unix(0, s.EndTimeUnixNano),
-				Attributes: s.Attributes.decode(),
+				Warnings:   takeWarnings(attributes),
+				Attributes: attributes,
 				Links:      s.Links,
 				Error:      s.Status.Code == 2,
 				Message:    s.Status.Message,
@@ -156,29 +172,56 @@ func (r *resourceSpans) appendTo(spans []Span) []Span {
 	return spans
 }
 
+// takeWarnings takes Jaeger's own attribute away from those of a span.
+func takeWarnings(attributes map[string]any) (warnings []string) {
+	const key = "@jaeger@warnings"
+	all, _ := attributes[key].([]any)
+	for _, w := range all {
+		if text, ok := w.(string); ok {
+			warnings = append(warnings, text)
+		}
+	}
+	delete(attributes, key)
+	return warnings
+}
+
 type attributes []struct {
 	Key   string
-	Value struct {
-		StringValue *string
-		IntValue    *int64 `json:",string"`
-		DoubleValue *float64
-		BoolValue   *bool
-	}
+	Value value
 }
 
 func (as attributes) decode() map[string]any {
 	values := make(map[string]any, len(as))
 	for _, a := range as {
-		switch v := a.Value; {
-		case v.StringValue != nil:
-			values[a.Key] = *v.StringValue
-		case v.IntValue != nil:
-			values[a.Key] = *v.IntValue
-		case v.DoubleValue != nil:
-			values[a.Key] = *v.DoubleValue
-		case v.BoolValue != nil:
-			values[a.Key] = *v.BoolValue
-		}
+		values[a.Key] = a.Value.decode()
 	}
 	return values
+}
+
+type value struct {
+	StringValue *string
+	IntValue    *int64 `json:",string"`
+	DoubleValue *float64
+	BoolValue   *bool
+	ArrayValue  *struct{ Values []value }
+}
+
+func (v *value) decode() any {
+	switch {
+	case v.StringValue != nil:
+		return *v.StringValue
+	case v.IntValue != nil:
+		return *v.IntValue
+	case v.DoubleValue != nil:
+		return *v.DoubleValue
+	case v.BoolValue != nil:
+		return *v.BoolValue
+	case v.ArrayValue != nil:
+		all := make([]any, len(v.ArrayValue.Values))
+		for i := range all {
+			all[i] = v.ArrayValue.Values[i].decode()
+		}
+		return all
+	}
+	return nil
 }

@@ -1,3 +1,5 @@
+// Helpers for processes that only Linux has.
+
 package integration
 
 import (
@@ -5,5 +7,6 @@ import (
 	"syscall"
 )
 
-// dieWithParent makes the kernel kill the process when this one dies, by a timeout of the tests for one.
+// dieWithParent makes the kernel kill the process when this one dies, for example by a timeout of
+// the tests.
 func dieWithParent(c *exec.Cmd) { c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL} }

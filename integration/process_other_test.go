@@ -1,5 +1,7 @@
 //go:build !linux
 
+// Stands for helpers that only Linux has.
+
 package integration
 
 import "os/exec"

@@ -1,3 +1,5 @@
+// Helpers: Jaeger as a process. Most tests share one.
+
 package integration
 
 import (
@@ -24,7 +26,7 @@ const patience = time.Minute
 
 var binary string // Jaeger's
 
-// shared is the Jaeger of most tests. They tell their spans apart by service name.
+// shared is the Jaeger of most tests. Each of them uses service names of its own.
 var shared *process
 
 func TestMain(m *testing.M) {
@@ -41,7 +43,7 @@ func testMain(m *testing.M) int {
 		log.Print(err)
 		return 1
 	}
-	// The build takes minutes the first time. It is not part of the time that tests have.
+	// The first build takes minutes. It is not part of the time that tests have.
 	build := exec.Command("go", "run", ".")
 	build.Dir, build.Stderr = "jaeger", os.Stderr
 	out, err := build.Output()
@@ -135,7 +137,7 @@ func tryJaeger() (*process, error) {
 	}
 }
 
-// ready reports whether all is listening, not the queries alone.
+// ready reports whether everything is listening, not only the query API.
 func (p *process) ready() bool {
 	for _, address := range []string{p.grpc, p.http} {
 		connection, err := net.Dial("tcp", address)
@@ -152,7 +154,7 @@ func (p *process) ready() bool {
 	return true
 }
 
-// kill ends Jaeger at once.
+// kill ends Jaeger immediately.
 func (p *process) kill() {
 	_ = p.command.Process.Kill() // it may have ended
 	<-p.exited

@@ -1,3 +1,6 @@
+// Tests that serving goes on with every token the same, whatever is wrong with what telemetry is
+// sent to.
+
 package integration
 
 import (
@@ -17,8 +20,9 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 )
 
-// blocked is an exporter that blocks for ever, until the test is over. Spans don't even care for deadlines. Metrics do, since
-// OpenTelemetry's periodic reader waits for their exporter when it is shut down, whatever its own deadline is.
+// blocked is an exporter that blocks until the test is over. With spans it ignores deadlines too.
+// With metrics it does not, because OpenTelemetry's periodic reader waits for its exporter when it
+// is shut down, whatever its own deadline is.
 type blocked struct {
 	sdkmetric.Exporter
 	over chan struct{}
@@ -54,16 +58,17 @@ func (b blocked) Aggregation(k sdkmetric.InstrumentKind) sdkmetric.Aggregation {
 func (b blocked) ForceFlush(context.Context) error { return nil }
 func (b blocked) Shutdown(context.Context) error   { return nil }
 
-// endpoint returns a process that isn't Jaeger: both protocols lead to the same address.
+// endpoint stands for something that isn't Jaeger: both protocols lead to the same address.
 func endpoint(address string) *process { return &process{grpc: address, http: address} }
 
-// TestServingGoesOn: whatever is wrong with Jaeger, every token is the same, the run takes no longer than its passes, what
-// could not be kept is counted, and the end does not wait either.
+// TestServingGoesOn: whatever is wrong with Jaeger, every token is the same, the run takes no
+// longer than its passes, what could not be kept is counted, and the end does not wait either.
 func TestServingGoesOn(t *testing.T) {
-	const numSteps = 600
 	requests := newRequests(2*ranks, 40, 100)
-	requests[0].MaxTokens = numSteps
-	want, _ := serve(t, engine.Config{DataParallelSize: ranks, GraphMode: fwd.GraphFullAndPiecewise, NumUBatches: 2}, requests)
+	requests[0].MaxTokens = longAnswer
+	want, _ := serve(t, engine.Config{
+		DataParallelSize: ranks, GraphMode: fwd.GraphFullAndPiecewise, NumUBatches: 2,
+	}, requests)
 
 	absent, err := freePorts(1)
 	if err != nil {
@@ -75,75 +80,119 @@ func TestServingGoesOn(t *testing.T) {
 	}
 	defer stalled.Close()
 
-	for name, start := range map[string]func(t *testing.T) (*process, string){
-		"absent, gRPC":       func(*testing.T) (*process, string) { return endpoint("127.0.0.1:" + absent[0]), "grpc" },
-		"absent, HTTP":       func(*testing.T) (*process, string) { return endpoint("127.0.0.1:" + absent[0]), "http" },
-		"stalled, gRPC":      func(*testing.T) (*process, string) { return endpoint(stalled.Addr().String()), "grpc" },
-		"stalled, HTTP":      func(*testing.T) (*process, string) { return endpoint(stalled.Addr().String()), "http" },
-		"killed, gRPC":       func(t *testing.T) (*process, string) { return ownJaeger(t), "grpc" },
-		"killed, HTTP":       func(t *testing.T) (*process, string) { return ownJaeger(t), "http" },
-		"blocked exporter":   func(*testing.T) (*process, string) { return nil, "" },
-		"there and in order": func(*testing.T) (*process, string) { return shared, "grpc" },
+	nobody := endpoint("127.0.0.1:" + absent[0])
+	silent := endpoint(stalled.Addr().String())
+	for _, tt := range []struct {
+		name, protocol string
+		start          func(t *testing.T) *process
+	}{
+		{"absent, gRPC", "grpc", func(*testing.T) *process { return nobody }},
+		{"absent, HTTP", "http", func(*testing.T) *process { return nobody }},
+		{"stalled, gRPC", "grpc", func(*testing.T) *process { return silent }},
+		{"stalled, HTTP", "http", func(*testing.T) *process { return silent }},
+		{"killed, gRPC", "grpc", ownJaeger},
+		{"killed, HTTP", "http", ownJaeger},
+		{"blocked exporter", "", func(*testing.T) *process { return nil }},
+		{"there and in order", "grpc", func(*testing.T) *process { return shared }},
 	} {
-		t.Run(name, func(t *testing.T) {
-			process, protocol := start(t)
-			exporter, metrics := exporters(t, process, protocol)
-			spans := &countingExporter{SpanExporter: exporter}
-			before := readCounts(t)
-			var ran ended
-			traces := sdktrace.NewTracerProvider(sdktrace.WithBatcher(spans), sdktrace.WithSpanProcessor(&ran))
-			meters := sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewPeriodicReader(metrics,
-				sdkmetric.WithInterval(50*time.Millisecond), sdkmetric.WithTimeout(time.Second))))
+		t.Run(tt.name, func(t *testing.T) {
+			o := newOutage(t, tt.start(t), tt.protocol)
 			began := time.Now()
-			results, _ := serve(t, engine.Config{
-				DataParallelSize: ranks, GraphMode: fwd.GraphFullAndPiecewise, NumUBatches: 2,
-				StepTrace: true, TracerProvider: traces, MeterProvider: meters,
-				Middleware: inRank(0, nthPass(numSteps/2, func(ctx context.Context, next fwd.ForwardFunc) error {
-					if process != nil && process.command != nil && process != shared {
-						process.kill()
-					}
-					return next(ctx)
-				})),
-			}, requests)
-			if d := time.Since(began); d > 30*time.Second { // what one timeout of an exporter would add to some pass
+			results, _ := serve(t, o.config(), requests)
+			if d := time.Since(began); d > 30*time.Second { // one timeout of an exporter is as long
 				t.Errorf("the run took %v", d)
 			}
 			if diff := cmp.Diff(want, results); diff != "" {
 				t.Errorf("tokens and logits differ from those without telemetry (-without +with):\n%s", diff)
 			}
-
-			shutdown := 500 * time.Millisecond
-			if process == shared {
-				shutdown = patience // it needs some time for the last spans
-			}
-			began = time.Now()
-			ctx, cancel := context.WithTimeout(t.Context(), shutdown)
-			defer cancel()
-			failed := traces.Shutdown(ctx) != nil
-			failed = meters.Shutdown(ctx) != nil || failed
-			if d := time.Since(began); d > shutdown+5*time.Second {
-				t.Errorf("the end took %v, with a deadline of %v", d, shutdown)
-			}
-			// What still was in the queue and in the batch when the deadline came is lost, and the shutdown's error says so.
-			// Exporters of earlier tests may still give up on a batch, so this one counts what it failed at itself.
-			counted := counts{readCounts(t).minus(before).dropped, spans.delivered.Load(), spans.failed.Load()}
-			rest := ran.n.Load() - counted.exported - counted.failed - counted.dropped
-			switch {
-			case process == shared:
-				if failed || rest != 0 || counted.failed != 0 || counted.dropped != 0 {
-					t.Errorf("%+v of %d spans, shutdown failed: %v", counted, ran.n.Load(), failed)
-				}
-			case counted.dropped+counted.failed == 0 || (rest > 0 && !failed) || rest < 0 || rest > sdktrace.DefaultMaxQueueSize+sdktrace.DefaultMaxExportBatchSize:
-				t.Errorf("%+v of %d spans, shutdown failed: %v; want losses that are counted, but for at most a full queue", counted, ran.n.Load(), failed)
-			}
-			if protocol != "" && process.command != nil && counted.exported == 0 {
-				t.Error("nothing was exported before Jaeger was killed")
-			}
+			o.end(t)
 		})
 	}
 }
 
-// exporters returns what sends spans and metrics to a process; nil: nowhere, for ever.
+// longAnswer is how many tokens the longest answer has in TestServingGoesOn.
+const longAnswer = 600
+
+// outage is telemetry that goes to a process with which something may be wrong.
+type outage struct {
+	process  *process // nil: there is none
+	protocol string
+	before   counts
+	ran      ended
+	spans    *countingExporter
+	traces   *sdktrace.TracerProvider
+	meters   *sdkmetric.MeterProvider
+}
+
+func newOutage(t *testing.T, p *process, protocol string) *outage {
+	t.Helper()
+	exporter, metrics := exporters(t, p, protocol)
+	o := &outage{
+		process: p, protocol: protocol, before: readCounts(t),
+		spans: &countingExporter{SpanExporter: exporter},
+	}
+	o.traces = sdktrace.NewTracerProvider(sdktrace.WithBatcher(o.spans), sdktrace.WithSpanProcessor(&o.ran))
+	o.meters = sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewPeriodicReader(metrics,
+		sdkmetric.WithInterval(50*time.Millisecond), sdkmetric.WithTimeout(time.Second))))
+	return o
+}
+
+// config returns the configuration of an engine, in the middle of whose run a Jaeger of the test's
+// own is killed.
+func (o *outage) config() engine.Config {
+	kill := nthPass(longAnswer/2, func(ctx context.Context, next fwd.ForwardFunc) error {
+		if o.process != nil && o.process.command != nil && o.process != shared {
+			o.process.kill()
+		}
+		return next(ctx)
+	})
+	return engine.Config{
+		DataParallelSize: ranks, GraphMode: fwd.GraphFullAndPiecewise, NumUBatches: 2,
+		StepTrace: true, TracerProvider: o.traces, MeterProvider: o.meters,
+		Middleware: inRank(0, kill),
+	}
+}
+
+// end shuts down, and checks that this takes no longer than it may, and that all spans are
+// accounted for.
+func (o *outage) end(t *testing.T) {
+	t.Helper()
+	shutdown := 500 * time.Millisecond
+	if o.process == shared {
+		shutdown = patience // it needs some time for the last spans
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(t.Context(), shutdown)
+	defer cancel()
+	failed := o.traces.Shutdown(ctx) != nil
+	failed = o.meters.Shutdown(ctx) != nil || failed
+	if d := time.Since(began); d > shutdown+5*time.Second {
+		t.Errorf("the end took %v, with a deadline of %v", d, shutdown)
+	}
+	// What is in the queue and in the batch when the deadline comes is lost, and the shutdown's error
+	// says so. Exporters of earlier tests may still give up on a batch, so this one counts its
+	// failures itself.
+	c := counts{readCounts(t).minus(o.before).dropped, o.spans.delivered.Load(), o.spans.failed.Load()}
+	lost, ran := c.dropped+c.failed, o.ran.n.Load()
+	rest := ran - c.exported - lost
+	switch {
+	case o.process == shared:
+		if failed || rest != 0 || lost != 0 {
+			t.Errorf("%+v of %d spans, shutdown failed: %v", c, ran, failed)
+		}
+	case lost == 0 || rest > 0 && !failed || rest < 0 || rest > queued:
+		t.Errorf("%+v of %d spans, shutdown failed: %v; want losses that are counted, but for at most a full queue",
+			c, ran, failed)
+	}
+	if o.protocol != "" && o.process.command != nil && c.exported == 0 {
+		t.Error("nothing was exported before Jaeger was killed")
+	}
+}
+
+// queued is the most spans that a span processor holds.
+const queued = sdktrace.DefaultMaxQueueSize + sdktrace.DefaultMaxExportBatchSize
+
+// exporters returns what sends spans and metrics to a process, or blocks if that is nil.
 func exporters(t *testing.T, p *process, protocol string) (sdktrace.SpanExporter, sdkmetric.Exporter) {
 	t.Helper()
 	if p == nil {
@@ -154,7 +203,8 @@ func exporters(t *testing.T, p *process, protocol string) (sdktrace.SpanExporter
 	if err != nil {
 		t.Fatal(err)
 	}
-	metrics, err := otlpmetricgrpc.New(t.Context(), otlpmetricgrpc.WithEndpoint(p.grpc), otlpmetricgrpc.WithInsecure())
+	metrics, err := otlpmetricgrpc.New(t.Context(),
+		otlpmetricgrpc.WithEndpoint(p.grpc), otlpmetricgrpc.WithInsecure())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -172,7 +222,7 @@ func ownJaeger(t *testing.T) *process {
 	return p
 }
 
-// TestMemoryBounded: with an exporter that blocks for ever, a long run keeps no more than the queue.
+// TestMemoryBounded: with an exporter that blocks, a long run keeps no more than the queue.
 func TestMemoryBounded(t *testing.T) {
 	before := readCounts(t)
 	provider := sdktrace.NewTracerProvider(sdktrace.WithBatcher(newBlocked(t)))
@@ -180,9 +230,7 @@ func TestMemoryBounded(t *testing.T) {
 		fwd.WithStepTrace(), fwd.WithTracerProvider(provider), fwd.WithMeterProvider(noop.NewMeterProvider()))
 	run := func(steps int) (heap int64) {
 		for range steps {
-			if err := g.step(t.Context(), decoding(), nil, nil); err != nil {
-				t.Fatal(err)
-			}
+			g.takeAll(t, onAll(tokens(1)))
 		}
 		runtime.GC()
 		var stats runtime.MemStats
@@ -194,8 +242,8 @@ func TestMemoryBounded(t *testing.T) {
 	if grown := run(more) - full; grown > 4<<20 { // all spans would be about 100 MB
 		t.Errorf("%d more steps took %d bytes", more, grown)
 	}
-	const kept = sdktrace.DefaultMaxQueueSize + sdktrace.DefaultMaxExportBatchSize
-	if counted, want := readCounts(t).minus(before), int64((first+more)*2*ranks-kept); counted.dropped < want {
+	const want = (first+more)*2*ranks - queued
+	if counted := readCounts(t).minus(before); counted.dropped < want {
 		t.Errorf("%+v, want at least %d dropped", counted, want)
 	}
 }

@@ -1,15 +1,23 @@
+// This file gives tests what the package keeps to itself.
+
 package natsdp
 
 import "github.com/forwardctx/fwd"
 
-// ForgeVote returns the message of a vote, as somebody would make it up.
+// ForgeVote returns the message of a vote, as somebody could make it up.
 func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []byte {
-	m := message{kind: kindVote, group: hashGroup(group), size: size, rank: rank, epoch: epoch, round: round, step: round - 1, vote: v, complete: true}
+	m := message{
+		kind: kindVote, group: hashGroup(group), size: size, rank: rank, epoch: epoch,
+		round: round, step: round - 1, vote: v, complete: true,
+	}
 	return m.encode()
 }
 
 // ForgeBroken returns the message that a round is over.
 func ForgeBroken(group string, size, rank int, epoch, round uint64, missing ...int) []byte {
-	m := message{kind: kindBroken, group: hashGroup(group), size: size, rank: rank, epoch: epoch, round: round, step: round, missing: missing}
+	m := message{
+		kind: kindBroken, group: hashGroup(group), size: size, rank: rank, epoch: epoch,
+		round: round, step: round, missing: missing,
+	}
 	return m.encode()
 }

@@ -11,18 +11,20 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// How long a rank waits before it asks again, or sends its vote again: at first, and after some times.
+// These are how long a rank waits before it asks again, or sends its vote again: at first, and
+// after some times.
 const (
 	resendFirst = 50 * time.Millisecond
 	resendMost  = time.Second
 )
 
 const (
-	// claimWait is how long a rank that joins waits for an objection, where it has been told of somebody else with its rank. That
-	// one answers, or is dead.
+	// claimWait is how long a rank that joins waits for an objection, if it has been told of another
+	// process with its rank. That process answers, or it is dead.
 	claimWait = time.Second
 
-	// lingerMost is how long a rank that leaves stays for those who may lack its last vote, and then for its connection.
+	// lingerMost is how long a rank that leaves waits for those who may lack its last vote, and then
+	// for its connection.
 	lingerMost = time.Second
 )
 
@@ -30,15 +32,17 @@ const (
 type phase uint8
 
 const (
-	asking   phase = iota // where the others are, and who else has this rank
-	claiming              // nobody objected: from now on the others listen to no other life of this rank
+	asking   phase = iota // it asks where the others are, and who else has this rank
+	claiming              // nobody objected: it asks the others to listen to no other life of this rank
 	joined
 )
 
-// join makes the rank a part of the group. It hears from all others, which say at which round they are and whether they know
-// somebody else with its rank; waits for that one's objection; and claims the rank. The answers to that say which rounds the rank
-// can't vote in, because some of the others may count the vote of an earlier life of it there. After an error the caller says
-// goodbye, so that the next process of this rank need not wait for an objection of this one.
+// join makes the rank a part of the group. First it hears from all others. They say at which round
+// they are, and whether they know another process with its rank; it waits for an objection of that
+// process. Then it claims the rank. The answers to the claim say in which rounds the rank can't
+// vote, because some of the others may count the vote of an earlier life there. After an error the
+// caller says goodbye, so that the next process of this rank need not wait for an objection of this
+// one.
 func (m *member) join(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true
@@ -65,7 +69,7 @@ func (m *member) join(ctx context.Context) error {
 		case <-objections:
 			quiet = true
 		case <-again.C:
-			m.ask(append(missing, m.rank)...) // its own rank may be somebody else's too
+			m.ask(append(missing, m.rank)...) // another process may have its own rank too
 			interval = min(2*interval, resendMost)
 			again.Reset(interval)
 		case <-ctx.Done():
@@ -91,7 +95,8 @@ func (m *member) askLocked(to int) {
 	m.sendMessage(to, m.message(k))
 }
 
-// unheard returns which ranks have not answered yet, and whether somebody else may have this rank.
+// unheard returns which ranks have not answered yet, and whether another process may have this
+// rank.
 func (m *member) unheard() (missing []int, contested bool, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -103,7 +108,8 @@ func (m *member) unheard() (missing []int, contested bool, err error) {
 	return missing, m.contested, m.dead
 }
 
-// proceed goes on to the next phase, now that all have answered in this one, and reports whether the rank has joined.
+// proceed goes on to the next phase when all have answered in this one. It reports whether the rank
+// has joined.
 func (m *member) proceed() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -118,7 +124,8 @@ func (m *member) proceed() bool {
 		m.askLocked(toAll)
 		return false
 	}
-	// The Runner counts from one, and the group may be anywhere: the first vote is for the step that is open.
+	// The Runner counts from 1, and the group may be anywhere: the first vote is for the step that is
+	// open.
 	m.late, m.lateFrom = m.round > 0, 0
 	m.sendMessage(toAll, m.state())
 	return true
@@ -126,12 +133,14 @@ func (m *member) proceed() bool {
 
 func (m *member) joinError(cause error, missing []int) error {
 	if len(missing) == 0 {
-		return fmt.Errorf("natsdp: rank %d of %d waits for whoever else may have its rank: %w", m.rank, m.size, cause)
+		return fmt.Errorf("natsdp: rank %d of %d waits for another process that may have its rank; "+
+			"give Join more time: %w", m.rank, m.size, cause)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return &fwd.RankError{
-		Err:   fmt.Errorf("%w: rank %d of %d has not heard from all others: %w", fwd.ErrRankMissing, m.rank, m.size, cause),
+		Err: fmt.Errorf("%w: rank %d of %d has not heard from all others: %w",
+			fwd.ErrRankMissing, m.rank, m.size, cause),
 		Step:  m.step,
 		Ranks: missing,
 	}
@@ -173,27 +182,28 @@ func (m *member) handleState(p *peer, msg *message) {
 	switch {
 	case m.phase == claiming && !msg.claimed: // late: it was for the phase before
 		return
-	case m.phase == claiming && msg.holder > m.epoch: // somebody else has claimed it meanwhile
+	case m.phase == claiming && msg.holder > m.epoch: // another process has claimed it meanwhile
 		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
 		return
-	case m.phase == claiming && !msg.holds: // of a process that may yet have to give way to the rank's last one, which votes
+	case m.phase == claiming && !msg.holds: // its sender may have to give way to a process that votes
 		return
 	case msg.holder > m.epoch: // the clock of its host was ahead
 		m.former = append(m.former, m.epoch)
-		m.epoch = msg.holder + 1 + rand.Uint64N(1<<32) // another process that does the same comes to another one
+		m.epoch = msg.holder + 1 + rand.Uint64N(1<<32) // another process that does the same gets another one
 	}
 	p.heard = true
 	if msg.round > m.round {
 		m.leftBehind(msg.round, msg.step, 0)
 	} else if msg.round == m.round {
-		m.step = max(m.step, msg.step) // a round may end at a higher step where the votes of all were there
+		m.step = max(m.step, msg.step) // a round may end at a higher step for ranks that had all votes
 	}
 	m.signal()
 }
 
-// handleOwnRank takes what somebody else of this rank says. Whoever is asking gives way to who holds the rank; of two that ask,
-// the one that began later gives way, unless the other has taken a new epoch meanwhile: then their claims decide. Two hold the
-// rank where one did not answer in time when the other asked, and for a moment after such claims: the others listen to the later
+// handleOwnRank takes a message of another process with this rank. A process that asks gives way to
+// the one that holds the rank. If two ask, the one that began later gives way, unless the other has
+// taken a new epoch meanwhile: then their claims decide. Two hold the rank if one did not answer in
+// time when the other asked, and for a moment after such claims; the others listen to the later
 // epoch.
 func (m *member) handleOwnRank(msg *message) {
 	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {
@@ -207,7 +217,7 @@ func (m *member) handleOwnRank(msg *message) {
 		m.die(fmt.Errorf("%w: rank %d of %d", ErrRankTaken, m.rank, m.size))
 	case m.phase != asking && !asks && msg.epoch > m.epoch:
 		m.dieReplaced()
-	case m.phase == asking && msg.kind == kindState: // of one that asks too, and answering its answers would never end
+	case m.phase == asking && msg.kind == kindState: // both ask, and answers to answers would never end
 	default:
 		m.sendMessage(m.rank, m.state())
 	}
@@ -221,21 +231,22 @@ func (m *member) began() uint64 {
 	return m.epoch
 }
 
-// state returns what this rank says to who asks.
+// state returns this rank's answer to a rank that asks.
 func (m *member) state() message {
 	state := m.message(kindState)
 	state.holds = m.phase != asking
 	return state
 }
 
-// refuse ends joining: the ranks are configured differently. A group that is together does not listen to that.
+// refuse ends joining, because the ranks are configured differently. A group that is together
+// ignores that.
 func (m *member) refuse(format string, args ...any) {
 	if m.phase != joined {
 		m.die(invalidf(format, args...))
 	}
 }
 
-// failJoin ends joining, if it has not come to its end.
+// failJoin ends joining, unless the rank has joined.
 func (m *member) failJoin(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -262,9 +273,9 @@ func (m *member) die(err error) {
 	m.signal()
 }
 
-// dieReplaced ends the part of a process whose rank is another's now.
+// dieReplaced ends the part of a process whose rank another has now.
 func (m *member) dieReplaced() {
-	m.die(fmt.Errorf("%w: another one became rank %d of %d while this one did not answer", ErrRankTaken, m.rank, m.size))
+	m.die(fmt.Errorf("%w: it became rank %d of %d while this one did not answer", ErrRankTaken, m.rank, m.size))
 }
 
 // lose ends this rank's part because its connection has ended.
@@ -274,7 +285,7 @@ func (m *member) lose(err error) {
 	m.die(err)
 }
 
-// leave says goodbye, once nobody needs this rank's last vote any more.
+// leave says goodbye when nobody needs this rank's last vote any more.
 func (m *member) leave() {
 	m.mu.Lock()
 	m.leaving = true
@@ -289,7 +300,7 @@ func (m *member) leave() {
 func (m *member) goodbye() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead != nil && !errors.Is(m.dead, ErrRankTaken) { // one that gave way has asked, too
+	if m.dead != nil && !errors.Is(m.dead, ErrRankTaken) { // a process that gave way has asked, too
 		return
 	}
 	for _, epoch := range append(m.former, m.epoch) {
@@ -300,7 +311,8 @@ func (m *member) goodbye() {
 	m.die(ErrClosed)
 }
 
-// linger waits until the other ranks have what they need from this one, though not for long: they may be dead.
+// linger waits until the other ranks have what they need from this one, though not for long: they
+// may be dead.
 func (m *member) linger() {
 	over := time.After(lingerMost)
 	again := time.NewTicker(resendFirst)
@@ -317,8 +329,8 @@ func (m *member) linger() {
 	}
 }
 
-// needed reports whether a rank may still wait for this one's vote in the last round. help: it is sent that, and asked whether
-// it has it.
+// needed reports whether a rank may still wait for this one's vote in the last round. If help is
+// true, it sends that vote to the rank and asks whether it has it.
 func (m *member) needed(help bool) (needed bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

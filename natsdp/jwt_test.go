@@ -1,3 +1,5 @@
+// This file tests credentials in files, which operators and accounts sign.
+
 package natsdp_test
 
 import (
@@ -80,8 +82,8 @@ func (o *operator) user(account nkeys.KeyPair, validFor time.Duration) (file str
 	return file
 }
 
-// Ranks with the credentials of one account become a group. Those of another account meet nobody of it, and those that nobody
-// trusts, or that have expired, let nobody in.
+// Ranks with the credentials of one account become a group. Those of another account meet nobody of
+// it. Credentials that nobody trusts, or that have expired, let nobody in.
 func TestCredentialsFile(t *testing.T) {
 	t.Parallel()
 	o := newOperator(t)
@@ -105,7 +107,8 @@ func TestCredentialsFile(t *testing.T) {
 		"that have expired":                             {o.user(account, -time.Minute), nats.ErrAuthorization},
 		"in a file that is not there":                   {filepath.Join(t.TempDir(), "none"), os.ErrNotExist},
 	} {
-		_, err := natsdp.Join(t.Context(), natsdp.Config{Group: name, Rank: 1, Size: 3}, at(s, nats.UserCredentials(c.file))(1)...)
+		_, err := natsdp.Join(t.Context(), natsdp.Config{Group: name, Rank: 1, Size: 3},
+			at(s, nats.UserCredentials(c.file))(1)...)
 		if !errors.Is(err, c.want) {
 			t.Errorf("credentials %s: %v, want %v", what, err, c.want)
 		}

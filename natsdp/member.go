@@ -13,21 +13,27 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// member is one rank's part in the protocol, apart from the network: it is told what comes in and is given a function to send.
+// member is one rank's part in the protocol, apart from the network: it is told what comes in, and
+// is given a function to send.
 //
-// The group goes through rounds. In each, every rank publishes its vote to all, and whoever has the votes of all knows how the
-// round ends, without asking anybody: with the votes, or in ErrLockstep where their steps differ. A rank that can't wait any
-// longer ends the round too, and tells the others. Rounds are numbered, and a vote belongs to one of them. So votes never mix,
-// whatever is lost, comes twice, or comes late; steps could not serve for that, since ranks that restart vote for low ones again.
+// The group goes through rounds. In each, every rank publishes its vote to all. A rank that has the
+// votes of all knows how the round ends, without asking anybody: with the votes, or in ErrLockstep
+// if their steps differ. A rank that can't wait any longer ends the round too, and tells the
+// others. Rounds are numbered, and a vote belongs to one of them. So votes never mix, whatever is
+// lost, comes twice, or comes late. Steps could not serve for that, since ranks that restart vote
+// for low ones again.
 //
-// Messages get lost. A rank that waits sends its vote again from time to time, and whoever has left that round behind answers
-// with how it ended: with its own vote where the votes of all were there, else with the round that is over. A rank that finds out
-// that it has been left behind votes again, in the round that is open now.
+// Messages get lost. A rank that waits sends its vote again from time to time. A rank that has that
+// round behind it answers how the round ended: with its own vote if the votes of all were there,
+// otherwise with the news that the round is broken. A rank that finds out that it has been left
+// behind votes again, in the round that is open now.
 type member struct {
 	group uint64 // see hashGroup
 	rank  int
 	size  int
-	send  func(to int, message []byte) // to a rank, or to toAll; never waits, and keeps the message
+
+	// send sends to a rank, or toAll. It never waits, and it keeps the message.
+	send func(to int, message []byte)
 
 	busy    atomic.Bool // in exchange
 	outcome chan outcome
@@ -43,43 +49,49 @@ type member struct {
 	round    uint64
 	step     uint64 // the group's
 	complete bool   // the votes of all were there
-	answer   []byte // to who is still in that round; nil: there is only to say that it is over
+	answer   []byte // to a rank that is still in that round; nil: only that it is over
 
-	open, next gathering // rounds round+1 and round+2: a rank may be through with a round when its next vote comes, and others not
+	// The votes of rounds round+1 and round+2. Another rank may have the next round behind it already
+	// when its vote in the one after comes.
+	open, next gathering
 
 	// This rank's vote in the open round.
 	waiting bool
 	vote    fwd.Vote
 	sent    []byte // as a message
 
-	voted    bool   // ever
-	last     uint64 // its step in the open round, else the group's in the last round that it was in
-	late     bool   // rounds ended without it since it was there,
-	lateFrom uint64 // and its votes from this step on go to the step that is open now
+	voted bool   // ever
+	last  uint64 // its step in the open round, otherwise the group's in the last round that it was in
+
+	// late says that rounds have ended without this rank since it was there. Its vote goes to the step
+	// that is open now if it is for lateFrom or a later step.
+	late     bool
+	lateFrom uint64
 
 	phase     phase
-	contested bool          // somebody else has, or had, this rank
+	contested bool          // another process has, or had, this rank
 	former    []uint64      // epochs that this life of the rank had before
 	leaving   bool          // it votes no more
 	dead      error         // why it can't take part any more
-	changed   chan struct{} // something may have happened that join or leave waits for
+	changed   chan struct{} // something may have happened for which join or leave waits
 }
 
-// toAll is where messages for every rank go.
+// toAll is the address of messages for every rank.
 const toAll = -1
 
 // peer is what is known of another rank.
 type peer struct {
-	epoch uint64 // of the life of it that counts; 0: none
-	taken uint64 // rounds up to this one may have votes of an earlier life,
-	step  uint64 // and have ended at this step
+	epoch uint64 // of the life that counts; 0: none
 	asked uint64 // epoch of the life that has asked last
 	heard bool   // it has answered, see join
 	gone  bool   // it has left
 	ended uint64 // the last round that it knows to have ended
+
+	// Rounds up to taken may have votes of an earlier life of the rank. They ended at most at step.
+	taken, step uint64
 }
 
-// gathering is the votes of a round.
+// gathering is the votes of one round.
 type gathering struct {
 	votes []fwd.Vote
 	here  []bool
@@ -102,7 +114,7 @@ func (g *gathering) remove(rank int) {
 	}
 }
 
-// reset empties a gathering. What took its votes keeps them.
+// reset empties a gathering. It takes a new slice, since a caller may have been given the old one.
 func (g *gathering) reset() {
 	clear(g.here)
 	g.votes, g.count = make([]fwd.Vote, len(g.here)), 0
@@ -126,25 +138,27 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		closing: make(chan struct{}),
 		changed: make(chan struct{}, 1),
 
-		contested: size == 1, // there is nobody who would say
+		contested: size == 1, // no other rank could tell
 	}
 }
 
-// newEpoch returns a number for a life of a rank: the time, so that a later one is larger, down to what two processes that start
-// at once could have in common, and chance below.
+// newEpoch returns a number for a life of a rank. Its upper bits are the time, so that a later life
+// has a larger number. The lower ones are random, for processes that start at the same time.
 func newEpoch() uint64 {
 	const chance = 1<<16 - 1
 	return uint64(time.Now().UnixNano())&^chance | rand.Uint64()&chance
 }
 
-// message returns a message of that kind from this rank as it stands.
+// message returns a message of that kind with this rank's state.
 func (m *member) message(k kind) message {
-	return message{kind: k, group: m.group, size: m.size, rank: m.rank, epoch: m.epoch, round: m.round, step: m.step}
+	return message{
+		kind: k, group: m.group, size: m.size, rank: m.rank, epoch: m.epoch, round: m.round, step: m.step,
+	}
 }
 
 func (m *member) sendMessage(to int, msg message) { m.send(to, msg.encode()) }
 
-// exchange implements [fwd.Coordinator].
+// exchange is the Exchange of [fwd.Coordinator].
 func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	if ctx == nil { // noticed later, it would leave a vote behind
 		panic("natsdp: Exchange with a nil context")
@@ -153,7 +167,7 @@ func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 		return nil, err
 	}
 	if v.Step > maxCounter {
-		return nil, invalidf("rank %d votes in step %d, want at most %d", m.rank, v.Step, uint64(maxCounter))
+		return nil, invalidf("rank %d votes for step %d, want at most %d", m.rank, v.Step, uint64(maxCounter))
 	}
 	if !m.busy.CompareAndSwap(false, true) {
 		return nil, twice(m.rank, v.Step)
@@ -183,7 +197,7 @@ func (m *member) wait(ctx context.Context) ([]fwd.Vote, error) {
 		case <-done:
 		case <-closing:
 		}
-		m.breakRound() // and the outcome is there
+		m.breakRound() // which leaves the outcome there
 		done, closing = nil, nil
 	}
 }
@@ -201,7 +215,7 @@ func (m *member) cause(ctx context.Context) error {
 	}
 }
 
-// withCause adds what ended this rank's own wait, if anything did, to the error of a broken round.
+// withCause adds the cause that ended this rank's own wait, if any, to the error of a broken round.
 func withCause(err, cause error) error {
 	if rankErr, ok := err.(*fwd.RankError); ok && cause != nil && errors.Is(rankErr.Err, fwd.ErrRankMissing) {
 		rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, cause)
@@ -209,7 +223,7 @@ func withCause(err, cause error) error {
 	return err
 }
 
-// begin gives this rank's vote. How the round ends comes out of m.outcome.
+// begin gives this rank's vote. The end of the round comes out of m.outcome.
 func (m *member) begin(v fwd.Vote) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -229,14 +243,14 @@ func (m *member) begin(v fwd.Vote) error {
 
 func twice(rank int, step uint64) error {
 	return &fwd.RankError{
-		Err:   fmt.Errorf("%w: rank %d votes twice in step %d", fwd.ErrLockstep, rank, step),
+		Err:   fmt.Errorf("%w: rank %d voted twice in a step", fwd.ErrLockstep, rank),
 		Step:  step,
 		Ranks: []int{rank},
 	}
 }
 
-// enter puts this rank's vote into the open round. A late rank votes for the step that is open now, unless its Runner has
-// been restarted: that one must learn where the group is.
+// enter puts this rank's vote into the open round. A late rank votes for the step that is open now,
+// unless its Runner has been restarted: that one must learn where the group is.
 func (m *member) enter(v fwd.Vote) {
 	if m.late && v.Step >= m.lateFrom && v.Step <= m.step {
 		v.Step = m.step + 1
@@ -250,7 +264,22 @@ func (m *member) enter(v fwd.Vote) {
 	m.endIfFull()
 }
 
-// again sends this rank's vote again, as long as it waits.
+// missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
+func (m *member) missingVotes() (ranks []int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.waiting {
+		return nil
+	}
+	for rank, here := range m.open.here {
+		if !here {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
+}
+
+// again sends this rank's vote again, if it waits.
 func (m *member) again() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -260,7 +289,7 @@ func (m *member) again() {
 	}
 }
 
-// endIfFull ends the open round once the votes of all are there. All ranks come to the same end.
+// endIfFull ends the open round if the votes of all are there. All ranks come to the same end.
 func (m *member) endIfFull() {
 	if m.open.count < m.size {
 		return
@@ -269,11 +298,11 @@ func (m *member) endIfFull() {
 	var err error
 	for i := range votes {
 		if votes[i].Step != step {
-			_, err = fwd.Agree(votes, 0) // says who is where
+			_, err = fwd.Agree(votes, 0) // whose error says at which steps the ranks are
 			break
 		}
 	}
-	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+	if rankErr := (*fwd.RankError)(nil); errors.As(err, &rankErr) {
 		votes, step = nil, rankErr.Step
 	}
 	m.answer = m.sent
@@ -282,7 +311,7 @@ func (m *member) endIfFull() {
 	m.release(outcome{votes, err})
 }
 
-// endRound makes round the last that has ended.
+// endRound makes round the last one that has ended.
 func (m *member) endRound(round, step uint64) {
 	if round == m.round+1 {
 		m.open, m.next = m.next, m.open
@@ -293,14 +322,14 @@ func (m *member) endRound(round, step uint64) {
 	m.round, m.step = round, step
 }
 
-// release lets the rank that waits go.
+// release ends the wait of this rank.
 func (m *member) release(o outcome) {
 	m.waiting = false
 	m.outcome <- o // never blocks: a rank waits once a round, and takes the outcome before it votes again
 }
 
-// breakRound ends the open round because this rank can't wait any longer, unless the round has ended in the meantime: then that
-// is what counts.
+// breakRound ends the open round because this rank can't wait any longer. If the round has ended in
+// the meantime, its outcome counts.
 func (m *member) breakRound() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -315,14 +344,15 @@ func (m *member) breakRound() {
 			continue
 		}
 		step := m.open.votes[rank].Step
-		msg.step, msg.lowest = max(msg.step, step), min(msg.lowest, step) // not below what a restarted rank may have missed
+		msg.step = max(msg.step, step) // not below what a restarted rank may have missed
+		msg.lowest = min(msg.lowest, step)
 	}
 	m.stats.Broken++
 	m.sendMessage(toAll, msg)
 	m.fail(&msg)
 }
 
-// fail ends the open round, which this rank waits in, without the votes of all.
+// fail ends the open round, in which this rank waits, without the votes of all.
 func (m *member) fail(msg *message) {
 	answer := *msg
 	answer.rank, answer.epoch = m.rank, m.epoch
@@ -336,7 +366,8 @@ func (m *member) fail(msg *message) {
 	}})
 }
 
-// leftBehind notes that the group has ended rounds without this rank. If it waits, it votes again.
+// leftBehind notes that the group has ended rounds without this rank. If this rank waits, it votes
+// again.
 func (m *member) leftBehind(round, step, lowest uint64) {
 	if !m.late {
 		m.late, m.lateFrom = true, lowest
@@ -348,7 +379,8 @@ func (m *member) leftBehind(round, step, lowest uint64) {
 	}
 }
 
-// handle takes a message that came in on the subject of rank from. direct: for this rank alone, else for all.
+// handle takes a message that came in on the subject of rank from. It is for this rank alone if
+// direct, otherwise for all.
 func (m *member) handle(from int, direct bool, data []byte) {
 	msg, err := decode(data)
 	m.mu.Lock()
@@ -366,16 +398,17 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	case msg.size != m.size:
 		m.stats.Foreign++
 		if msg.kind == kindHello || msg.kind == kindClaim {
-			m.sendMessage(msg.rank, m.message(kindState)) // from which it learns the size
+			m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
 		}
-		m.refuse("rank %d says that the group has %d ranks, rank %d says %d", msg.rank, msg.size, m.rank, m.size)
+		m.refuse("rank %d says that the group has %d ranks, rank %d says %d; give all the same Config.Size",
+			msg.rank, msg.size, m.rank, m.size)
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
 		m.handleHello(&msg)
 	case msg.kind == kindBye:
 		m.handleBye(&msg)
-	case msg.kind == kindState && !msg.holds: // it may yet have to give way to another with its rank
+	case msg.kind == kindState && !msg.holds: // its sender may still have to give way to another process
 		m.handleState(&m.peers[msg.rank], &msg)
 	case msg.epoch < m.peers[msg.rank].epoch:
 		m.stats.Stale++
@@ -386,7 +419,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 }
 
 func (m *member) handleBad(from int, err error) {
-	if v, ok := errors.AsType[versionError](err); ok {
+	if v := versionError(0); errors.As(err, &v) {
 		m.stats.Foreign++
 		m.refuse("rank %d sends %v", from, v)
 		return
@@ -394,7 +427,7 @@ func (m *member) handleBad(from int, err error) {
 	m.stats.Malformed++
 }
 
-// handlePeer takes what another rank says.
+// handlePeer takes a message of another rank.
 func (m *member) handlePeer(msg *message, direct bool) {
 	p := &m.peers[msg.rank]
 	if msg.epoch > p.epoch {
@@ -414,12 +447,12 @@ func (m *member) handlePeer(msg *message, direct bool) {
 	m.signal()
 }
 
-// handleBye takes leave of a rank, or of a process that has asked for it and gives up.
+// handleBye notes that a rank has left, or that a process which has asked for it gives up.
 func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
 		p.asked = 0
-		p.heard = p.heard && p.epoch != 0 // by another process, which has the rank
+		p.heard = p.heard && p.epoch != 0 // from the process that has the rank
 	}
 	if p.epoch == msg.epoch {
 		p.gone, p.heard = true, false
@@ -427,8 +460,8 @@ func (m *member) handleBye(msg *message) {
 	m.signal()
 }
 
-// tellStale tells a process that its rank is another's now. The other one, which hears the same messages, tells it too, unless it
-// has ended meanwhile.
+// tellStale tells a process that another has its rank now. The other process, which hears the same
+// messages, tells it too, unless it has ended meanwhile.
 func (m *member) tellStale(msg *message) {
 	if m.phase != joined {
 		return
@@ -438,9 +471,10 @@ func (m *member) tellStale(msg *message) {
 	m.sendMessage(msg.rank, state)
 }
 
-// newLife notes that a rank has been started again. The votes of its last life count no more: some ranks may have them, and
-// others not. Nor can the rank vote in a round where this rank waits: its last life may have had the votes of all, with one of
-// its own that came to nobody.
+// newLife notes that a rank has been started again. The votes of its last life don't count any
+// more: some ranks may have them, and others not. Nor can the rank vote in a round in which this
+// rank waits: its last life may have had the votes of all there, with a vote of its own that came
+// to nobody.
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
 	life := peer{epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step}
@@ -461,14 +495,16 @@ func (m *member) handleVote(msg *message, direct bool) {
 	switch {
 	case msg.round <= m.round:
 		m.stats.Duplicates++
-		// A direct one is an answer itself. Who still asks for its rank must not speak for it.
+		// A direct vote is an answer itself. A process that still asks for its rank must not speak for
+		// it.
 		if !direct && m.phase != asking {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
 		m.add(&m.open, msg)
 	case msg.round == m.round+2 && msg.complete && m.waiting:
-		// The votes of the open round were all there for somebody else, so they come: what got lost is asked for again.
+		// Another rank had all votes of the open round, so they come here too: this rank asks again for
+		// those that got lost.
 		m.add(&m.next, msg)
 	default:
 		m.leftBehind(msg.round-1, msg.step, m.step+1)
@@ -485,12 +521,12 @@ func (m *member) add(g *gathering, msg *message) {
 	m.endIfFull()
 }
 
-// answerLate tells a rank that still waits in a round how that has ended.
+// answerLate tells a rank that still waits in a round how that round has ended.
 func (m *member) answerLate(msg *message) {
 	switch {
 	case msg.round == m.round && m.answer != nil:
 		m.send(msg.rank, m.answer)
-	case m.complete: // with its vote, so it has left the earlier rounds: the message is an old one
+	case m.complete: // with its vote, so it has the earlier rounds behind it: the message is an old one
 	default:
 		over := m.message(kindBroken)
 		over.by, over.lowest, over.missing = m.rank, msg.step+1, []int{msg.rank}
@@ -500,18 +536,18 @@ func (m *member) answerLate(msg *message) {
 
 func (m *member) handleBroken(msg *message) {
 	switch {
-	case msg.round <= m.round: // it is known
+	case msg.round <= m.round: // known already
 	case m.waiting && msg.round == m.round+1 && !slices.Contains(msg.missing, m.rank):
 		m.stats.Broken++
 		m.fail(msg)
 	case msg.round == m.round+1:
 		m.leftBehind(msg.round, msg.step, msg.lowest)
-	default: // there were others before it, which nobody has told of, or not yet
+	default: // this rank has not heard of the rounds before it, or not yet
 		m.leftBehind(msg.round, msg.step, min(msg.lowest, m.step+1))
 	}
 }
 
-// signal tells join or leave, where they wait, to look again.
+// signal tells join or leave to look again, if they wait.
 func (m *member) signal() {
 	select {
 	case m.changed <- struct{}{}:

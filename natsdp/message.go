@@ -11,48 +11,80 @@ import (
 
 // A message is a header and a body. All numbers are big-endian.
 //
-//	 0  magic "fw", version, kind
-//	 4  group, the FNV-1a hash of its name           8 bytes
-//	12  size, rank                                   4 bytes each
+//	 0  magic "fw"                                   2 bytes
+//	 2  version, kind                                1 each
+//	 4  group: the FNV-1a hash of its name           8
+//	12  size, rank                                   4 each
 //	20  epoch: which life of the rank this is        8
 //	28  round, step                                  8 each
 //	44  body
 const (
-	magic      = "fw"
-	version    = 1
-	headerSize = 44
+	magic   = "fw"
+	version = 2
 )
 
 // kind says what a message is about.
 type kind uint8
 
 const (
-	kindHello  kind = 1 + iota // asks for everyone's state. Body: none
-	kindClaim                  // asks for it too, and to listen to no other life of this rank from now on. Body: none
-	kindState                  // the answer. round and step: the last that have ended, and that whoever asked can't vote in. Body: flags, asker, holder (8 each)
-	kindVote                   // round: the open one; step: of the last that has ended. Body: step (8), tokens, padded (4 each), mode, flags, span
-	kindBroken                 // round and step: those that are over. Body: by (4), lowest (8), missing: a bit for each rank
-	kindBye                    // round and step: the last that have ended. Body: none
+	// kindHello asks all ranks for their state. It has no body.
+	kindHello kind = 1 + iota
+
+	// kindClaim asks for it too, and asks the others to listen to no other life of this rank from now
+	// on. It has no body.
+	kindClaim
+
+	// kindState is the answer. Round and step are the last that have ended, and that the rank which
+	// asked can't vote in. Body: flags (1), asker, holder (8 each).
+	kindState
+
+	// kindVote is a vote in the open round; its step in the header is that of the last round that has
+	// ended. Body: see appendVote.
+	kindVote
+
+	// kindBroken says that a round and a step are over. Body: by (4), lowest (8), missing (a bit for
+	// each rank).
+	kindBroken
+
+	// kindBye says that a rank leaves. Round and step are the last that have ended. It has no body.
+	kindBye
 )
 
-// The flags of a vote and of a state.
+// The flags of a vote.
 const (
-	flagUBatch   = 1 << iota // the rank wants microbatches
-	flagComplete             // the round before this one ended with the votes of all
-	flagSpan                 // a span context follows: trace id (16), span id (8), trace flags, length of the trace state (2), trace state
+	flagUniform = 1 << iota
+	flagExcludeFull
+	flagEager
+	flagUBatch
+	flagIdle
+	flagWarmUp
+	flagSpan     // a span context follows
+	flagComplete // the round before this one ended with the votes of all
 
-	flagHolds     = 1 // the rank is this process's: nobody has objected to its claim
-	flagClaimed   = 2 // the answer to a claim
-	flagContested = 4 // somebody else has, or wants, the rank that has asked
+	flagsOfVote = 1<<iota - 1
+)
+
+// The flags of a state.
+const (
+	flagHolds     = 1 << iota // the rank is this process's: nobody has objected to its claim
+	flagClaimed               // this answers a claim
+	flagContested             // another process has, or wants, the rank that has asked
+
+	flagsOfState = 1<<iota - 1
 )
 
 const (
-	maxRanks      = 1 << 20 // of fwd
-	maxCounter    = 1 << 62 // of rounds, steps and epochs: a larger one is damage, and would overflow
-	maxTraceState = 4096    // bytes; what is longer is left out, as the W3C recommendation allows
+	maxRanks = 1 << 20 // that of fwd
+
+	// maxCounter bounds rounds, steps and epochs: a larger one is damaged, and would overflow.
+	maxCounter = 1 << 62
+
+	// maxTraceState bounds the bytes of a trace state. A longer one is left out, as the W3C
+	// recommendation on trace context allows.
+	maxTraceState = 4096
 )
 
-// message is any message. Fields that its kind has no use for are zero.
+// message is any message. Fields that its kind does not use are zero.
 type message struct {
 	kind  kind
 	group uint64
@@ -62,21 +94,24 @@ type message struct {
 	round uint64
 	step  uint64 // the group's
 
+	// Of a vote.
 	vote     fwd.Vote
 	complete bool // see flagComplete
 
+	// Of a broken round.
 	by      int    // the rank that stopped waiting
-	lowest  uint64 // the lowest step that was in the round
+	lowest  uint64 // the lowest step that was voted in the round
 	missing []int  // ascending
 
+	// Of a state.
 	holds     bool
 	claimed   bool
 	contested bool
-	asker     uint64 // epoch of who has asked; 0: nobody
-	holder    uint64 // epoch of who has that one's rank, as far as is known; 0: nobody
+	asker     uint64 // the epoch of the life that has asked; 0: nobody
+	holder    uint64 // the epoch of the life that has that rank, as far as is known; 0: nobody
 }
 
-// hashGroup returns what stands for the name of a group.
+// hashGroup returns the number that stands for the name of a group.
 func hashGroup(name string) uint64 {
 	h := fnv.New64a()
 	h.Write([]byte(name))
@@ -85,7 +120,7 @@ func hashGroup(name string) uint64 {
 
 // encode returns the message's bytes.
 func (m *message) encode() []byte {
-	b := make([]byte, 0, 64) // enough for a vote without a span
+	b := make([]byte, 0, 96) // enough for a vote without a span
 	b = append(b, magic...)
 	b = append(b, version, byte(m.kind))
 	b = binary.BigEndian.AppendUint64(b, m.group)
@@ -106,30 +141,50 @@ func (m *message) encode() []byte {
 			b[bits+rank/8] |= 1 << (rank % 8)
 		}
 	case kindState:
-		b = append(b, flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|flag(m.contested, flagContested))
+		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|flag(m.contested, flagContested)))
 		b = binary.BigEndian.AppendUint64(b, m.asker)
 		b = binary.BigEndian.AppendUint64(b, m.holder)
 	}
 	return b
 }
 
+// appendVote appends a vote:
+//
+//	 0  step                                         8 bytes
+//	 8  tokens, padded tokens, requests, adapters    4 each
+//	24  note, fingerprint of the configuration       8 each
+//	40  graph mode                                   1
+//	41  flags                                        2
+//	43  span context, see appendSpan
 func (m *message) appendVote(b []byte) []byte {
 	v := &m.vote
-	span := hasSpan(v.SpanContext)
 	b = binary.BigEndian.AppendUint64(b, v.Step)
-	b = binary.BigEndian.AppendUint32(b, uint32(v.NumTokens))
-	b = binary.BigEndian.AppendUint32(b, uint32(v.NumTokensPadded))
-	b = append(b, byte(v.GraphMode), flag(v.UBatch, flagUBatch)|flag(m.complete, flagComplete)|flag(span, flagSpan))
-	if !span {
-		return b
+	for _, n := range [...]int{v.NumTokens, v.NumTokensPadded, v.NumReqs, v.NumActiveLoRAs} {
+		b = binary.BigEndian.AppendUint32(b, uint32(n))
 	}
-	traceID, spanID := v.SpanContext.TraceID(), v.SpanContext.SpanID()
+	b = binary.BigEndian.AppendUint64(b, v.Note)
+	b = binary.BigEndian.AppendUint64(b, v.Config)
+	b = append(b, byte(v.GraphMode))
+	span := hasSpan(v.SpanContext)
+	b = binary.BigEndian.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
+		flag(v.Eager, flagEager)|flag(v.UBatch, flagUBatch)|flag(v.Idle, flagIdle)|flag(v.WarmUp, flagWarmUp)|
+		flag(span, flagSpan)|flag(m.complete, flagComplete))
+	if span {
+		b = appendSpan(b, v.SpanContext)
+	}
+	return b
+}
+
+// appendSpan appends a span context: its trace (16 bytes), its span (8), its flags (1), the length
+// of its trace state (2), and the trace state.
+func appendSpan(b []byte, sc trace.SpanContext) []byte {
+	traceID, spanID := sc.TraceID(), sc.SpanID()
 	b = append(b, traceID[:]...)
 	b = append(b, spanID[:]...)
-	b = append(b, byte(v.SpanContext.TraceFlags()))
+	b = append(b, byte(sc.TraceFlags()))
 	state := ""
-	if v.SpanContext.TraceState().Len() > 0 {
-		if state = v.SpanContext.TraceState().String(); len(state) > maxTraceState {
+	if sc.TraceState().Len() > 0 {
+		if state = sc.TraceState().String(); len(state) > maxTraceState {
 			state = ""
 		}
 	}
@@ -137,20 +192,20 @@ func (m *message) appendVote(b []byte) []byte {
 	return append(b, state...)
 }
 
-// hasSpan reports whether there is anything in a span context, valid or not.
+// hasSpan reports whether a span context holds anything, valid or not.
 func hasSpan(sc trace.SpanContext) bool {
 	return sc.HasTraceID() || sc.HasSpanID() || sc.TraceFlags() != 0 || sc.TraceState().Len() > 0
 }
 
-func flag(set bool, bit byte) byte {
+func flag(set bool, bit uint16) uint16 {
 	if set {
 		return bit
 	}
 	return 0
 }
 
-// decode reads a message. It accepts exactly what encode writes. What it does not understand is an error, and never a
-// panic: anyone who may publish on the subject can send anything.
+// decode reads a message. It accepts exactly what encode writes, and returns an error for anything
+// else. It never panics: anyone who may publish on the subject can send anything.
 func decode(b []byte) (message, error) {
 	var m message
 	if len(b) < len(magic)+1 || string(b[:len(magic)]) != magic {
@@ -168,10 +223,7 @@ func decode(b []byte) (message, error) {
 	switch m.kind {
 	case kindHello, kindClaim, kindBye:
 	case kindState:
-		flags := r.uint8()
-		r.require(flags&^(flagHolds|flagClaimed|flagContested) == 0)
-		m.holds, m.claimed, m.contested = flags&flagHolds != 0, flags&flagClaimed != 0, flags&flagContested != 0
-		m.asker, m.holder = r.counter(), r.counter()
+		m.decodeState(&r)
 	case kindVote:
 		m.decodeVote(&r)
 	case kindBroken:
@@ -185,29 +237,30 @@ func decode(b []byte) (message, error) {
 	return m, nil
 }
 
+func (m *message) decodeState(r *reader) {
+	flags := r.uint8()
+	r.require(flags&^flagsOfState == 0)
+	m.holds, m.claimed, m.contested = flags&flagHolds != 0, flags&flagClaimed != 0, flags&flagContested != 0
+	m.asker, m.holder = r.counter(), r.counter()
+}
+
 func (m *message) decodeVote(r *reader) {
 	v := &m.vote
 	v.Step = r.counter()
-	v.NumTokens, v.NumTokensPadded = int(r.uint32()), int(r.uint32())
+	for _, n := range [...]*int{&v.NumTokens, &v.NumTokensPadded, &v.NumReqs, &v.NumActiveLoRAs} {
+		*n = int(r.uint32())
+	}
+	v.Note, v.Config = r.uint64(), r.uint64()
 	v.GraphMode = fwd.GraphMode(r.uint8())
-	flags := r.uint8()
-	v.UBatch, m.complete = flags&flagUBatch != 0, flags&flagComplete != 0
-	r.require(flags&^(flagUBatch|flagComplete|flagSpan) == 0 && m.round > 0)
+	flags := r.uint16()
+	v.Uniform, v.ExcludeFull, v.Eager = flags&flagUniform != 0, flags&flagExcludeFull != 0, flags&flagEager != 0
+	v.UBatch, v.Idle, v.WarmUp = flags&flagUBatch != 0, flags&flagIdle != 0, flags&flagWarmUp != 0
+	m.complete = flags&flagComplete != 0
+	r.require(flags&^flagsOfVote == 0 && m.round > 0)
 	r.require(v.Validate(m.rank) == nil)
-	if flags&flagSpan == 0 {
-		return
+	if flags&flagSpan != 0 {
+		v.SpanContext = r.span()
 	}
-	config := trace.SpanContextConfig{Remote: true}
-	copy(config.TraceID[:], r.bytes(len(config.TraceID)))
-	copy(config.SpanID[:], r.bytes(len(config.SpanID)))
-	config.TraceFlags = trace.TraceFlags(r.uint8())
-	if state := r.bytes(int(r.uint16())); len(state) > 0 {
-		var err error
-		config.TraceState, err = trace.ParseTraceState(string(state))
-		r.require(err == nil && config.TraceState.String() == string(state))
-	}
-	v.SpanContext = trace.NewSpanContext(config)
-	r.require(hasSpan(v.SpanContext))
 }
 
 func (m *message) decodeBroken(r *reader) {
@@ -226,11 +279,13 @@ func (m *message) decodeBroken(r *reader) {
 // versionError is the version of a message that this package can't read.
 type versionError uint8
 
+// Error says which version this package speaks.
 func (v versionError) Error() string {
-	return fmt.Sprintf("messages of version %d, this package speaks version %d", uint8(v), version)
+	return fmt.Sprintf("messages of version %d, this one speaks version %d; run the same natsdp everywhere",
+		uint8(v), version)
 }
 
-// reader takes numbers off the front of rest, until it is bad.
+// reader takes numbers off the front of rest, until something is bad.
 type reader struct {
 	rest []byte
 	bad  bool
@@ -238,7 +293,7 @@ type reader struct {
 
 func (r *reader) require(ok bool) { r.bad = r.bad || !ok }
 
-// bytes returns the next n bytes, none where there are fewer.
+// bytes returns the next n bytes, or none if there are fewer.
 func (r *reader) bytes(n int) []byte {
 	if r.bad || len(r.rest) < n {
 		r.bad = true
@@ -277,9 +332,25 @@ func (r *reader) uint64() uint64 {
 	return 0
 }
 
-// counter is a number that goes up by one at a time.
+// counter returns a round, a step or an epoch.
 func (r *reader) counter() uint64 {
 	n := r.uint64()
 	r.require(n <= maxCounter)
 	return n
+}
+
+// span returns a span context that appendSpan has written.
+func (r *reader) span() trace.SpanContext {
+	config := trace.SpanContextConfig{Remote: true}
+	copy(config.TraceID[:], r.bytes(len(config.TraceID)))
+	copy(config.SpanID[:], r.bytes(len(config.SpanID)))
+	config.TraceFlags = trace.TraceFlags(r.uint8())
+	if state := r.bytes(int(r.uint16())); len(state) > 0 {
+		var err error
+		config.TraceState, err = trace.ParseTraceState(string(state))
+		r.require(err == nil && config.TraceState.String() == string(state))
+	}
+	sc := trace.NewSpanContext(config)
+	r.require(hasSpan(sc))
+	return sc
 }

@@ -1,33 +1,45 @@
-// Package natsdp connects the data-parallel ranks of a model over NATS, so that they can be processes on several hosts.
+// Package natsdp connects the data-parallel ranks of a model over NATS, so that they can be
+// processes on several hosts.
 //
-//	coordinator, err := natsdp.Join(ctx, natsdp.Config{Group: "target", Rank: rank, Size: 8}, natsdp.WithURL("nats://nats:4222"))
+//	coordinator, err := natsdp.Join(ctx, natsdp.Config{Group: "target", Rank: rank, Size: 8},
+//		natsdp.WithURL("nats://nats:4222"))
 //	...
 //	defer coordinator.Close()
 //	runner, err := fwd.New(config, fwd.WithCoordinator(coordinator))
 //
-// Ranks find each other by the name of their group. [Join] waits until all are there, and checks that they agree on the size of
-// the group and that no rank is taken twice. Then each step is one message from every rank to all others: there is no leader, and
-// the server does nothing but distribute. Core NATS delivers a message once or not at all, so a rank that waits sends its vote
-// again from time to time, until its round is complete. A server that restarts, a connection that breaks, or a cluster that loses a
-// node costs time and, where that is longer than a rank wants to wait, a step.
+// Ranks find each other by the name of their group. [Join] waits until all are there. It checks
+// that they agree on the size of the group and that no rank is taken twice. Then each step is one
+// message from every rank to all others: there is no leader, and the server only distributes. Core
+// NATS delivers a message once or not at all, so a rank that waits sends its vote again from time
+// to time until its round is complete. A server that restarts, a connection that breaks, or a
+// cluster that loses a node costs time. It costs a step only if it takes longer than a rank wants
+// to wait.
 //
-// A rank whose process ended can be started again: its Join, which needs all other ranks, learns where the group is, and its first
-// vote is for a step that the last process of the rank can't have been in. Ranks that wait meanwhile go on to that step, without an
-// error. A process that was thought dead and turns up after another has joined in its place is told so, and gets [ErrRankTaken]
-// from then on: it ends, or joins again once the other has ended.
+// A rank whose process ended can be started again. Its Join needs all other ranks and learns from
+// them where the group is. Its first vote is for a step in which the last process of the rank can't
+// have been. Ranks that wait meanwhile go on to that step, without an error. If a process was
+// thought dead and turns up after another has joined in its place, it is told so and gets
+// [ErrRankTaken] from then on. It should end, or join again once the other has ended.
 //
 // # Time
 //
-// Exchange waits for as long as its ctx and [fwd.WithExchangeTimeout] let it. What limits that wait has to be longer than the
-// slowest pass of any rank, and than any outage that is to be survived without a failed step.
+// Exchange waits for as long as its ctx and [fwd.WithExchangeTimeout] let it. Both must last longer
+// than the slowest pass of any rank, and longer than any outage that should not cost a step.
 //
 // # Subjects and permissions
 //
-// PREFIX is fwd.dp, unless [WithSubjectPrefix] says otherwise. What rank r has for everyone goes to the subject PREFIX.GROUP.all.r,
-// and what it has for rank q to PREFIX.GROUP.q.r. So rank r needs permission to publish to PREFIX.GROUP.*.r, and to subscribe to
-// PREFIX.GROUP.all.* and PREFIX.GROUP.r.*; with these alone it can't speak for another rank, and nobody else can speak for it. A
-// message is believed only if the rank in it is that of its subject. What is damaged, of another version, group or size, or of a
-// process whose rank has been taken over is counted in [Stats], and a group that is together ignores it.
+// PREFIX is fwd.dp unless [WithSubjectPrefix] changes it. Rank r publishes to PREFIX.GROUP.all.r
+// what everyone should hear, and to PREFIX.GROUP.q.r what rank q should hear. So rank r needs
+// permission to publish to PREFIX.GROUP.*.r, and to subscribe to PREFIX.GROUP.all.* and
+// PREFIX.GROUP.r.*. With these permissions alone it can't speak for another rank, and nobody else
+// can speak for it. A message is believed only if the rank in it is that of its subject. Some
+// messages are counted in [Stats], and a group that is together ignores them: damaged ones, those
+// of another version, group or size, and those of a process whose rank has been taken over.
+//
+// # Versions
+//
+// All ranks of a group must run the same version of the messages, which is 2. If they don't, Join
+// returns an error that names both versions.
 package natsdp
 
 import (
@@ -47,7 +59,7 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// sentinel is an error to match with errors.Is. Its word stands in error.type on spans and metrics.
+// sentinel is an error to match with errors.Is.
 type sentinel struct{ word, text string }
 
 // Error returns the text, with the package's name before it.
@@ -56,20 +68,27 @@ func (e *sentinel) Error() string { return "natsdp: " + e.text }
 // ErrorType returns a stable word for telemetry, such as "rank_taken".
 func (e *sentinel) ErrorType() string { return e.word }
 
-// The errors of this package, beside those of fwd.
+// The errors of this package, beside those of fwd. Each has a method ErrorType() string behind it,
+// found with errors.As: the word in error.type on spans and metrics.
 var (
-	ErrRankTaken = &sentinel{"rank_taken", "another process has this rank"}
-	ErrClosed    = &sentinel{"closed", "the coordinator is closed"}
+	// ErrRankTaken says that another process has this rank.
+	ErrRankTaken error = &sentinel{"rank_taken", "another process has this rank"}
+
+	// ErrClosed says that Close has been called.
+	ErrClosed error = &sentinel{"closed", "the coordinator is closed"}
 )
 
-// DefaultSubjectPrefix is what the subjects of all groups begin with.
+// DefaultSubjectPrefix is the beginning of the subjects of all groups.
 const DefaultSubjectPrefix = "fwd.dp"
 
 // Config says which rank of which group joins.
 type Config struct {
-	Group string // the same for all ranks and no other group of the servers: letters, digits, "-" and "_"
-	Rank  int    // below Size
-	Size  int    // number of ranks, at least 1
+	// Group is the same for all ranks, and differs from that of any other group on the same servers.
+	// It consists of letters, digits, "-" and "_".
+	Group string
+
+	Rank int // from 0
+	Size int // number of ranks, at least 1
 }
 
 // Option says how the group is reached.
@@ -85,35 +104,37 @@ type optionFunc func(*options)
 
 func (f optionFunc) apply(o *options) { f(o) }
 
-// WithURL makes Join connect to a server, or to one of several separated by commas, as [Connect] does, and Close close that
-// connection.
+// WithURL makes Join connect to a server, or to one of several separated by commas, as [Connect]
+// does. Close closes that connection.
 func WithURL(url string, opts ...nats.Option) Option {
-	opts = append([]nats.Option{nats.NoEcho()}, opts...) // the connection has one rank alone
+	opts = append([]nats.Option{nats.NoEcho()}, opts...) // only one rank uses the connection
 	return optionFunc(func(o *options) {
 		o.conn, o.connect = nil, func(ctx context.Context) (*nats.Conn, error) { return Connect(ctx, url, opts...) }
 	})
 }
 
-// WithConn makes the coordinator use a connection that stays the caller's. Several groups, and ranks, may share one; with
-// [nats.NoEcho] the ranks of a group may not, since they would not hear each other. How long it tries to reconnect is how long
-// an outage may last.
+// WithConn makes the coordinator use a connection that the caller closes. Several groups may share
+// it, and several ranks of a group, unless it has [nats.NoEcho]: then they would not hear each
+// other. An outage may last for as long as the connection tries to reconnect.
 func WithConn(conn *nats.Conn) Option {
 	return optionFunc(func(o *options) { o.conn, o.connect = conn, nil })
 }
 
-// WithSubjectPrefix sets what the subjects of the group begin with, instead of [DefaultSubjectPrefix]: one or more tokens,
-// separated by dots.
+// WithSubjectPrefix sets the beginning of the group's subjects, instead of [DefaultSubjectPrefix].
+// It is one or more tokens, separated by dots.
 func WithSubjectPrefix(prefix string) Option {
 	return optionFunc(func(o *options) { o.prefix = prefix })
 }
 
-// Connect connects to a NATS server as suits a group: it waits for a server until ctx ends. A connection that is lost is made
-// again, as often as it takes, unless a server refuses the credentials. Meanwhile no votes are kept for later: they are sent again
-// anyway. TLS and credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure], [nats.UserCredentials],
-// [nats.UserInfo] and others. opts override what Connect would choose.
+// Connect connects to a NATS server in the way that suits a group: it waits for a server until ctx
+// ends. A lost connection is made again, as often as necessary, unless a server refuses the
+// credentials. Meanwhile no votes are kept for later, since they are sent again anyway. TLS and
+// credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
+// [nats.UserCredentials], [nats.UserInfo] and others. opts override what Connect would choose.
 //
-// The error is that of [nats.Connect] where a server refuses, [nats.ErrAuthorization] among them. Where none has answered before
-// ctx ended it wraps ctx's cause, and what the last attempt failed with.
+// If a server refuses, the error is that of [nats.Connect], such as [nats.ErrAuthorization]. If no
+// server has answered before ctx ended, the error wraps ctx's cause and the error of the last
+// attempt.
 func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, error) {
 	opts = append([]nats.Option{
 		nats.MaxReconnects(-1),
@@ -121,8 +142,10 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 		nats.ReconnectJitter(50*time.Millisecond, 200*time.Millisecond),
 		nats.ReconnectBufSize(-1),
 		nats.FlusherTimeout(5 * time.Second),
-		nats.PingInterval(5 * time.Second),                                // a link that is silently gone shows after three of them
-		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}), // the default one prints
+		// A link that is silently gone is noticed after three pings.
+		nats.PingInterval(5 * time.Second),
+		// The default one prints.
+		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
 	}, opts...)
 	failed := errors.New("nats: no server has answered") // before any attempt has failed
 	for {
@@ -143,7 +166,7 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 	}
 }
 
-// connectOnce connects, but not for longer than ctx lets it: then its cause is the error.
+// connectOnce connects once. If ctx ends first, its cause is the error.
 func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Conn, error) {
 	type result struct {
 		conn *nats.Conn
@@ -158,7 +181,7 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 	case r := <-done:
 		return r.conn, r.err
 	case <-ctx.Done():
-		go func() { // ends with the timeout of the connection
+		go func() { // ends with the connection's own timeout
 			if r := <-done; r.err == nil {
 				r.conn.Close()
 			}
@@ -167,21 +190,26 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 	}
 }
 
-// isAbsent reports whether an error of connecting means that there is no server (yet), rather than one that refuses.
+// isAbsent reports whether an error of connecting means that there is no server yet, rather than
+// one that refuses.
 func isAbsent(err error) bool {
-	op, ok := errors.AsType[*net.OpError](err)
-	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) || ok && (op.Op == "dial" || op.Timeout()) {
+	var op *net.OpError
+	ok := errors.As(err, &op)
+	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) ||
+		ok && (op.Op == "dial" || op.Timeout()) {
 		return true
 	}
-	// A load balancer hangs up when there is no server behind it; a server, once TLS has begun, when it refuses the certificate.
+	// A load balancer hangs up if there is no server behind it. A server hangs up after TLS has begun
+	// if it refuses the certificate.
 	return !errors.Is(err, nats.ErrTLS) && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET))
 }
 
-// Coordinator is one rank of a group, made by [Join]; a zero one is of no use. It implements [fwd.Coordinator]. Exchange is for
-// one Runner; the other methods may be called at any time.
+// Coordinator is one rank of a group. Make one with [Join]; the zero value is of no use. It
+// implements [fwd.Coordinator]. Exchange is for one Runner; any goroutine may call the other
+// methods at any time.
 //
-// Nothing that a caller waits for happens on the connection itself: that may keep whoever uses it waiting, for a name server, a
-// server that does not answer, or room in a socket. So one goroutine speaks on it, and another listens.
+// A connection may keep its user waiting: for a name server, a server that does not answer, or room
+// in a socket. No caller must wait for that, so one goroutine speaks on it and another listens.
 type Coordinator struct {
 	member *member
 	conn   *nats.Conn
@@ -190,11 +218,11 @@ type Coordinator struct {
 
 	out       chan outgoing
 	in        chan *nats.Msg
-	all       *nats.Subscription // to what is for everyone,
-	direct    *nats.Subscription // and for this rank alone
+	all       *nats.Subscription // messages for everyone
+	direct    *nats.Subscription // messages for this rank alone
 	down      atomic.Bool        // the connection is being made again: what is sent is lost
-	done      chan struct{}      // tells speak to end
-	ended     chan struct{}      // that it has
+	done      chan struct{}      // closed to make speak end
+	ended     chan struct{}      // closed when it has ended
 	closeOnce sync.Once
 }
 
@@ -204,14 +232,17 @@ type outgoing struct {
 	data []byte
 }
 
-// Join makes this process a rank of a group, and returns once all ranks of it have been heard from. A rank that is started again
-// joins at the group's step. Where another process had the rank and did not leave it by Close, and where there are no other ranks to
-// say so, Join waits a second for its objection, and needs a ctx that lasts longer.
+// Join makes this process a rank of a group. It returns when it has heard from all ranks. A rank
+// that is started again joins at the group's step. If another process had the rank and did not
+// leave it by Close, or if the group has no other ranks which could tell, Join waits a second for
+// an objection of that process. It then needs a ctx that lasts longer.
 //
-// It wraps fwd.ErrInvalid: a group, rank, size, prefix or option that can't be, neither URL nor connection, ranks that say another
-// size or speak another version; [ErrRankTaken]; ctx's cause when ctx ends first, in a *[fwd.RankError] that is fwd.ErrRankMissing
-// and names the ranks where it is ranks that have not come; and the errors of nats, [nats.ErrPermissionViolation] and
-// [nats.ErrAuthorization] among them. It returns at most a second after ctx has ended.
+// Join returns an error that wraps fwd.ErrInvalid if cfg or an option is wrong, if there is neither
+// a URL nor a connection, or if other ranks have another size or speak another version. It returns
+// [ErrRankTaken] if another process has the rank. If ctx ends first, the error wraps its cause; if
+// ranks have not come, it is a *[fwd.RankError] that is fwd.ErrRankMissing and names them. Errors
+// of nats are wrapped, such as [nats.ErrPermissionViolation] and [nats.ErrAuthorization]. Join
+// returns at most a second after ctx has ended.
 func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error) {
 	o := options{prefix: DefaultSubjectPrefix}
 	for i, opt := range opts {
@@ -230,7 +261,7 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 			return nil, err
 		}
 	}
-	room := min(1024+16*cfg.Size, 1<<16) // several rounds; what is beyond is dropped, and sent again
+	room := min(1024+16*cfg.Size, 1<<16) // for several rounds; what does not fit is dropped, and sent again
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
 		base:  o.prefix + "." + cfg.Group,
@@ -271,17 +302,18 @@ func (c Config) check(o *options) error {
 		}
 	}
 	if o.conn == nil && o.connect == nil {
-		bad("no connection for rank %d of group %q: neither a URL nor a connection is given", c.Rank, c.Group)
+		bad("rank %d of group %q has neither a URL nor a connection; use WithURL or WithConn", c.Rank, c.Group)
 	}
 	return errors.Join(errs...)
 }
 
 // isToken reports whether s can be part of a subject.
 func isToken(s string) bool {
-	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_") == ""
+	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, letters+"0123456789-_") == ""
 }
 
-// send leaves a message to speak, or drops it where there is no room.
+// send leaves a message to speak. It drops it if there is no room.
 func (c *Coordinator) send(to int, data []byte) {
 	select {
 	case c.out <- outgoing{to, data}:
@@ -289,7 +321,7 @@ func (c *Coordinator) send(to int, data []byte) {
 	}
 }
 
-// speak does all that is done on the connection, from first to last.
+// speak does everything that is done on the connection, from first to last.
 func (c *Coordinator) speak() {
 	defer close(c.ended)
 	if c.owned {
@@ -304,7 +336,7 @@ func (c *Coordinator) speak() {
 	}
 	defer c.unsubscribe()
 	select {
-	case <-c.done: // Join has given up before this came so far, and nobody has heard of it
+	case <-c.done: // Join has given up already, and nobody has heard of it
 		return
 	default:
 	}
@@ -321,12 +353,13 @@ func (c *Coordinator) subscribe() (err error) {
 	return err
 }
 
-// unsubscribe ends subscriptions. Errors say that there is none, or that the connection has ended.
+// unsubscribe ends the subscriptions. An error says that there is none, or that the connection has
+// ended.
 func (c *Coordinator) unsubscribe() {
 	_, _ = c.all.Unsubscribe(), c.direct.Unsubscribe()
 }
 
-// hangUp closes the connection, once the goodbye is on its way.
+// hangUp closes the connection after the goodbye is on its way.
 func (c *Coordinator) hangUp() {
 	if c.conn.IsConnected() {
 		_ = c.conn.FlushTimeout(lingerMost)
@@ -334,9 +367,10 @@ func (c *Coordinator) hangUp() {
 	c.conn.Close()
 }
 
-// publish publishes what the member sends, unless the connection is down. An error says nothing that the member could use: what is
-// lost is sent again, and the end of the connection comes by its status. While the rank joins it also looks for a refusal of the
-// server, other than the error that was there before.
+// publish publishes what the member sends, unless the connection is down. The member has no use for
+// an error: what is lost is sent again, and the status of the connection tells when it ends. While
+// the rank joins, publish also looks for a refusal of the server, other than the error that was
+// there before.
 func (c *Coordinator) publish(before error) {
 	look := time.NewTicker(resendFirst / 2)
 	defer look.Stop()
@@ -370,7 +404,8 @@ func (c *Coordinator) publish(before error) {
 	}
 }
 
-// isRefusal reports whether an error is that of a server which does not let a rank have its subjects in the group.
+// isRefusal reports whether an error is that of a server which does not let a rank have its
+// subjects in the group.
 func (c *Coordinator) isRefusal(err error, rank string) bool {
 	if !errors.Is(err, nats.ErrPermissionViolation) {
 		return false
@@ -401,7 +436,7 @@ func (c *Coordinator) listen(status <-chan nats.Status) {
 	}
 }
 
-// closedError says why the connection has ended, where that is known.
+// closedError says that the connection has ended, and why if that is known.
 func (c *Coordinator) closedError() error {
 	if err := c.conn.LastError(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
 		return fmt.Errorf("natsdp: rank %d: %w: %w", c.member.rank, nats.ErrConnectionClosed, err)
@@ -415,26 +450,46 @@ func sender(subject string) (rank int, ok bool) {
 	return rank, err == nil && rank >= 0
 }
 
-// Rank implements [fwd.Coordinator].
+// Rank returns this rank, from 0.
 func (c *Coordinator) Rank() int { return c.member.rank }
 
-// Size implements [fwd.Coordinator].
+// Size returns the number of ranks.
 func (c *Coordinator) Size() int { return c.member.size }
 
-// Exchange implements [fwd.Coordinator]. Beside the errors that are every coordinator's it returns ErrClosed, [ErrRankTaken], and
-// [nats.ErrConnectionClosed] where the connection is closed for good; these last. A step above 2^62 is fwd.ErrInvalid.
+// Exchange votes and returns the votes of all ranks, see [fwd.Coordinator]. Beside the errors of
+// every coordinator it returns [ErrClosed], [ErrRankTaken], and [nats.ErrConnectionClosed] if the
+// connection is closed for good; all later calls return the same. It returns an error that wraps
+// fwd.ErrInvalid for a step above 2^62.
 func (c *Coordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	return c.member.exchange(ctx, v)
 }
 
-// Stats are counts since Join. All but Resent and Broken count messages that told this rank nothing about its round.
+// Missing returns the ranks whose votes the open Exchange waits for, in ascending order, or nil if
+// none is open. It may be called at any time, from any goroutine, and does not wait.
+func (c *Coordinator) Missing() []int { return c.member.missingVotes() }
+
+// Stats are counts since Join. The first four count messages that told this rank nothing about its
+// round.
 type Stats struct {
-	Malformed  uint64 // that could not be read
-	Foreign    uint64 // of another version, group or size, of a rank that is not that of the subject, or of another process with this rank
-	Stale      uint64 // of processes whose rank has been taken over
-	Duplicates uint64 // votes that were known, or of a round that was over: who still waits in that is answered
-	Resent     uint64 // votes of this rank that were sent again
-	Broken     uint64 // rounds that this rank waited in and that ended for a missing rank
+	// Malformed counts messages that could not be read.
+	Malformed uint64
+
+	// Foreign counts messages of another version, group or size, of a rank that is not that of the
+	// subject, and of another process with this rank.
+	Foreign uint64
+
+	// Stale counts messages of processes whose rank has been taken over.
+	Stale uint64
+
+	// Duplicates counts votes that were known, and votes of a round that was over. A rank that still
+	// waits in such a round is answered.
+	Duplicates uint64
+
+	// Resent counts how often this rank has sent a vote again.
+	Resent uint64
+
+	// Broken counts rounds in which this rank waited and which ended because a rank was missing.
+	Broken uint64
 }
 
 // Stats returns the counts so far.
@@ -444,11 +499,12 @@ func (c *Coordinator) Stats() Stats {
 	return c.member.stats
 }
 
-// Close takes this rank out of the group. An exchange in progress is broken, as when its ctx ends. Close stays until the others
-// have this rank's last vote, at most a second, so that the last step of a run is lost for nobody; then until its goodbye is on
-// the connection, and that is closed where WithURL made it, which takes at most another second where a server answers, and else
-// goes on without it. A connection of the caller's has the goodbye in its buffer, which [nats.Conn.Flush] empties. A second call
-// does nothing; the error is always nil.
+// Close takes this rank out of the group. It breaks an open exchange, as the end of its ctx does.
+//
+// Close waits at most a second until the others have this rank's last vote, so that nobody loses
+// the last step of a run. Then it says goodbye and closes the connection if WithURL made it, for
+// which it waits at most another second. If the connection is the caller's, the goodbye is in its
+// buffer, and [nats.Conn.Flush] sends it. A second call does nothing. The error is always nil.
 func (c *Coordinator) Close() error {
 	c.closeOnce.Do(func() {
 		c.member.leave()
@@ -457,7 +513,7 @@ func (c *Coordinator) Close() error {
 	return nil
 }
 
-// release lets go of the connection, and waits until that is done, though not for long.
+// release lets go of the connection. It waits until that is done, though not for long.
 func (c *Coordinator) release() {
 	close(c.done)
 	select {

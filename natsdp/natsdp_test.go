@@ -1,7 +1,11 @@
+// This file tests that coordinators over NATS pass the suite. It has helpers that other files
+// share.
+
 package natsdp_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -15,14 +19,15 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// patience is how long anything may take that must happen.
+// patience is how long something may take that must happen.
 const patience = 20 * time.Second
 
 // serverOptions are those of a server on a free port of the loopback interface.
 func serverOptions() *server.Options {
 	return &server.Options{
 		Host: "127.0.0.1", Port: server.RANDOM_PORT, NoSigs: true, NoLog: true,
-		MaxClosedClients: 1, // the server remembers those that have gone, which would look like a leak of ours
+		// The server remembers connections that have gone, which would look like a leak of natsdp.
+		MaxClosedClients: 1,
 	}
 }
 
@@ -51,7 +56,7 @@ var groups atomic.Int64
 // newName returns the name of a group that no other test uses.
 func newName() string { return fmt.Sprintf("group%d", groups.Add(1)) }
 
-// joinAll makes a group, each rank with the options that how returns for it. It ends with the test.
+// joinAll makes a group that ends with the test. Each rank has the options that how returns for it.
 func joinAll(t *testing.T, name string, size int, how func(rank int) []natsdp.Option) []*natsdp.Coordinator {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -61,10 +66,11 @@ func joinAll(t *testing.T, name string, size int, how func(rank int) []natsdp.Op
 	for rank := range group {
 		opts := how(rank)
 		wg.Go(func() {
-			var err error
-			if group[rank], err = natsdp.Join(ctx, natsdp.Config{Group: name, Rank: rank, Size: size}, opts...); err != nil {
+			c, err := natsdp.Join(ctx, natsdp.Config{Group: name, Rank: rank, Size: size}, opts...)
+			if err != nil {
 				t.Errorf("rank %d: %v", rank, err)
 			}
+			group[rank] = c
 		})
 	}
 	wg.Wait()
@@ -75,7 +81,7 @@ func joinAll(t *testing.T, name string, size int, how func(rank int) []natsdp.Op
 	return group
 }
 
-// closeAll closes coordinators at once, as the ends of processes would.
+// closeAll closes coordinators concurrently, as processes that end would.
 func closeAll(group []*natsdp.Coordinator) {
 	var wg sync.WaitGroup
 	for _, c := range group {
@@ -89,8 +95,10 @@ func at(s *server.Server, opts ...nats.Option) func(int) []natsdp.Option {
 	return func(int) []natsdp.Option { return []natsdp.Option{natsdp.WithURL(s.ClientURL(), opts...)} }
 }
 
-// joinByConns makes a group whose ranks have connections of the test's.
-func joinByConns(t *testing.T, s *server.Server, name string, size int) (group []*natsdp.Coordinator, conns []*nats.Conn) {
+// joinByConns makes a group whose ranks have connections that belong to the test.
+func joinByConns(t *testing.T, s *server.Server, name string, size int) (
+	group []*natsdp.Coordinator, conns []*nats.Conn,
+) {
 	t.Helper()
 	group = joinAll(t, name, size, func(int) []natsdp.Option {
 		conn := connect(t, s)
@@ -124,4 +132,14 @@ func TestConformance(t *testing.T) {
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
 		return coordinators(joinAll(t, newName(), size, at(s)))
 	})
+}
+
+// The errors of the package have the word for error.type behind them.
+func TestErrorTypes(t *testing.T) {
+	for err, want := range map[error]string{natsdp.ErrRankTaken: "rank_taken", natsdp.ErrClosed: "closed"} {
+		var typed interface{ ErrorType() string }
+		if !errors.As(fmt.Errorf("wrapped: %w", err), &typed) || typed.ErrorType() != want {
+			t.Errorf("%v has no error type %q", err, want)
+		}
+	}
 }

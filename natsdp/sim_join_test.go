@@ -1,9 +1,12 @@
+// This file tests in simulated time how ranks join, and for how long they wait.
+
 package natsdp
 
 import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,7 +15,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// A Join that gave up leaves nothing behind: the next one of its rank does not wait for an objection that nobody has.
+// A Join that gave up leaves nothing behind: the next one of its rank does not wait for an
+// objection that cannot come.
 func TestGivenUpJoin(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -22,8 +26,9 @@ func TestGivenUpJoin(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), claimWait/2)
 			_, err := b.join(ctx, 1)
 			cancel()
-			rankErr, ok := errors.AsType[*fwd.RankError](err)
-			if !ok || !errors.Is(err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{2}) {
+			var rankErr *fwd.RankError
+			if !errors.As(err, &rankErr) || !errors.Is(err, fwd.ErrRankMissing) ||
+				!slices.Equal(rankErr.Ranks, []int{2}) {
 				t.Errorf("without rank 2: %v", err)
 			}
 			time.Sleep(time.Millisecond)
@@ -48,8 +53,9 @@ func (b *bus) killAll() {
 	}
 }
 
-// Where the clock of a rank's last host was ahead, all that want its place are behind, and choose an epoch by what they are told.
-// Still one of them gets it, even if they have not heard of each other.
+// If the clock of a rank's last host was ahead, all that want its place are behind, and choose an
+// epoch by what they are told. Still one of them gets it, even if they have not heard of each
+// other.
 func TestOneGetsTheRankBehind(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(300) {
@@ -106,7 +112,8 @@ func TestOneGetsTheRankBehind(t *testing.T) {
 	}
 }
 
-// Nobody joins by the answer of a process that may yet have to give way: the votes of the rank's last process count.
+// Nobody joins by the answer of a process that may still have to give way: the votes of the rank's
+// last process count.
 func TestAskerDoesNotAnswerClaims(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -137,7 +144,7 @@ func TestAskerDoesNotAnswerClaims(t *testing.T) {
 	})
 }
 
-// Who waits for a rank asks that one, and not the others again and again.
+// A rank that waits for another asks that one, and not the others again and again.
 func TestWaitingIsQuiet(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -156,17 +163,56 @@ func TestWaitingIsQuiet(t *testing.T) {
 	})
 }
 
-// A round may end at two steps, the votes of all, which were for different ones, and without them. The group is at the higher.
+// A round may end at two steps: at one for ranks that had all votes, which were for different
+// steps, and at another for those that had not. The group is at the higher one.
 func TestJoinAtTheHigherStep(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newBus(3, 1).attach(0)
 		for rank, step := range map[int]uint64{1: 40, 2: 90} {
-			msg := message{kind: kindState, group: s.group, size: 3, rank: rank, epoch: s.epoch + 1, round: 7, step: step, holds: true, asker: s.epoch}
+			msg := message{
+				kind: kindState, group: s.group, size: 3, rank: rank, epoch: s.epoch + 1,
+				round: 7, step: step, holds: true, asker: s.epoch,
+			}
 			s.handle(rank, true, msg.encode())
 		}
 		if s.round != 7 || s.step != 90 {
 			t.Errorf("round %d, step %d, want 7 and 90", s.round, s.step)
+		}
+	})
+}
+
+// A rank that hears a message of version 1 while it joins gives up, and says which versions there
+// are. A group that is together counts such messages and goes on.
+func TestVersion1(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		joining := b.attach(0)
+		refused := make(chan error, 1)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		go func() { refused <- joining.join(ctx) }()
+		synctest.Wait()
+		joining.handle(1, false, version1("sim"))
+		err := <-refused
+		if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), versionError(1).Error()) {
+			t.Errorf("joining: %v, want that rank 1 speaks version 1", err)
+		}
+		joining.kill()
+
+		group := b.joinAll(t)
+		waits := group[0].begin(t.Context(), 1)
+		synctest.Wait()
+		group[0].handle(1, false, version1("sim"))
+		if got := group[0].missingVotes(); !slices.Equal(got, []int{1, 2}) {
+			t.Errorf("after a vote of version 1, ranks %v are missing, want [1 2]", got)
+		}
+		succeed(t, waits, group[1].begin(t.Context(), 1), group[2].begin(t.Context(), 1))
+		group[0].mu.Lock()
+		defer group[0].mu.Unlock()
+		if group[0].stats.Foreign != 1 {
+			t.Errorf("%d foreign messages, want 1", group[0].stats.Foreign)
 		}
 	})
 }

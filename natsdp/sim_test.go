@@ -1,3 +1,5 @@
+// This file tests the protocol in simulated time, on a network that loses messages.
+
 package natsdp
 
 import (
@@ -15,8 +17,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// bus is a network in simulated time that loses messages, delivers them twice, late and in another order. Members hang on it
-// by rank; several may have the same rank.
+// bus is a network in simulated time that loses messages, and delivers them twice, late and in
+// another order. Members are on it by rank; several may have the same rank.
 type bus struct {
 	size int
 
@@ -25,7 +27,7 @@ type bus struct {
 	loss     float64
 	twice    float64
 	delay    time.Duration // at most
-	cut      map[int]bool  // ranks that nothing gets to or from
+	cut      map[int]bool  // ranks to and from which nothing comes
 	stations []*station
 
 	delivered atomic.Int64 // messages
@@ -112,14 +114,14 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	time.AfterFunc(delay, arrive)
 }
 
-// isolate lets nothing to or from a rank, or lets it again.
+// isolate cuts a rank off, or connects it again.
 func (b *bus) isolate(rank int, cut bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.cut[rank] = cut
 }
 
-// freeze holds back what comes for a member.
+// freeze holds back the messages for a member.
 func (s *station) freeze() {
 	s.bus.mu.Lock()
 	defer s.bus.mu.Unlock()
@@ -133,8 +135,8 @@ func (s *station) kill() {
 	s.killed = true
 }
 
-// end lets a member leave, as a process does before it ends. The network keeps no order, so what was sent before comes before,
-// and the goodbye before it returns.
+// end lets a member leave, as a process does before it ends. The network keeps no order, so end
+// waits until everything that was sent before has come, and then until the goodbye has come.
 func (s *station) end() {
 	time.Sleep(time.Millisecond)
 	s.leave()
@@ -142,7 +144,7 @@ func (s *station) end() {
 	time.Sleep(time.Millisecond)
 }
 
-// thaw lets in what was held back.
+// thaw delivers the messages that were held back.
 func (s *station) thaw() {
 	s.bus.mu.Lock()
 	held := s.held
@@ -160,7 +162,7 @@ func (s *station) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) 
 func (s *station) Rank() int { return s.rank }
 func (s *station) Size() int { return s.size }
 
-// begin lets a station take a step in a goroutine, and returns where its error comes.
+// begin lets a station take a step in a goroutine. Its error comes from the channel.
 func (s *station) begin(ctx context.Context, step uint64) <-chan error {
 	done := make(chan error, 1)
 	go func() {
@@ -170,7 +172,7 @@ func (s *station) begin(ctx context.Context, step uint64) <-chan error {
 	return done
 }
 
-// succeed waits for steps that were begun, all of which go well.
+// succeed checks that steps which were begun go well.
 func succeed(t *testing.T, begun ...<-chan error) {
 	t.Helper()
 	for _, done := range begun {
@@ -188,7 +190,7 @@ type stepper struct {
 
 func (s *stepper) next(ctx context.Context, tokens int) ([]fwd.Vote, error) {
 	votes, err := s.Exchange(ctx, fwd.Vote{Step: s.step + 1, NumTokens: tokens, NumTokensPadded: tokens})
-	if rankErr, ok := errors.AsType[*fwd.RankError](err); ok {
+	if rankErr := (*fwd.RankError)(nil); errors.As(err, &rankErr) {
 		s.step = rankErr.Step
 	} else if err == nil {
 		s.step = votes[0].Step
@@ -196,7 +198,8 @@ func (s *stepper) next(ctx context.Context, tokens int) ([]fwd.Vote, error) {
 	return votes, err
 }
 
-// A network that loses, doubles, delays and reorders costs nothing but time: no step fails, and nothing mixes.
+// A network that loses, doubles, delays and reorders messages costs only time: no step fails, and
+// nothing mixes.
 func TestLossyNetwork(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(8) {
@@ -212,7 +215,8 @@ func TestLossyNetwork(t *testing.T) {
 				for rank, s := range b.joinAll(t) {
 					wg.Go(func() {
 						for step := uint64(1); step <= steps; step++ {
-							votes, err := s.Exchange(ctx, fwd.Vote{Step: step, NumTokens: rank, NumTokensPadded: size + int(step)})
+							vote := fwd.Vote{Step: step, NumTokens: rank, NumTokensPadded: size + int(step)}
+							votes, err := s.Exchange(ctx, vote)
 							if err != nil {
 								t.Errorf("rank %d, step %d: %v", rank, step, err)
 								return
@@ -232,11 +236,11 @@ func TestLossyNetwork(t *testing.T) {
 	}
 }
 
-// ledger is what ranks were told, by step.
+// ledger is what the ranks were told, by step.
 type ledger struct {
 	mu    sync.Mutex
 	steps map[uint64][]int // the tokens of all ranks
-	given map[int]int      // rank by the tokens that it has voted for, which are never the same twice
+	given map[int]int      // the rank that voted for so many tokens, which are never the same twice
 }
 
 // check notes the votes of a step. Each must be its rank's, and all ranks must be told the same.
@@ -249,7 +253,7 @@ func (l *ledger) check(rank int, votes []fwd.Vote) error {
 			return fmt.Errorf("rank %d: votes of steps %d and %d", rank, votes[0].Step, v.Step)
 		}
 		if giver, ok := l.given[v.NumTokens]; !ok || giver != other {
-			return fmt.Errorf("rank %d: the vote of rank %d is %+v, which is rank %d's", rank, other, v, giver)
+			return fmt.Errorf("rank %d: the vote of rank %d is %+v, which rank %d gave", rank, other, v, giver)
 		}
 		tokens[other] = v.NumTokens
 	}
@@ -261,8 +265,8 @@ func (l *ledger) check(rank int, votes []fwd.Vote) error {
 	return nil
 }
 
-// Ranks stop waiting, die and come back, freeze and thaw, on a network that loses messages: whoever gets votes for a step gets
-// the same as all others, and when it is over the group is whole again.
+// Ranks stop waiting, die and come back, freeze and thaw, on a network that loses messages. Those
+// that get votes for a step get the same ones, and the group is whole again when it is over.
 func TestChaos(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(20) {
@@ -273,87 +277,119 @@ func TestChaos(t *testing.T) {
 	}
 }
 
+// chaosRun is one run of TestChaos.
+type chaosRun struct {
+	*testing.T
+	bus    *bus
+	ledger *ledger
+	seed   uint64
+	ranks  []*stepper
+	here   atomic.Int64 // ranks that have not been killed
+
+	agreed, failed, restarted []int // by rank
+}
+
 func chaos(t *testing.T, seed uint64) {
 	const size = 4
-	b := newBus(size, seed)
-	b.loss, b.twice, b.delay = 0.05, 0.05, 5*time.Millisecond
-	l := &ledger{steps: map[uint64][]int{}, given: map[int]int{}}
-	calm, over := context.WithTimeout(t.Context(), 10*time.Minute)
+	c := &chaosRun{
+		T: t, bus: newBus(size, seed), seed: seed, ranks: make([]*stepper, size),
+		ledger: &ledger{steps: map[uint64][]int{}, given: map[int]int{}},
+		agreed: make([]int, size), failed: make([]int, size), restarted: make([]int, size),
+	}
+	c.bus.loss, c.bus.twice, c.bus.delay = 0.05, 0.05, 5*time.Millisecond
+	c.here.Store(size)
+	ctx, over := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer over()
 	var wg sync.WaitGroup
-	ranks := make([]*stepper, size)
-	var agreed, failed, restarted [size]int
-	var here atomic.Int64 // ranks
-	here.Store(size)
-	for rank, s := range b.joinAll(t) {
-		ranks[rank] = &stepper{Coordinator: s}
+	for rank, s := range c.bus.joinAll(t) {
+		c.ranks[rank] = &stepper{Coordinator: s}
 		wg.Go(func() {
+			defer over() // a rank that gives up would let the others wait
 			random := rand.New(rand.NewPCG(seed, uint64(rank)))
-			for calm.Err() == nil {
-				tokens := l.vote(rank)
-				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(1+random.IntN(2000))*time.Millisecond)
-				votes, err := ranks[rank].next(ctx, tokens)
-				cancel()
-				switch {
-				case err == nil:
-					agreed[rank]++
-					if err := l.check(rank, votes); err != nil {
-						t.Error(err)
-						over()
-					}
-				case errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
-					failed[rank]++
-				default:
-					t.Errorf("rank %d: %v", rank, err)
-				}
-				switch random.IntN(60) {
-				case 0:
-					time.Sleep(time.Duration(random.IntN(3000)) * time.Millisecond)
-				case 1:
-					if here.Add(-1) == 0 { // a group that nobody is left of begins anew
-						here.Add(1)
-						continue
-					}
-					restarted[rank]++
-					s := ranks[rank].Coordinator.(*station)
-					s.kill()
-					if s, err = b.join(t.Context(), rank); err != nil {
-						t.Errorf("rank %d started again: %v", rank, err)
-						return
-					}
-					ranks[rank] = &stepper{Coordinator: s}
-					here.Add(1)
-				}
+			for ctx.Err() == nil && c.turn(rank, random) {
 			}
 		})
 	}
 	wg.Wait()
-	t.Logf("agreed %v, failed %v, restarted %v", agreed, failed, restarted)
-	if slices.Min(agreed[:]) == 0 || slices.Min(failed[:]) == 0 || slices.Max(restarted[:]) == 0 {
+	t.Logf("agreed %v, failed %v, restarted %v", c.agreed, c.failed, c.restarted)
+	if slices.Min(c.agreed) == 0 || slices.Min(c.failed) == 0 || slices.Max(c.restarted) == 0 {
 		t.Error("the test does not do what it should")
 	}
-	// What got lost before may still cost a step or two: a rank that never heard that a step was broken takes it alone.
-	b.mu.Lock()
-	b.loss, b.twice = 0, 0
-	b.mu.Unlock()
+	c.calm()
+}
+
+// turn lets a rank take a step, which may fail, and then perhaps sleep or die and come back. It
+// reports whether the rank can go on.
+func (c *chaosRun) turn(rank int, random *rand.Rand) bool {
+	milliseconds := func(most int) time.Duration { return time.Duration(random.IntN(most)) * time.Millisecond }
+	tokens := c.ledger.vote(rank)
+	ctx, cancel := context.WithTimeout(c.Context(), time.Millisecond+milliseconds(2000))
+	votes, err := c.ranks[rank].next(ctx, tokens)
+	cancel()
+	switch {
+	case err == nil:
+		c.agreed[rank]++
+		if err := c.ledger.check(rank, votes); err != nil {
+			c.Error(err)
+			return false
+		}
+	case errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
+		c.failed[rank]++
+	default:
+		c.Errorf("rank %d: %v", rank, err)
+	}
+	switch random.IntN(60) {
+	case 0:
+		time.Sleep(milliseconds(3000))
+	case 1:
+		return c.restart(rank)
+	}
+	return true
+}
+
+// restart kills a rank and lets another process join in its place, unless it is the last one: a
+// group of which nobody is left begins anew.
+func (c *chaosRun) restart(rank int) bool {
+	if c.here.Add(-1) == 0 {
+		c.here.Add(1)
+		return true
+	}
+	c.restarted[rank]++
+	c.ranks[rank].Coordinator.(*station).kill()
+	s, err := c.bus.join(c.Context(), rank)
+	if err != nil {
+		c.Errorf("rank %d started again: %v", rank, err)
+		return false
+	}
+	c.ranks[rank] = &stepper{Coordinator: s}
+	c.here.Add(1)
+	return true
+}
+
+// calm checks that the group is whole when nothing gets lost any more. What got lost before may
+// still cost a step or two: a rank that never heard that a step was broken takes it alone.
+func (c *chaosRun) calm() {
+	c.bus.mu.Lock()
+	c.bus.loss, c.bus.twice = 0, 0
+	c.bus.mu.Unlock()
 	together := uint64(0)
-	for _, s := range ranks {
+	for _, s := range c.ranks {
 		together = max(together, s.step+5)
 	}
-	for _, s := range ranks {
+	var wg sync.WaitGroup
+	for _, s := range c.ranks {
 		wg.Go(func() {
 			for s.step < together+5 {
-				tokens := l.vote(s.Rank())
-				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-				votes, err := s.next(ctx, tokens)
+				ctx, cancel := context.WithTimeout(c.Context(), time.Minute)
+				votes, err := s.next(ctx, c.ledger.vote(s.Rank()))
 				cancel()
 				if err != nil && s.step >= together {
-					t.Errorf("rank %d when all is calm: %v", s.Rank(), err)
+					c.Errorf("rank %d when all is calm: %v", s.Rank(), err)
 					return
 				}
 				if err == nil {
-					if err := l.check(s.Rank(), votes); err != nil {
-						t.Error(err)
+					if err := c.ledger.check(s.Rank(), votes); err != nil {
+						c.Error(err)
 					}
 				}
 			}
@@ -371,7 +407,8 @@ func (l *ledger) vote(rank int) int {
 	return tokens
 }
 
-// A process that does not answer for so long that another joins in its place is told when it turns up, and changes nothing.
+// A process does not answer for so long that another joins in its place. When it turns up it is
+// told so, and it changes nothing.
 func TestFrozen(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -433,7 +470,8 @@ func TestFrozen(t *testing.T) {
 	})
 }
 
-// A rank that leaves stays until all others have its last vote. Without that, one who has lost it would wait in vain.
+// A rank that leaves stays until all others have its last vote. Otherwise a rank that has not got
+// it would wait in vain.
 func TestLastVote(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -483,13 +521,14 @@ func TestLeaveTheDead(t *testing.T) {
 	})
 }
 
-// A rank that has left is free at once: the next process of that rank waits for no objection.
+// A rank that has left is free immediately: the next process of that rank waits for no objection.
 func TestFreeAfterLeaving(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		b := newBus(2, 1)
 		group := b.joinAll(t)
-		if _, err := b.join(t.Context(), 1); !errors.Is(err, ErrRankTaken) { // nor for one of somebody who gave way
+		// Nor does it wait for an objection of this one, which gives way.
+		if _, err := b.join(t.Context(), 1); !errors.Is(err, ErrRankTaken) {
 			t.Errorf("joining beside the process that has the rank: %v, want %v", err, ErrRankTaken)
 		}
 		group[1].end()
@@ -542,8 +581,8 @@ func TestClockBehind(t *testing.T) {
 	})
 }
 
-// Of several processes that want the same rank, whenever they begin and however long messages take, one gets it, and the group
-// comes together.
+// If several processes want the same rank, one gets it, whenever they begin and however long
+// messages take, and the group comes together.
 func TestOneGetsTheRank(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(500) {
@@ -571,7 +610,8 @@ func TestOneGetsTheRank(t *testing.T) {
 				})
 			}
 			wg.Wait()
-			// Two that claimed it at the same moment may both have been told that it is theirs. The earlier one learns otherwise.
+			// Two that claimed it at the same moment may both have been told that it is theirs. The earlier
+			// one learns otherwise.
 			time.Sleep(b.delay)
 			synctest.Wait()
 			got[1] = slices.DeleteFunc(got[1], func(s *station) bool { return errors.Is(s.dead, ErrRankTaken) })
@@ -590,7 +630,8 @@ func TestOneGetsTheRank(t *testing.T) {
 	}
 }
 
-// Whoever only asks for a rank, and may yet have to give way, does not speak for it: its holder goes on when it turns up again.
+// A process that only asks for a rank, and may still have to give way, does not speak for it: the
+// holder of the rank goes on when it turns up again.
 func TestAskerDoesNotSpeak(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -601,7 +642,7 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 		refused := make(chan error)
 		go func() { refused <- asker.join(t.Context()) }()
 		synctest.Wait()
-		// Rank 0 breaks the round, which the asker hears of, and rank 2 not.
+		// Rank 0 breaks the round. The asker hears of it, and rank 2 does not.
 		b.isolate(2, true)
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
@@ -610,7 +651,7 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 		}
 		time.Sleep(time.Millisecond)
 		b.isolate(2, false)
-		b.isolate(0, true) // so that the asker alone could answer rank 2
+		b.isolate(0, true) // so that only the asker could answer rank 2
 		ctx, stop := context.WithTimeout(t.Context(), 10*time.Second)
 		defer stop()
 		late := group[2].begin(ctx, 1)
@@ -624,8 +665,8 @@ func TestAskerDoesNotSpeak(t *testing.T) {
 	})
 }
 
-// A process that claims a rank and ends before it has joined leaves the last one of that rank, should it turn up, without its
-// place. That one is told, and the next is welcome.
+// A process claims a rank and ends before it has joined. If the last process of that rank turns up
+// again, it has lost its place. It is told so, and the next one can join.
 func TestClaimerEnds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -634,7 +675,7 @@ func TestClaimerEnds(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		group[1].freeze()
-		time.Sleep(time.Millisecond) // so that it is a later one
+		time.Sleep(time.Millisecond) // so that the claimer is a later one
 		claimer := b.attach(1)
 		claimer.proceed() // to its claim
 		claimer.kill()
@@ -654,8 +695,8 @@ func TestClaimerEnds(t *testing.T) {
 	})
 }
 
-// A rank may have been through with a round when it died, by a vote that came to nobody. The step of that round is not taken
-// again with other votes.
+// A rank may have completed a round before it died, with a vote of its own that came to nobody. The
+// step of that round is not taken again with other votes.
 func TestStepIsNotTakenAgain(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -694,7 +735,8 @@ func TestStepIsNotTakenAgain(t *testing.T) {
 	})
 }
 
-// A rank that hears of a broken step, and not of those before it, has missed them all: it is late, and has not been restarted.
+// A rank that hears of a broken step, but not of those before it, has missed them all: it is late,
+// and has not been restarted.
 func TestLateByMoreThanItHeardOf(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -703,7 +745,7 @@ func TestLateByMoreThanItHeardOf(t *testing.T) {
 		ended, cancel := context.WithCancel(t.Context())
 		cancel()
 		for step := uint64(1); step <= 3; step++ {
-			b.isolate(1, step < 3) // it hears of the last one alone
+			b.isolate(1, step < 3) // it hears only of the last one
 			if _, err := group[0].Exchange(ended, fwd.Vote{Step: step}); !errors.Is(err, fwd.ErrRankMissing) {
 				t.Fatal(err)
 			}

@@ -1,10 +1,12 @@
-// Exchange measures what a step's exchange of votes costs between processes, beside the least that it could cost.
+// Exchange measures what a step's exchange of votes costs between processes, beside the least that
+// it could cost.
 //
 //	go -C benchmarks run ./exchange
 //
-// Each rank is a process of its own with its own connection to one NATS server on loopback. natsdp exchanges votes; bare is an
-// all-gather of messages of the same length over core NATS, without steps, deadlines, or anything for lost messages. The two take
-// turns in the same run, and the table says what they took and how they compare: the median of the ratios of all turns.
+// Each rank is a process of its own with its own connection to one NATS server on loopback. natsdp
+// exchanges votes; bare is an all-gather of messages of the same length over core NATS, without
+// steps, deadlines, or anything for lost messages. The two take turns in the same run. The table
+// says how long they took, and compares them by the median of the ratios of all turns.
 package main
 
 import (
@@ -71,7 +73,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	}
 	switch {
 	case flags.NArg() > 0:
-		err = fmt.Errorf("exchange: unexpected arguments %q: there are only flags", flags.Args())
+		err = fmt.Errorf("exchange: unexpected arguments %q; there are only flags", flags.Args())
 	case o.rounds < 1 || o.turns < 1:
 		err = fmt.Errorf("exchange: -rounds is %d and -turns %d, want at least 1", o.rounds, o.turns)
 	}
@@ -98,25 +100,20 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 
 // measure lets natsdp and bare take turns, and prints the table.
 func measure(ctx context.Context, o options, stdout io.Writer) error {
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoSigs: true, NoLog: true})
+	s, err := startServer()
 	if err != nil {
 		return err
 	}
-	s.Start()
-	defer func() {
-		s.Shutdown()
-		s.WaitForShutdown()
-	}()
-	if !s.ReadyForConnections(10 * time.Second) {
-		return errors.New("the NATS server does not start")
-	}
+	defer stopServer(s)
 	table := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "ranks\tnatsdp p50, p99 (µs)\tbare p50, p99 (µs)\tratio p50\tratio p99")
 	for _, size := range o.sizes {
 		var took [len(kinds)][]figures
 		for turn := range o.turns {
 			for i, kind := range kinds {
-				f, err := takeTurn(ctx, job{Kind: kind, URL: s.ClientURL(), Group: fmt.Sprintf("bench-%s-%d-%d", kind, size, turn), Size: size, Rounds: o.rounds})
+				j := job{Kind: kind, URL: s.ClientURL(), Size: size, Rounds: o.rounds}
+				j.Group = fmt.Sprintf("bench-%s-%d-%d", kind, size, turn)
+				f, err := takeTurn(ctx, j)
 				if err != nil {
 					return fmt.Errorf("%s with %d ranks: %w", kind, size, err)
 				}
@@ -132,7 +129,28 @@ func measure(ctx context.Context, o options, stdout io.Writer) error {
 	return table.Flush()
 }
 
-// figures are what a round took, in µs.
+// startServer starts a NATS server on a free port of loopback.
+func startServer() (*server.Server, error) {
+	s, err := server.NewServer(&server.Options{
+		Host: "127.0.0.1", Port: server.RANDOM_PORT, NoSigs: true, NoLog: true,
+	})
+	if err != nil {
+		return nil, err
+	}
+	s.Start()
+	if !s.ReadyForConnections(10 * time.Second) {
+		stopServer(s)
+		return nil, errors.New("the NATS server does not start")
+	}
+	return s, nil
+}
+
+func stopServer(s *server.Server) {
+	s.Shutdown()
+	s.WaitForShutdown()
+}
+
+// figures say how long a round took, in µs.
 type figures struct{ P50, P99 float64 }
 
 func middle(all []figures, of func(figures) float64) float64 {
@@ -144,7 +162,8 @@ func middle(all []figures, of func(figures) float64) float64 {
 	return values[len(values)/2]
 }
 
-// ratio returns the middle one of the ratios of turns that followed each other: what else the machine did was then much the same.
+// ratio returns the middle one of the ratios of turns that followed each other: what else the
+// machine did was about the same then.
 func ratio(a, b []figures, of func(figures) float64) float64 {
 	ratios := make([]figures, len(a))
 	for i := range a {
@@ -153,8 +172,8 @@ func ratio(a, b []figures, of func(figures) float64) float64 {
 	return middle(ratios, func(f figures) float64 { return f.P50 })
 }
 
-// takeTurn runs the ranks of a job as processes, and returns the figures of rank 0, which are those of all: no rank is ever more
-// than a round ahead.
+// takeTurn runs the ranks of a job as processes. It returns the figures of rank 0, which are those
+// of all: no rank is ever more than a round ahead.
 func takeTurn(ctx context.Context, j job) (figures, error) {
 	program, err := os.Executable()
 	if err != nil {

@@ -14,20 +14,21 @@ import (
 	"github.com/nats-io/nats.go"
 )
 
-// kinds are what is measured.
+// kinds are the two ways to exchange that are measured.
 var kinds = [...]string{"natsdp", "bare"}
 
-// jobVariable is the environment variable in which a process finds that it is a rank, and which.
+// jobVariable is the environment variable that tells a process that it is a rank, and which.
 const jobVariable = "FWD_BENCHMARK_JOB"
 
-// job is what one process does.
+// job is the task of one process.
 type job struct {
 	Kind, URL, Group   string
 	Rank, Size, Rounds int
 }
 
-// voteSize is the length of a vote of natsdp without a span context, in bytes.
-const voteSize = 62
+// voteSize is the length of a vote of natsdp without a span context, in bytes. A message of bare
+// has the same length.
+const voteSize = 87
 
 // work is a rank: it takes part in all rounds and writes what they took.
 func work(ctx context.Context, text string, stdout io.Writer) error {
@@ -57,7 +58,7 @@ func work(ctx context.Context, text string, stdout io.Writer) error {
 	return json.NewEncoder(stdout).Encode(figures{P50: took[len(took)/2], P99: took[len(took)*99/100]})
 }
 
-// start connects a rank, waits for the others, and returns what takes one round.
+// start connects a rank and waits for the others. It returns a function that takes one round.
 func (j *job) start(ctx context.Context) (round func(context.Context, uint64) error, end func(), err error) {
 	gather, close, err := j.bare(ctx)
 	if err != nil {
@@ -68,21 +69,27 @@ func (j *job) start(ctx context.Context) (round func(context.Context, uint64) er
 		close()
 		return nil, nil, err
 	}
+	vote := fwd.Vote{
+		NumTokens: 1 + j.Rank, NumTokensPadded: 8 + j.Rank, NumReqs: 1 + j.Rank, Uniform: true,
+		GraphMode: fwd.GraphFull, Note: uint64(j.Rank), Config: 1,
+	}
 	exchange := func(ctx context.Context, step uint64) error {
-		_, err := c.Exchange(ctx, fwd.Vote{Step: step, NumTokens: j.Rank, NumTokensPadded: j.Rank})
+		vote.Step = step
+		_, err := c.Exchange(ctx, vote)
 		return err
 	}
 	if j.Kind == "natsdp" {
 		close()
 		return exchange, func() { c.Close() }, nil
 	}
-	// Of the bare messages nothing is sent again, so all ranks must hear them from the first.
+	// No bare message is sent again, so all ranks must hear them from the first one on.
 	err = exchange(ctx, 1)
 	c.Close()
 	return gather, close, err
 }
 
-// bare returns a round of the bare all-gather: one message to all, and one from each.
+// bare returns a function that takes one round of the bare all-gather: one message to all, and one
+// from each.
 func (j *job) bare(ctx context.Context) (round func(context.Context, uint64) error, close func(), err error) {
 	conn, err := natsdp.Connect(ctx, j.URL, nats.NoEcho())
 	if err != nil {

@@ -1,4 +1,5 @@
-// Basic is the smallest use of fwd: a layer that learns from its context which rows belong together, and a pass that says so.
+// Basic is the smallest use of fwd: a layer that learns from its context which rows belong
+// together, and a pass that says so.
 //
 //	go -C examples run ./basic
 package main
@@ -11,7 +12,8 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// pooling sums the rows of each sequence. Its input is a flat batch; where a sequence ends is not the input's business.
+// pooling sums the rows of each sequence. Its input is a flat batch, which does not say where the
+// sequences end.
 type pooling struct{ name string }
 
 func (p pooling) Forward(ctx context.Context, x []float64) ([]float64, error) {

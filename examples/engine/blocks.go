@@ -1,7 +1,7 @@
 package engine
 
-// blockAllocator hands out the blocks of a rank's KV cache. The caches of all layers have the same blocks: one block table
-// serves every layer.
+// blockAllocator hands out the blocks of a rank's KV cache. The caches of all layers have the same
+// blocks: one block table serves every layer.
 type blockAllocator struct {
 	free      []int
 	blockSize int
@@ -18,7 +18,7 @@ func newBlockAllocator(blocks, blockSize int) *blockAllocator {
 // blocksFor returns how many blocks hold so many tokens.
 func blocksFor(tokens, blockSize int) int { return (tokens + blockSize - 1) / blockSize }
 
-// allocate returns blocks for so many tokens, or false where there aren't enough.
+// allocate returns blocks for so many tokens, or false if there aren't enough.
 func (a *blockAllocator) allocate(tokens int) ([]int, bool) {
 	keep := len(a.free) - blocksFor(tokens, a.blockSize)
 	if keep < 0 {

@@ -12,8 +12,9 @@ import (
 	"github.com/forwardctx/fwd/examples/model"
 )
 
-// Check recomputes every finished request alone with [model.Generate] and compares. It calls done after each, from several
-// goroutines, and returns an error for each request that differs; nil for those that agree and for unfinished ones.
+// Check recomputes every finished request alone with [model.Generate] and compares. It calls done
+// after each, from several goroutines, and returns an error for each request that differs; nil for
+// those that agree and for unfinished ones.
 func Check(ctx context.Context, w *model.Weights, requests []Request, results []Result, done func()) []error {
 	errs := make([]error, len(requests))
 	var next atomic.Int64
@@ -47,7 +48,8 @@ func compare(ctx context.Context, w *model.Weights, r *Request, got *Result) err
 		for at < len(tokens) && at < len(got.Tokens) && got.Tokens[at] == tokens[at] {
 			at++
 		}
-		return fmt.Errorf("request %d: served %d tokens, alone %d; the first %d are the same", r.ID, len(got.Tokens), len(tokens), at)
+		return fmt.Errorf("request %d: served %d tokens, alone %d; the first %d are the same", r.ID,
+			len(got.Tokens), len(tokens), at)
 	}
 	if len(got.Logits) != len(logits) {
 		return fmt.Errorf("request %d: %d logits, alone %d", r.ID, len(got.Logits), len(logits))
@@ -58,7 +60,8 @@ func compare(ctx context.Context, w *model.Weights, r *Request, got *Result) err
 		off = max(off, math.Abs(got.Logits[i]-v)) // NaN stays NaN
 	}
 	if !(off <= tolerance*largest) {
-		return fmt.Errorf("request %d: the last logits are off by %.3g of %.3g, more than %.0e of it", r.ID, off, largest, tolerance)
+		return fmt.Errorf("request %d: the last logits are off by %.3g of %.3g, more than %.0e of it", r.ID, off,
+			largest, tolerance)
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"slices"
 	"time"
@@ -15,26 +16,38 @@ import (
 
 // Config configures an engine. The zero value is one rank with the defaults.
 type Config struct {
-	DataParallelSize     int           // ranks; 0: 1
-	SequenceParallel     int           // expert-parallel workers of a rank, among which its rows are split; 0: 1
-	MaxChunk             int           // rows that a worker sends to the experts at once; 0: 32
-	MaxNumBatchedTokens  int           // of a rank in a step; 0: 128
-	MaxNumSeqs           int           // requests of a rank in a step; 0: 16
-	BlockSize            int           // tokens in a block of the KV cache; 0: 16
-	GraphMode            fwd.GraphMode // which passes run by graphs; zero: none
-	CaptureSizes         []int         // of graphs, in tokens; nil: the usual ones, up to 64
-	NumUBatches          int           // microbatches of a split pass; 0 or 1: passes are not split
-	NumSpeculativeTokens int           // guesses of a draft model that a decoding request brings to each step; 0: no draft model
-	NumBlocks            int           // blocks of a rank's KV cache; 0: 512, or what the longest request needs
-	Speed                float64       // how many times faster than they say requests arrive; 0: all are there at once
-	ExchangeTimeout      time.Duration // of a step's votes; 0: 30 s
-	StopGrace            time.Duration // how long an interrupted run may take to end its step; 0: 2 s
+	DataParallelSize    int // ranks; 0: 1
+	SequenceParallel    int // expert-parallel workers of a rank, among which its rows are split; 0: 1
+	MaxChunk            int // rows that a worker sends to the experts in one exchange; 0: 32
+	MaxNumBatchedTokens int // of a rank in a step; 0: 128
+	MaxNumSeqs          int // requests of a rank in a step; 0: 16
+	BlockSize           int // tokens in a block of the KV cache; 0: 16
+	NumBlocks           int // blocks of a rank's KV cache; 0: 512, or what the longest request needs
 
-	// From how many tokens on a rank wants its pass split: DecodeUBatchThreshold where all requests decode, else
-	// PrefillUBatchThreshold. 0: 4 and 32, so that even small batches are.
+	// GraphMode says which passes run by graphs; the zero value means none.
+	GraphMode fwd.GraphMode
+
+	// CaptureSizes are the sizes of graphs in tokens. nil means the usual ones up to 64, or up to the
+	// largest decode batch if that is larger.
+	CaptureSizes []int
+
+	// NumUBatches is the number of microbatches of a split pass; with 0 or 1, passes are not split. A
+	// rank wants its pass split if it has at least so many tokens: DecodeUBatchThreshold if all
+	// requests decode, else PrefillUBatchThreshold. 0 means 4 and 32, so that even small batches are
+	// split.
+	NumUBatches                                   int
 	DecodeUBatchThreshold, PrefillUBatchThreshold int
 
-	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this process.
+	// NumSpeculativeTokens is the number of guesses of a draft model that a decoding request brings to
+	// each step; 0 means that there is no draft model.
+	NumSpeculativeTokens int
+
+	Speed           float64       // how many times faster than they say requests arrive; 0: immediately
+	ExchangeTimeout time.Duration // of a step's votes; 0: 30 s
+	StopGrace       time.Duration // how long an interrupted run may take to end its step; 0: 2 s
+
+	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this
+	// process.
 	Process *Process
 
 	// Coordinators connects the ranks; nil: in this process. One for each rank, in rank order.
@@ -43,16 +56,21 @@ type Config struct {
 	// DraftCoordinators connects the ranks' draft models, as Coordinators does the ranks.
 	DraftCoordinators []fwd.Coordinator
 
-	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil: nothing.
+	// Middleware returns what wraps the passes of a rank, warm-up and draft model included; nil:
+	// nothing.
 	Middleware func(rank int) []fwd.Middleware
 
-	// Finished is given each result as it is finished, on the goroutine of its rank: the run goes on when it returns, and ends
-	// with its error. nil: nothing is called.
+	// Finished is given each result as it is finished, on the goroutine of its rank: the run goes on
+	// when it returns, and ends with its error. nil: nothing is called.
 	Finished func(Result) error
 
 	TracerProvider trace.TracerProvider // nil: the global one
 	MeterProvider  metric.MeterProvider // nil: the global one
 	StepTrace      bool                 // one trace for a step across all ranks
+
+	// Logger gets what is worth a warning, such as gaps between graphs and failed exchanges; nil means
+	// none.
+	Logger *slog.Logger
 }
 
 // MaxRanks is the most ranks of an engine: each has a KV cache of its own in the same process.
@@ -67,15 +85,17 @@ const MaxSpeculativeTokens = 31
 // MaxUBatches is the most microbatches of a pass.
 const MaxUBatches = 16
 
-// maxCapture is the largest of the default capture sizes. It is below the default budget of a step, so that all the ways a
-// batch can go are seen: full graphs for decode batches, piecewise ones for mixed batches, none for the largest prefills.
+// maxCapture is the largest of the default capture sizes. It is below the default budget of a step,
+// so that all the ways a batch can go are seen: full graphs for decode batches, piecewise ones for
+// mixed batches, none for the largest prefills.
 const maxCapture = 64
 
 func (c Config) withDefaults() (Config, error) {
 	var errs []error
 	count := func(name string, v *int, zero int) {
 		if *v < 0 {
-			errs = append(errs, fmt.Errorf("engine: %s is %d, want at least 1, or 0 for the default of %d", name, *v, zero))
+			errs = append(errs,
+				fmt.Errorf("engine: %s is %d, want at least 1, or 0 for the default of %d", name, *v, zero))
 		}
 		if *v == 0 {
 			*v = zero
@@ -90,27 +110,27 @@ func (c Config) withDefaults() (Config, error) {
 	count("NumUBatches", &c.NumUBatches, 1)
 	count("DecodeUBatchThreshold", &c.DecodeUBatchThreshold, 4)
 	count("PrefillUBatchThreshold", &c.PrefillUBatchThreshold, 32)
-	if c.NumUBatches > MaxUBatches {
-		errs = append(errs, fmt.Errorf("engine: NumUBatches is %d, want at most %d", c.NumUBatches, MaxUBatches))
+	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf("engine: "+format, args...)) }
+	most := func(name string, v, most int) {
+		if v > most {
+			bad("%s is %d, want at most %d", name, v, most)
+		}
 	}
+	most("NumUBatches", c.NumUBatches, MaxUBatches)
+	most("DataParallelSize", c.DataParallelSize, MaxRanks)
+	most("SequenceParallel", c.SequenceParallel, MaxSequenceParallel)
 	if c.NumSpeculativeTokens < 0 || c.NumSpeculativeTokens > MaxSpeculativeTokens {
-		errs = append(errs, fmt.Errorf("engine: NumSpeculativeTokens is %d, want 0 to %d", c.NumSpeculativeTokens, MaxSpeculativeTokens))
+		bad("NumSpeculativeTokens is %d, want 0 to %d", c.NumSpeculativeTokens, MaxSpeculativeTokens)
 	}
 	if c.NumBlocks < 0 {
-		errs = append(errs, fmt.Errorf("engine: NumBlocks is %d", c.NumBlocks))
-	}
-	if c.DataParallelSize > MaxRanks {
-		errs = append(errs, fmt.Errorf("engine: DataParallelSize is %d, want at most %d", c.DataParallelSize, MaxRanks))
-	}
-	if c.SequenceParallel > MaxSequenceParallel {
-		errs = append(errs, fmt.Errorf("engine: SequenceParallel is %d, want at most %d", c.SequenceParallel, MaxSequenceParallel))
+		bad("NumBlocks is %d, want at least 0", c.NumBlocks)
 	}
 	if c.Speed < 0 || math.IsNaN(c.Speed) || math.IsInf(c.Speed, 0) {
-		errs = append(errs, fmt.Errorf("engine: Speed is %v, want a finite number of at least 0", c.Speed))
+		bad("Speed is %v, want a finite number of at least 0", c.Speed)
 	}
 	group := func(what string, group []fwd.Coordinator) {
 		if group != nil && len(group) != c.DataParallelSize {
-			errs = append(errs, fmt.Errorf("engine: %d %s for %d ranks", len(group), what, c.DataParallelSize))
+			bad("%d %s for %d ranks", len(group), what, c.DataParallelSize)
 		}
 	}
 	group("coordinators", c.Coordinators)
@@ -118,7 +138,8 @@ func (c Config) withDefaults() (Config, error) {
 	if p := c.Process; p != nil {
 		errs = append(errs, p.check(&c))
 		own := *p
-		c.Process, c.Coordinators, c.DraftCoordinators = &own, []fwd.Coordinator{p.Target}, []fwd.Coordinator{p.Draft}
+		c.Process = &own
+		c.Coordinators, c.DraftCoordinators = []fwd.Coordinator{p.Target}, []fwd.Coordinator{p.Draft}
 	}
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
@@ -133,3 +154,8 @@ func (c *Config) here() (first, count int) {
 	}
 	return 0, c.DataParallelSize
 }
+
+// longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a
+// rank that was restarted waits so long for the others to wake up. It is less than an exchange may
+// take.
+func (c *Config) longestSleep() time.Duration { return min(time.Second, c.ExchangeTimeout/2) }

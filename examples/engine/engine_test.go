@@ -1,3 +1,5 @@
+// Runs of an engine whose ranks are goroutines: their answers, figures, failures and ends.
+
 package engine
 
 import (
@@ -6,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -44,7 +47,8 @@ func newEngineOf(t testing.TB, m *model.Model, cfg Config) *Engine {
 	return e
 }
 
-// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to maxAnswer.
+// newRequests returns n requests with prompts of 1 to maxPrompt tokens and answers of 1 to
+// maxAnswer.
 func newRequests(n, maxPrompt, maxAnswer int) []Request {
 	rng := rand.New(rand.NewPCG(7, uint64(n)))
 	requests := make([]Request, n)
@@ -124,7 +128,7 @@ func TestAgreesWithReference(t *testing.T) {
 	}
 }
 
-// withAdapters returns requests of which request i uses adapter i mod (n+1).
+// withAdapters returns requests in which request i uses adapter i mod (n+1).
 func withAdapters(requests []Request, n int) []Request {
 	for i := range requests {
 		requests[i].Adapter = i % (n + 1)
@@ -168,9 +172,11 @@ func TestSpeculative(t *testing.T) {
 	} {
 		stats := serve(t, cfg, requests)
 		if stats.AcceptedTokens == 0 || stats.AcceptedTokens >= stats.ProposedTokens || stats.DraftPasses == 0 {
-			t.Errorf("%+v: %d of %d guesses accepted in %d draft passes", cfg, stats.AcceptedTokens, stats.ProposedTokens, stats.DraftPasses)
+			t.Errorf("%+v: %d of %d guesses accepted in %d draft passes", cfg, stats.AcceptedTokens,
+				stats.ProposedTokens, stats.DraftPasses)
 		}
-		if size := cfg.DataParallelSize; size > 1 && stats.DraftPasses != stats.Steps*cfg.NumSpeculativeTokens*size {
+		if size := cfg.DataParallelSize; size > 1 &&
+			stats.DraftPasses != stats.Steps*cfg.NumSpeculativeTokens*size {
 			t.Errorf("%+v: %d draft passes in %d steps", cfg, stats.DraftPasses, stats.Steps)
 		}
 	}
@@ -180,15 +186,18 @@ func TestSpeculative(t *testing.T) {
 func TestStats(t *testing.T) {
 	t.Run("alone", func(t *testing.T) {
 		// 200 prompt tokens: 128 are too large for a graph, 72 as well; then 4 decode steps.
-		stats := serve(t, Config{GraphMode: fwd.GraphFullAndPiecewise}, []Request{{Prompt: make([]int, 200), MaxTokens: 5}})
-		if stats.Steps != 6 || stats.Passes[fwd.ReasonTooLarge] != 2 || stats.Passes[fwd.ReasonExact] != 4 || stats.DummyPasses != 0 ||
-			stats.GraphPadding != 0 || stats.DataPadding != 0 {
+		stats := serve(t, Config{GraphMode: fwd.GraphFullAndPiecewise},
+			[]Request{{Prompt: make([]int, 200), MaxTokens: 5}})
+		if stats.Steps != 6 || stats.Passes[fwd.ReasonTooLarge] != 2 || stats.Passes[fwd.ReasonExact] != 4 ||
+			stats.DummyPasses != 0 || stats.GraphPadding != 0 || stats.DataPadding != 0 {
 			t.Errorf("%+v", stats)
 		}
 	})
 	t.Run("idle rank", func(t *testing.T) {
-		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in dummy passes.
-		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise}, []Request{{Prompt: make([]int, 30), MaxTokens: 10}})
+		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in
+		// dummy passes.
+		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise},
+			[]Request{{Prompt: make([]int, 30), MaxTokens: 10}})
 		if stats.DummyPasses < stats.Steps || stats.GraphPadding != 2 || stats.DataPadding != 31 {
 			t.Errorf("%+v, want a dummy pass a step, 2 tokens of graph padding and 31 of DP padding", stats)
 		}
@@ -210,13 +219,15 @@ type liar struct {
 
 func (l liar) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	votes, err := l.Coordinator.Exchange(ctx, v)
-	if err == nil {
+	if err == nil && !v.WarmUp {
+		votes = slices.Clone(votes) // the ranks share them
 		l.lie(votes)
 	}
 	return votes, err
 }
 
-// TestWrongVotes: where ranks know different numbers of each other's tokens, no answer comes out, and nobody hangs.
+// TestWrongVotes: if ranks know different numbers of each other's tokens, no answer comes out,
+// and nobody hangs.
 func TestWrongVotes(t *testing.T) {
 	for name, lie := range map[string]func(votes []fwd.Vote){
 		"one token more": func(votes []fwd.Vote) { votes[0].NumTokens++; votes[0].NumTokensPadded++ },
@@ -225,14 +236,19 @@ func TestWrongVotes(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			// No batch has a graph: then ranks are not padded, and each size counts.
-			requests := []Request{{ID: 0, Prompt: make([]int, 100), MaxTokens: 9}, {ID: 1, Prompt: make([]int, 90), MaxTokens: 9}, {ID: 2, Prompt: make([]int, 80), MaxTokens: 9}}
+			requests := []Request{
+				{ID: 0, Prompt: make([]int, 100), MaxTokens: 9},
+				{ID: 1, Prompt: make([]int, 90), MaxTokens: 9},
+				{ID: 2, Prompt: make([]int, 80), MaxTokens: 9},
+			}
 			for _, sp := range []int{1, 2} {
 				group, err := fwd.NewLocalGroup(3)
 				if err != nil {
 					t.Fatal(err)
 				}
 				group[2] = liar{group[2], lie}
-				_, stats, err := newEngine(t, Config{DataParallelSize: 3, SequenceParallel: sp, Coordinators: group}).Run(t.Context(), requests)
+				_, stats, err := newEngine(t,
+					Config{DataParallelSize: 3, SequenceParallel: sp, Coordinators: group}).Run(t.Context(), requests)
 				if !errors.Is(err, ErrRefused) || stats.Finished != 0 {
 					t.Errorf("sp %d: %v, %d requests finished; want ErrRefused", sp, err, stats.Finished)
 				}
@@ -241,21 +257,24 @@ func TestWrongVotes(t *testing.T) {
 	}
 }
 
-// TestRankFails: a rank that fails in a pass ends the run at once, with its own error.
+// TestRankFails: a rank that fails in a pass ends the run immediately, with its own error.
 func TestRankFails(t *testing.T) {
 	broken := errors.New("broken layer")
 	for _, dp := range []int{1, 2, 4} {
 		var passes atomic.Int64
-		e := newEngine(t, Config{DataParallelSize: dp, ExchangeTimeout: time.Hour, Middleware: func(rank int) []fwd.Middleware {
-			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
-				return func(ctx context.Context) error {
-					if rank == dp-1 && passes.Add(1) == 5 {
-						return broken
+		e := newEngine(
+			t,
+			Config{DataParallelSize: dp, ExchangeTimeout: time.Hour, Middleware: func(rank int) []fwd.Middleware {
+				return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+					return func(ctx context.Context) error {
+						if rank == dp-1 && passes.Add(1) == 5 {
+							return broken
+						}
+						return next(ctx)
 					}
-					return next(ctx)
-				}
-			}}
-		}})
+				}}
+			}},
+		)
 		requests := newRequests(20, 50, 20)
 		results, stats, err := e.Run(t.Context(), requests)
 		if !errors.Is(err, broken) || stats.Steps != 4 || stats.Requests != 20 {
@@ -265,13 +284,20 @@ func TestRankFails(t *testing.T) {
 	}
 }
 
-// TestRankFailsAnywhere: whichever pass it is that fails, of the warm-up, of the model or of its draft, the others don't wait
-// for it. Each model captures 11 graphs.
+// TestRankFailsAnywhere: whichever pass it is that fails, of the warm-up, of the model or of its
+// draft, the others don't wait for it. Each model captures 11 graphs.
 func TestRankFailsAnywhere(t *testing.T) {
 	broken := errors.New("broken layer")
 	for _, at := range []int64{1, 12, 22, 23, 24, 25, 26, 40} {
 		var passes atomic.Int64
-		cfg := Config{DataParallelSize: 2, SequenceParallel: 2, NumUBatches: 2, NumSpeculativeTokens: 1, GraphMode: fwd.GraphPiecewise, ExchangeTimeout: time.Hour}
+		cfg := Config{
+			DataParallelSize:     2,
+			SequenceParallel:     2,
+			NumUBatches:          2,
+			NumSpeculativeTokens: 1,
+			GraphMode:            fwd.GraphPiecewise,
+			ExchangeTimeout:      time.Hour,
+		}
 		cfg.Middleware = func(rank int) []fwd.Middleware {
 			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
 				return func(ctx context.Context) error {
@@ -311,12 +337,14 @@ func TestCancel(t *testing.T) {
 		requests := newRequests(60, 50, 30)
 		results, stats, err := e.Run(ctx, requests)
 		// The other ranks may have entered the next step already.
-		if !errors.Is(err, stop) || stats.Steps < 30 || stats.Steps > 31 || stats.Finished == 0 || stats.Finished == len(requests) {
+		if !errors.Is(err, stop) || stats.Steps < 30 || stats.Steps > 31 || stats.Finished == 0 ||
+			stats.Finished == len(requests) {
 			t.Errorf("dp %d: %v after %d steps, %d finished", dp, err, stats.Steps, stats.Finished)
 		}
 		compareAll(t, e, requests, results)
 		if finished, generated := e.Progress(); finished != stats.Finished || generated != stats.GeneratedTokens {
-			t.Errorf("progress says %d, %d, the figures %d, %d", finished, generated, stats.Finished, stats.GeneratedTokens)
+			t.Errorf("progress says %d, %d, the figures %d, %d", finished, generated, stats.Finished,
+				stats.GeneratedTokens)
 		}
 	}
 }
@@ -325,18 +353,21 @@ func TestCancel(t *testing.T) {
 func TestCancelHangingStep(t *testing.T) {
 	stop := errors.New("stop")
 	ctx, cancel := context.WithCancelCause(t.Context())
-	e := newEngine(t, Config{DataParallelSize: 2, StopGrace: time.Millisecond, Middleware: func(rank int) []fwd.Middleware {
-		return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
-			return func(ctx context.Context) error {
-				if rank == 1 {
-					cancel(stop)
-					<-ctx.Done()
-					return context.Cause(ctx)
+	e := newEngine(
+		t,
+		Config{DataParallelSize: 2, StopGrace: time.Millisecond, Middleware: func(rank int) []fwd.Middleware {
+			return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+				return func(ctx context.Context) error {
+					if rank == 1 {
+						cancel(stop)
+						<-ctx.Done()
+						return context.Cause(ctx)
+					}
+					return next(ctx)
 				}
-				return next(ctx)
-			}
-		}}
-	}})
+			}}
+		}},
+	)
 	if _, stats, err := e.Run(ctx, newRequests(4, 10, 10)); !errors.Is(err, stop) || stats.Finished != 0 {
 		t.Errorf("%v, %d finished", err, stats.Finished)
 	}
@@ -360,7 +391,8 @@ func TestSpeed(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	requests[5].Arrival = 10000 * time.Hour
-	if _, stats, err := newEngine(t, Config{DataParallelSize: 2, Speed: 1e4}).Run(ctx, requests); !errors.Is(err, context.DeadlineExceeded) || stats.Finished != 5 {
+	if _, stats, err := newEngine(t, Config{DataParallelSize: 2, Speed: 1e4}).Run(ctx, requests); !errors.Is(err,
+		context.DeadlineExceeded) || stats.Finished != 5 {
 		t.Errorf("%v, %d finished, want the deadline in the long sleep", err, stats.Finished)
 	}
 }
@@ -382,7 +414,8 @@ func TestSpans(t *testing.T) {
 			steps[s.SpanContext().TraceID()]++
 		}
 	}
-	if len(served) != len(requests) || len(steps) != stats.Steps || len(recorder.Started()) != len(recorder.Ended()) {
+	if len(served) != len(requests) || len(steps) != stats.Steps ||
+		len(recorder.Started()) != len(recorder.Ended()) {
 		t.Errorf("%d request spans for %d requests, %d traces for %d steps, %d of %d spans ended",
 			len(served), len(requests), len(steps), stats.Steps, len(recorder.Ended()), len(recorder.Started()))
 	}
@@ -393,12 +426,14 @@ func TestSpans(t *testing.T) {
 	}
 	linked := map[trace.SpanID]int{}
 	for _, s := range recorder.Ended() {
+		if s.Name() != "fwd.forward" {
+			continue
+		}
 		for _, l := range s.Links() {
-			if request := served[l.SpanContext.SpanID()]; request == nil {
+			if served[l.SpanContext.SpanID()] == nil {
 				t.Errorf("%s links to a span that is no request's", s.Name())
-			} else if s.Name() == "fwd.forward" {
-				linked[l.SpanContext.SpanID()]++
 			}
+			linked[l.SpanContext.SpanID()]++
 		}
 	}
 	for id, s := range served {
@@ -421,7 +456,16 @@ func TestNoGoroutines(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	for range 10 {
-		e := newEngine(t, Config{DataParallelSize: 4, SequenceParallel: 2, NumUBatches: 2, NumSpeculativeTokens: 1, GraphMode: fwd.GraphFullAndPiecewise})
+		e := newEngine(
+			t,
+			Config{
+				DataParallelSize:     4,
+				SequenceParallel:     2,
+				NumUBatches:          2,
+				NumSpeculativeTokens: 1,
+				GraphMode:            fwd.GraphFullAndPiecewise,
+			},
+		)
 		if _, _, err := e.Run(t.Context(), requests); err != nil {
 			t.Fatal(err)
 		}
@@ -448,7 +492,8 @@ func TestBadConfig(t *testing.T) {
 		{Config{SequenceParallel: 17}, "SequenceParallel is 17, want at most 16"},
 		{Config{MaxChunk: -2}, "MaxChunk is -2"},
 		{Config{NumSpeculativeTokens: 32}, "NumSpeculativeTokens is 32, want 0 to 31"},
-		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, CaptureSizes: []int{4, 6, 8}}, "capture sizes [4 8] are no multiples of the uniform decode query length 3"},
+		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, CaptureSizes: []int{4, 6, 8}},
+			"capture sizes [4 8] are not multiples of the uniform decode query length 3"},
 		{Config{NumUBatches: 17}, "NumUBatches is 17, want at most 16"},
 		{Config{NumUBatches: -1, DecodeUBatchThreshold: -2}, "DecodeUBatchThreshold is -2"},
 		{Config{PrefillUBatchThreshold: -2}, "PrefillUBatchThreshold is -2"},
@@ -457,10 +502,12 @@ func TestBadConfig(t *testing.T) {
 		{Config{BlockSize: -5}, "BlockSize is -5"},
 		{Config{NumBlocks: -6}, "NumBlocks is -6"},
 		{Config{Speed: -0.5}, "Speed is -0.5"},
-		{Config{GraphMode: fwd.GraphFull, CaptureSizes: []int{8, 4}}, "capture sizes are not ascending: 4 follows 8"},
+		{Config{GraphMode: fwd.GraphFull, CaptureSizes: []int{8, 4}},
+			"capture sizes are not ascending: 4 follows 8"},
 		{Config{GraphMode: 9}, "GraphMode(9) is not a graph mode"},
 		{Config{DataParallelSize: 2, Coordinators: make([]fwd.Coordinator, 3)}, "3 coordinators for 2 ranks"},
-		{Config{DataParallelSize: 2, DraftCoordinators: make([]fwd.Coordinator, 1)}, "1 draft coordinators for 2 ranks"},
+		{Config{DataParallelSize: 2, DraftCoordinators: make([]fwd.Coordinator, 1)},
+			"1 draft coordinators for 2 ranks"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.cfg, err, c.want)
@@ -473,9 +520,12 @@ func TestBadConfig(t *testing.T) {
 		{Request{ID: 7, MaxTokens: 1}, "request 7 has 0 prompt tokens"},
 		{Request{ID: 7, Prompt: []int{1}}, "0 tokens to generate"},
 		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Arrival: -time.Second}, "arrives at -1s"},
-		{Request{ID: 7, Prompt: []int{1, 256}, MaxTokens: 1}, "request 7: token 256 at position 1 is not in the vocabulary of 256"},
-		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Adapter: 1}, "request 7: adapter 1 is none of the model's 0"},
-		{Request{ID: 7, Prompt: make([]int, 60), MaxTokens: 6}, "request 7 needs 5 blocks of 16 tokens, the KV cache has 4"},
+		{Request{ID: 7, Prompt: []int{1, 256}, MaxTokens: 1},
+			"request 7: token 256 at position 1 is not in the vocabulary of 256"},
+		{Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Adapter: 1},
+			"request 7: adapter 1 is none of the 0 that the model has"},
+		{Request{ID: 7, Prompt: make([]int, 60), MaxTokens: 6},
+			"request 7 needs 5 blocks of 16 tokens, the KV cache has 4"},
 	} {
 		_, _, err := newEngine(t, Config{NumBlocks: 4}).Run(t.Context(), []Request{c.request})
 		if err == nil || !strings.Contains(err.Error(), c.want) {

@@ -10,22 +10,22 @@ import (
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
-	"go.opentelemetry.io/otel/attribute"
-	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
 
-// ErrRefused is wrapped by the error that every worker gets when what the workers brought to an exchange does not fit
-// together. It means that they disagree about the step.
+// ErrRefused is wrapped by the error that every worker gets when what the workers brought to an
+// exchange does not fit together. It means that they disagree about the step.
 var ErrRefused = errors.New("refused exchange")
 
-// expertGroup connects the workers over which the experts are spread: those of all ranks, or, where the other ranks are
-// processes, those of this rank. They are goroutines of this process, so an exchange is a meeting: everyone leaves a message,
-// and the last to come lets all go on.
+// expertGroup connects the workers over which the experts are spread: the workers of all ranks, or,
+// if the other ranks are processes, the workers of this rank. They are goroutines of this process,
+// so an exchange is a meeting: everyone leaves a message, and the last to come lets all go on.
 //
-// A group breaks for good with its first error: workers that have lost each other can't go on together.
+// A group breaks for good with its first error: workers that have lost each other can't go on
+// together.
 type expertGroup struct {
-	first, total int // where the group begins among the workers of all ranks, which have local sizes, and how many these are
+	// The group begins at worker first of the total workers of all ranks, which all have local sizes.
+	first, total int
 
 	mu     sync.Mutex
 	size   int
@@ -39,6 +39,7 @@ type expertGroup struct {
 type round struct {
 	messages []*message // by worker; nil: has not come
 	arrived  int
+	last     int // the rank that came last, once all have come
 	done     chan struct{}
 }
 
@@ -60,20 +61,29 @@ func (m *message) String() string {
 
 // newExpertGroup returns a group of all workers there are.
 func newExpertGroup(size int) *expertGroup {
-	return &expertGroup{total: size, size: size, rounds: map[int]*round{}, passes: make([]uint64, size), broken: make(chan struct{})}
+	return &expertGroup{
+		total:  size,
+		size:   size,
+		rounds: map[int]*round{},
+		passes: make([]uint64, size),
+		broken: make(chan struct{}),
+	}
 }
 
 // expertWorker is one worker's end of a group. It implements [model.Exchanger].
 type expertWorker struct {
 	group  *expertGroup
 	worker int // in the group
-
-	mu     sync.Mutex
-	waited time.Duration
+	rank   int // whose worker it is
 }
 
 // Dispatch implements [model.Exchanger].
-func (w *expertWorker) Dispatch(ctx context.Context, at model.Place, sizes []int, rows model.Routed) ([]model.Routed, error) {
+func (w *expertWorker) Dispatch(
+	ctx context.Context,
+	at model.Place,
+	sizes []int,
+	rows model.Routed,
+) ([]model.Routed, error) {
 	messages, err := w.meet(ctx, &message{at: at, sizes: sizes, routed: rows})
 	if err != nil {
 		return nil, err
@@ -86,7 +96,12 @@ func (w *expertWorker) Dispatch(ctx context.Context, at model.Place, sizes []int
 }
 
 // Combine implements [model.Exchanger].
-func (w *expertWorker) Combine(ctx context.Context, at model.Place, sizes []int, parts []*mat.Dense) ([]*mat.Dense, error) {
+func (w *expertWorker) Combine(
+	ctx context.Context,
+	at model.Place,
+	sizes []int,
+	parts []*mat.Dense,
+) ([]*mat.Dense, error) {
 	messages, err := w.meet(ctx, &message{at: at, sizes: sizes, parts: parts})
 	if err != nil {
 		return nil, err
@@ -101,26 +116,21 @@ func (w *expertWorker) Combine(ctx context.Context, at model.Place, sizes []int,
 // rankWorkers are the workers of one rank. They work inside the rank's passes.
 type rankWorkers []*expertWorker
 
-// workersOf returns the workers of a rank that has sp of them: consecutive ones, so worker s of rank d is d·sp + s, the order
-// of the local sizes.
+// workersOf returns the workers of a rank that has sp of them: consecutive ones, so worker s of
+// rank d is d·sp + s, the order of the local sizes.
 func (g *expertGroup) workersOf(rank, sp int) rankWorkers {
 	var workers rankWorkers
 	for s := range sp {
-		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s - g.first})
+		workers = append(workers, &expertWorker{group: g, worker: rank*sp + s - g.first, rank: rank})
 	}
 	return workers
 }
 
-// inPass is middleware that tells the group how each pass ended. So a worker that fails, or that goes through fewer
-// exchanges than the others, is noticed by those who wait for it. The pass's span says how long it waited for the others'
-// rows: the passes of a step are equally long, and this tells the rank that is waited for from those that wait.
+// inPass is middleware that tells the group how each pass ended. So the others notice if a worker
+// that they wait for has failed, or goes through fewer exchanges than they do.
 func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	return func(ctx context.Context) error {
-		before := ws.waiting()
 		err := next(ctx)
-		if span := trace.SpanFromContext(ctx); span.IsRecording() {
-			span.SetAttributes(attribute.Float64("engine.experts.wait_time", (ws.waiting() - before).Seconds()))
-		}
 		for _, w := range ws {
 			w.group.endPass(w.worker, err)
 		}
@@ -128,33 +138,24 @@ func (ws rankWorkers) inPass(next fwd.ForwardFunc) fwd.ForwardFunc {
 	}
 }
 
-// waiting returns how long a worker has waited for the others, on average.
-func (ws rankWorkers) waiting() time.Duration {
-	var sum time.Duration
-	for _, w := range ws {
-		w.mu.Lock()
-		sum += w.waited
-		w.mu.Unlock()
-	}
-	return sum / time.Duration(len(ws))
-}
-
-// meet leaves m for the others and returns the messages of all workers once everyone has come.
+// meet leaves m for the others and returns the messages of all workers once everyone has come. It
+// tells fwd how long it has waited for the last rank to come: the passes of a step are equally long
+// on all ranks, and this tells the rank that is waited for from those that wait.
 func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error) {
 	g := w.group
 	if ctx.Err() != nil {
 		return nil, g.fail(fmt.Errorf("expert worker %d left at %v: %w", w.worker, m, context.Cause(ctx)))
 	}
 	began := time.Now()
-	r, err := g.join(ctx, w.worker, m)
+	r, err := g.join(ctx, w, m)
 	if err != nil {
 		return nil, err
 	}
 	select {
 	case <-r.done:
-		w.mu.Lock()
-		w.waited += time.Since(began)
-		w.mu.Unlock()
+		if r.last != w.rank {
+			fwd.Waited(ctx, r.last, began)
+		}
 		return r.messages, nil
 	case <-g.broken:
 		return nil, g.err
@@ -163,7 +164,9 @@ func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error)
 	}
 }
 
-func (g *expertGroup) join(ctx context.Context, worker int, m *message) (*round, error) {
+// join puts m into the round that the worker's pass, or microbatch, is in.
+func (g *expertGroup) join(ctx context.Context, w *expertWorker, m *message) (*round, error) {
+	worker := w.worker
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.err != nil {
@@ -183,7 +186,9 @@ func (g *expertGroup) join(ctx context.Context, worker int, m *message) (*round,
 		}
 	}
 	if r.messages[worker] != nil {
-		return nil, g.failLocked(fmt.Errorf("%w: worker %d came twice: %v, %v", ErrRefused, worker, r.messages[worker], m))
+		return nil, g.failLocked(
+			fmt.Errorf("%w: worker %d came twice: %v, %v", ErrRefused, worker, r.messages[worker], m),
+		)
 	}
 	r.messages[worker] = m
 	if r.arrived++; r.arrived < g.size {
@@ -193,6 +198,7 @@ func (g *expertGroup) join(ctx context.Context, worker int, m *message) (*round,
 		return nil, g.failLocked(err)
 	}
 	delete(g.rounds, ubatch)
+	r.last = w.rank
 	close(r.done)
 	return r, nil
 }
@@ -231,8 +237,8 @@ func (g *expertGroup) failLocked(err error) error {
 	return g.err
 }
 
-// verify checks what a network would not: that all workers mean the same exchange, and that each brought the rows that the
-// others expect of it.
+// verify checks what a network would not: that all workers mean the same exchange, and that each
+// brought the rows that the others expect of it.
 func (g *expertGroup) verify(messages []*message) error {
 	var errs []error
 	refuse := func(format string, args ...any) {
@@ -250,7 +256,8 @@ func (g *expertGroup) verify(messages []*message) error {
 		case m.parts == nil:
 			size := m.sizes[g.first+w]
 			if rows, _ := m.routed.Rows.Dims(); rows != size || len(m.routed.Experts) != rows {
-				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows, len(m.routed.Experts), size)
+				refuse("%v: worker %d brought %d rows and %d choices of experts, its local size is %d", m, w, rows,
+					len(m.routed.Experts), size)
 			}
 		case len(m.parts) != g.size:
 			refuse("%v: worker %d brought parts for %d of %d workers", m, w, len(m.parts), g.size)

@@ -1,3 +1,5 @@
+// The exchanges of the experts' workers: what is refused, who is told, and where rows go.
+
 package engine
 
 import (
@@ -14,7 +16,7 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// meetAll lets every worker of a group do its part at once and returns their errors.
+// meetAll lets every worker of a group do its part concurrently and returns their errors.
 func meetAll(size int, part func(w *expertWorker) error) []error {
 	group := newExpertGroup(size)
 	errs := make([]error, size)
@@ -32,8 +34,8 @@ func routed(rows int) model.Routed {
 
 var here = model.Place{Layer: "layers.0.moe", Chunk: 1}
 
-// TestExchangeRefused: whatever does not fit together is an error for every worker, that names what differs, and no worker
-// hangs: under synctest that would be a deadlock.
+// TestExchangeRefused: whatever does not fit together is an error for every worker, that names what
+// differs, and no worker hangs: under synctest that would be a deadlock.
 func TestExchangeRefused(t *testing.T) {
 	sizes := []int{3, 1, 2}
 	dispatch := func(w *expertWorker, at model.Place, sizes []int, rows int) error {
@@ -44,25 +46,30 @@ func TestExchangeRefused(t *testing.T) {
 		name, want string
 		part       func(w *expertWorker) error
 	}{
-		{"fewer rows", "worker 1 brought 2 rows and 2 choices of experts, its local size is 1", func(w *expertWorker) error {
-			return dispatch(w, here, sizes, []int{3, 2, 2}[w.worker])
-		}},
+		{"fewer rows", "worker 1 brought 2 rows and 2 choices of experts, its local size is 1",
+			func(w *expertWorker) error {
+				return dispatch(w, here, sizes, []int{3, 2, 2}[w.worker])
+			}},
 		{"other sizes", "worker 0 has sizes [3 1 2], worker 2 has [3 2 2]", func(w *expertWorker) error {
 			return dispatch(w, here, [][]int{sizes, sizes, {3, 2, 2}}[w.worker], sizes[w.worker])
 		}},
 		{"too few sizes", "worker 1 has sizes [3 1] for 3 workers", func(w *expertWorker) error {
 			return dispatch(w, here, [][]int{sizes, {3, 1}, sizes}[w.worker], sizes[w.worker])
 		}},
-		{"other chunk", "worker 0 is at dispatch at layers.0.moe chunk 1, worker 2 at dispatch at layers.0.moe chunk 2", func(w *expertWorker) error {
-			return dispatch(w, model.Place{Layer: here.Layer, Chunk: 1 + w.worker/2}, sizes, sizes[w.worker])
-		}},
-		{"other phase", "worker 0 is at dispatch at layers.0.moe chunk 1, worker 1 at combine at layers.0.moe chunk 1", func(w *expertWorker) error {
-			if w.worker == 1 {
-				_, err := w.Combine(context.Background(), here, sizes, []*mat.Dense{})
-				return err
-			}
-			return dispatch(w, here, sizes, sizes[w.worker])
-		}},
+		{"other chunk",
+			"worker 0 is at dispatch at layers.0.moe chunk 1, worker 2 at dispatch at layers.0.moe chunk 2",
+			func(w *expertWorker) error {
+				return dispatch(w, model.Place{Layer: here.Layer, Chunk: 1 + w.worker/2}, sizes, sizes[w.worker])
+			}},
+		{"other phase",
+			"worker 0 is at dispatch at layers.0.moe chunk 1, worker 1 at combine at layers.0.moe chunk 1",
+			func(w *expertWorker) error {
+				if w.worker == 1 {
+					_, err := w.Combine(context.Background(), here, sizes, []*mat.Dense{})
+					return err
+				}
+				return dispatch(w, here, sizes, sizes[w.worker])
+			}},
 		{"parts for too few", "worker 2 brought parts for 2 of 3 workers", func(w *expertWorker) error {
 			parts := []*mat.Dense{mat.NewDense(6, 4, nil), mat.NewDense(2, 4, nil), mat.NewDense(4, 4, nil)}
 			_, err := w.Combine(context.Background(), here, sizes, parts[:3-w.worker/2])
@@ -97,7 +104,8 @@ func TestExchangeRefused(t *testing.T) {
 	}
 }
 
-// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, at once and from then on.
+// TestExchangeLeft: a worker that fails, or whose ctx ends, is named to all who wait, immediately
+// and from then on.
 func TestExchangeLeft(t *testing.T) {
 	cause := errors.New("out of memory")
 	canceled, cancel := context.WithCancelCause(context.Background())
@@ -126,7 +134,8 @@ func TestExchangeLeft(t *testing.T) {
 						return leave(w)
 					}
 					_, err := w.Dispatch(context.Background(), here, []int{1, 1, 1}, routed(1))
-					if again, err2 := w.Dispatch(context.Background(), here, []int{1, 1, 1}, routed(1)); again != nil || err2 != err {
+					if again, err2 := w.Dispatch(context.Background(), here, []int{1, 1, 1}, routed(1)); again != nil ||
+						err2 != err {
 						t.Errorf("worker %d: the broken group went on: %v, %v", w.worker, again, err2)
 					}
 					return err
@@ -141,7 +150,8 @@ func TestExchangeLeft(t *testing.T) {
 	}
 }
 
-// TestExchangeRoutes: everyone has everyone's rows after a dispatch and its own after a combine, over many rounds.
+// TestExchangeRoutes: everyone has everyone's rows after a dispatch and its own after a combine,
+// over many rounds.
 func TestExchangeRoutes(t *testing.T) {
 	const size, rounds = 4, 2000
 	sizes := []int{1, 1, 1, 1}
@@ -180,7 +190,8 @@ func TestExchangeRoutes(t *testing.T) {
 	}
 }
 
-// TestExchangeMicrobatches: what microbatches exchange at the same place never mixes, in whatever order each worker gets there.
+// TestExchangeMicrobatches: what microbatches exchange at the same place never mixes, in whatever
+// order each worker gets there.
 func TestExchangeMicrobatches(t *testing.T) {
 	const workers, ubatches = 2, 2
 	split := &fwd.ForwardContext{NumTokens: ubatches}

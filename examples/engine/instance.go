@@ -3,7 +3,6 @@ package engine
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
@@ -13,37 +12,27 @@ import (
 // instance is a model on a rank: its Runner, its graphs and its KV cache.
 type instance struct {
 	*blueprint
-	runner      *fwd.Runner
-	executor    *model.Executor
-	coordinator *timedCoordinator
-	experts     rankWorkers
+	runner    *fwd.Runner
+	executor  *model.Executor
+	experts   rankWorkers
+	blockSize int
 }
 
-// newInstance puts a model on a rank, with the layer objects that its passes find: a KV cache for every attention layer, and
-// the shares of the experts of the rank's workers for every mixture-of-experts layer.
-func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd.Coordinator, group *expertGroup) (*instance, error) {
+// newInstance puts a model on a rank. observe is told of every pass.
+func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd.Coordinator,
+	group *expertGroup, observe func(*fwd.Record)) (*instance, error) {
 	in := &instance{
-		blueprint:   b,
-		coordinator: &timedCoordinator{Coordinator: coordinator},
-		experts:     group.workersOf(rank, cfg.SequenceParallel),
-	}
-	weights := b.model.Weights()
-	layers := map[string]any{}
-	for l := range weights.Layers {
-		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, numBlocks, cfg.BlockSize)
-		workers := &model.Workers{MaxChunk: cfg.MaxChunk}
-		for _, w := range in.experts {
-			experts := model.NewExperts(&weights.Layers[l], w.worker, group.size, w)
-			experts.Worker += group.first
-			workers.Experts = append(workers.Experts, experts)
-		}
-		layers[model.MoEName(l)] = workers
+		blueprint: b,
+		experts:   group.workersOf(rank, cfg.SequenceParallel),
+		blockSize: cfg.BlockSize,
 	}
 	options := []fwd.Option{
 		fwd.WithDispatcher(b.dispatcher),
-		fwd.WithCoordinator(in.coordinator),
+		fwd.WithCoordinator(coordinator),
 		fwd.WithExchangeTimeout(cfg.ExchangeTimeout),
 		fwd.WithMiddleware(in.experts.inPass),
+		fwd.WithObserver(func(_ context.Context, rec *fwd.Record) { observe(rec) }),
+		fwd.WithLogger(cfg.Logger),
 		fwd.WithTracerProvider(cfg.TracerProvider),
 		fwd.WithMeterProvider(cfg.MeterProvider),
 	}
@@ -59,54 +48,60 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 	if in.executor, err = model.NewExecutor(b.model); err != nil {
 		return nil, err
 	}
-	in.runner, err = fwd.New(fwd.Config{Name: b.name, Parallel: parallel, NoCompileLayers: layers}, options...)
+	layers := in.layers(cfg, numBlocks, group)
+	in.runner, err = fwd.New(fwd.Config{Name: b.name, Parallel: parallel, Layers: layers}, options...)
 	return in, err
 }
 
-// warmUp captures every graph that the dispatcher can choose, in its order, and ends capturing. All ranks capture the same
-// graphs in the same order, so they are in lockstep in the experts' exchanges, and no votes are needed: everyone knows that
-// every rank has as many tokens as the graph.
-func (in *instance) warmUp(ctx context.Context) error {
-	for _, c := range in.dispatcher.Captures() {
-		n := c.Batch.NumTokens
-		pass := fwd.Pass{NumTokens: n, GraphMode: c.Mode, Batch: c.Batch, Dummy: true}
-		if size := in.parallel.DataParallelSize; size > 1 {
-			pass.NumTokensAcrossDP = mat.NewVecDense(size, nil)
-			for d := range size {
-				pass.NumTokensAcrossDP.SetVec(d, float64(n))
-			}
+// layers returns the layer objects that the passes find: a KV cache for every attention layer, and
+// the shares of the experts of the rank's workers for every mixture-of-experts layer.
+func (in *instance) layers(cfg *Config, numBlocks int, group *expertGroup) map[string]any {
+	weights := in.model.Weights()
+	layers := map[string]any{}
+	for l := range weights.Layers {
+		layers[model.AttentionName(l)] = model.NewKVCache(weights.Config, numBlocks, cfg.BlockSize)
+		workers := &model.Workers{MaxChunk: cfg.MaxChunk}
+		for _, w := range in.experts {
+			experts := model.NewExperts(&weights.Layers[l], w.worker, group.size, w)
+			experts.Worker += group.first
+			workers.Experts = append(workers.Experts, experts)
 		}
-		err := in.runner.Run(ctx, pass, func(ctx context.Context) error {
-			_, err := in.executor.Forward(ctx, make([]int, n))
-			return err
-		})
+		layers[model.MoEName(l)] = workers
+	}
+	return layers
+}
+
+// warmUp captures every graph that the dispatcher can choose, and ends capturing.
+func (in *instance) warmUp(ctx context.Context) error {
+	for pass, err := range in.runner.WarmUp(ctx) {
 		if err != nil {
-			return fmt.Errorf("warm-up: %v graph of %d tokens: %w", c.Mode, n, err)
+			return fmt.Errorf("warm-up: %w", err)
+		}
+		if _, err := in.forward(ctx, pass, make([]int, pass.NumTokens)); err != nil {
+			return fmt.Errorf("warm-up: %v graph of %d tokens: %w", pass.GraphMode, pass.NumTokens, err)
 		}
 	}
 	in.executor.CloseCapture()
 	return nil
 }
 
-// plan prepares a pass over a step, or a dummy pass.
-func (in *instance) plan(ctx context.Context, step []scheduled, blockSize int) (fwd.Pass, *batch, error) {
-	schedule := fwd.Schedule{NumActiveLoRAs: activeAdapters(step), AllowUBatches: true}
-	for _, s := range step {
-		schedule.NumScheduledTokens = append(schedule.NumScheduledTokens, s.count)
-	}
-	pass, err := in.runner.Plan(ctx, schedule)
-	if err != nil {
-		return pass, nil, err
-	}
-	// A dummy pass has tokens, so that every exchange finds this rank, but no metadata: they belong to no request.
-	b := newBatch(step, pass.NumTokens, blockSize, schedule.NumActiveLoRAs)
-	if !pass.Dummy {
-		pass.AttnMetadata, pass.SlotMapping = b.metadata(pass.UBatches, len(in.model.Weights().Layers))
-	}
-	return pass, b, nil
+// newBatch lays out the step of a planned pass, and adds to the pass what attention must know about
+// it.
+func (in *instance) newBatch(pass *fwd.Pass, step []scheduled) *batch {
+	b := newBatch(step, pass.NumTokens, in.blockSize, in.ahead)
+	b.addTo(pass, len(in.model.Weights().Layers))
+	return b
 }
 
-// logits returns the scores of the next token after each row to sample from, one row after the other; nil for none.
+// forward runs a pass and returns the hidden state of every token.
+func (in *instance) forward(ctx context.Context, pass fwd.Pass, tokens []int) (*mat.Dense, error) {
+	return fwd.Call(ctx, in.runner, pass, func(ctx context.Context) (*mat.Dense, error) {
+		return in.executor.Forward(ctx, tokens)
+	})
+}
+
+// logits returns the scores of the next token after each row to sample from, one row after the
+// other; it returns nil if there are none.
 func (in *instance) logits(sample []sampled, hidden *mat.Dense) *mat.Dense {
 	rows := 0
 	for _, s := range sample {
@@ -125,17 +120,4 @@ func (in *instance) logits(sample []sampled, hidden *mat.Dense) *mat.Dense {
 		}
 	}
 	return in.model.Logits(last)
-}
-
-// timedCoordinator measures how long its rank waits for the others' votes.
-type timedCoordinator struct {
-	fwd.Coordinator
-	waited time.Duration
-}
-
-// Exchange implements [fwd.Coordinator].
-func (c *timedCoordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
-	began := time.Now()
-	defer func() { c.waited += time.Since(began) }()
-	return c.Coordinator.Exchange(ctx, v)
 }

@@ -1,3 +1,5 @@
+// Ranks that share nothing but their coordinators, as processes do.
+
 package engine
 
 import (
@@ -16,20 +18,21 @@ import (
 	"github.com/forwardctx/fwd/examples/model"
 )
 
-// simulated returns a test that runs in simulated time: an exchange times out when a rank stays away, and never because the
-// machine is slow.
+// simulated returns a test that runs in simulated time: an exchange times out when a rank stays
+// away, and never because the machine is slow.
 func simulated(test func(t *testing.T)) func(t *testing.T) {
 	return func(t *testing.T) { synctest.Test(t, test) }
 }
 
-// fleet is ranks that share nothing but the coordinators of their groups, as processes do. Each has its share of the requests.
+// fleet is ranks that share nothing but the coordinators of their groups, as processes do. Each has
+// its share of the requests.
 type fleet struct {
 	*testing.T
 	model    *model.Model
 	cfg      Config
 	requests [][]Request // by rank
 
-	target, draft, finish []fwd.Coordinator
+	target, draft []fwd.Coordinator
 }
 
 // outcome is what came of one rank.
@@ -50,7 +53,7 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 	for i, r := range requests {
 		f.requests[i%size] = append(f.requests[i%size], r)
 	}
-	for _, group := range []*[]fwd.Coordinator{&f.target, &f.draft, &f.finish} {
+	for _, group := range []*[]fwd.Coordinator{&f.target, &f.draft} {
 		var err error
 		if *group, err = fwd.NewLocalGroup(size); err != nil {
 			t.Fatal(err)
@@ -62,7 +65,7 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 // config returns the configuration of a rank.
 func (f *fleet) config(rank int, rejoin time.Duration) Config {
 	cfg := f.cfg
-	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Finish: f.finish[rank], Rejoin: rejoin}
+	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin}
 	if cfg.NumSpeculativeTokens > 0 {
 		cfg.Process.Draft = f.draft[rank]
 	}
@@ -106,13 +109,14 @@ func (f *fleet) allFinished(outcomes []outcome) {
 	f.Helper()
 	for rank, o := range outcomes {
 		if o.err != nil || o.stats.Finished != len(f.requests[rank]) {
-			f.Errorf("rank %d: %v, %d of %d requests finished in %d steps", rank, o.err, o.stats.Finished, len(f.requests[rank]), o.stats.Steps)
+			f.Errorf("rank %d: %v, %d of %d requests finished in %d steps", rank, o.err, o.stats.Finished,
+				len(f.requests[rank]), o.stats.Steps)
 		}
 	}
 }
 
-// TestProcesses: in every configuration, as far as any two settings go together, the answers are those of the reference, and
-// all ranks stop after the same step.
+// TestProcesses: in every configuration, as far as any two settings go together, the answers are
+// those of the reference, and all ranks stop after the same step.
 func TestProcesses(t *testing.T) {
 	forCovering(t, func(t *testing.T, cfg Config, adapters int) {
 		requests := newRequests(9*cfg.DataParallelSize+1, 20, 10) // one rank has more than the others
@@ -123,7 +127,8 @@ func TestProcesses(t *testing.T) {
 		sum := Stats{}
 		for rank, o := range outcomes {
 			if o.stats.Steps != outcomes[0].stats.Steps || o.stats.FailedSteps != 0 {
-				t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps, o.stats.FailedSteps)
+				t.Errorf("rank %d took %d steps, rank 0 %d; %d failed", rank, o.stats.Steps, outcomes[0].stats.Steps,
+					o.stats.FailedSteps)
 			}
 			if len(o.stats.Ranks) != 1 || o.stats.Ranks[0].Rank != rank {
 				t.Errorf("rank %d has the figures of %+v", rank, o.stats.Ranks)
@@ -143,21 +148,19 @@ func TestProcesses(t *testing.T) {
 				t.Errorf("%s: %t, want %t: %+v", what, got.is, got.want, sum)
 			}
 		}
-		if steps := outcomes[0].stats.Steps; cfg.DataParallelSize > 1 && steps%syncEvery != 0 {
-			t.Errorf("the ranks stopped after %d steps, no multiple of %d", steps, syncEvery)
-		}
 	})
 }
 
-// TestProcessesIdle: ranks that have nothing to serve keep step with one that has, and none of them takes a step for nothing.
+// TestProcessesIdle: ranks that have nothing to serve keep step with one that has, and none of them
+// takes a step for nothing.
 func TestProcessesIdle(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFleet(t, Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise}, newRequests(1, 30, 1))
 		f.requests[0][0].MaxTokens = 40
 		outcomes := f.all(0)
 		f.allFinished(outcomes)
-		if o := outcomes[2]; o.stats.Steps != 48 || o.stats.DummyPasses != 48 {
-			t.Errorf("an idle rank took %d steps, %d of them dummy, want 48", o.stats.Steps, o.stats.DummyPasses)
+		if o := outcomes[2]; o.stats.Steps != 40 || o.stats.DummyPasses != 40 {
+			t.Errorf("an idle rank took %d steps, %d of them dummy, want 40", o.stats.Steps, o.stats.DummyPasses)
 		}
 		f = newFleet(t, Config{DataParallelSize: 3}, nil)
 		for rank, o := range f.all(0) {
@@ -168,7 +171,8 @@ func TestProcessesIdle(t *testing.T) {
 	})
 }
 
-// TestProcessesSleep: requests are not served before they arrive, and no rank takes steps meanwhile.
+// TestProcessesSleep: requests are not served before they arrive, and no rank takes steps
+// meanwhile.
 func TestProcessesSleep(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		requests := newRequests(6, 20, 3)
@@ -180,16 +184,17 @@ func TestProcessesSleep(t *testing.T) {
 			outcomes := f.all(0)
 			f.allFinished(outcomes)
 			for rank, o := range outcomes {
-				if o.stats.Duration < 450*time.Millisecond || o.stats.Duration > time.Second || o.stats.Steps > 6*syncEvery {
-					t.Errorf("dp %d, rank %d: 5 s at 10 times the speed took %v, in %d steps", dp, rank, o.stats.Duration, o.stats.Steps)
+				if o.stats.Duration < 450*time.Millisecond || o.stats.Duration > time.Second || o.stats.Steps > 6*3 {
+					t.Errorf("dp %d, rank %d: 5 s at 10 times the speed took %v, in %d steps", dp, rank, o.stats.Duration,
+						o.stats.Steps)
 				}
 			}
 		}
 	})
 }
 
-// atPass makes a rank do something in its nth pass, not counting those of the warm-up, which a rank without graphs has none
-// of.
+// atPass makes a rank do something in its nth pass, of a rank without graphs: its warm-up has no
+// passes.
 func atPass(cfg *Config, nth int64, do func() error) {
 	var passes atomic.Int64
 	cfg.Middleware = func(int) []fwd.Middleware {
@@ -206,8 +211,8 @@ func atPass(cfg *Config, nth int64, do func() error) {
 	}
 }
 
-// TestProcessesInterrupt: all ranks stop after the same step when one of them is interrupted, in its steps or in its sleep,
-// and those with work left say whose doing it was.
+// TestProcessesInterrupt: all ranks stop after the same step when one of them is interrupted, in
+// its steps or in its sleep, and those with work left say whose doing it was.
 func TestProcessesInterrupt(t *testing.T) {
 	stop := errors.New("stop")
 	for _, c := range []struct {
@@ -216,7 +221,7 @@ func TestProcessesInterrupt(t *testing.T) {
 		arrival  time.Duration
 		steps    int
 	}{
-		{"in a step", newRequests(90, 50, 30), 0, 2 * syncEvery},
+		{"in a step", newRequests(90, 50, 30), 0, 20},
 		{"asleep", newRequests(3, 5, 5), 10000 * time.Hour, 0},
 	} {
 		t.Run(c.name, simulated(func(t *testing.T) {
@@ -230,7 +235,7 @@ func TestProcessesInterrupt(t *testing.T) {
 				defer cancel(nil)
 				cfg := f.config(rank, time.Hour)
 				if rank == 1 {
-					atPass(&cfg, syncEvery+4, func() error { cancel(stop); return nil })
+					atPass(&cfg, 20, func() error { cancel(stop); return nil })
 				}
 				if rank == 1 && c.arrival > 0 {
 					time.AfterFunc(100*time.Millisecond, func() { cancel(stop) })
@@ -242,21 +247,26 @@ func TestProcessesInterrupt(t *testing.T) {
 					t.Errorf("rank %d stopped after %d steps, want %d", rank, o.stats.Steps, c.steps)
 				}
 			}
-			if err := outcomes[0].err; !errors.Is(err, ErrInterrupted) || !strings.Contains(err.Error(), "with rank 1") {
+			if err := outcomes[0].err; !errors.Is(err, ErrInterrupted) ||
+				!strings.Contains(err.Error(), "with rank 1") {
 				t.Errorf("rank 0: %v, want ErrInterrupted with rank 1", err)
 			}
 			if outcomes[1].err != stop || outcomes[2].err != nil {
-				t.Errorf("ranks 1 and 2: %v, %v; want %v, and nil of a rank with nothing to do", outcomes[1].err, outcomes[2].err, stop)
+				t.Errorf("ranks 1 and 2: %v, %v; want %v, and nil of a rank with nothing to do", outcomes[1].err,
+					outcomes[2].err, stop)
 			}
 		}))
 	}
 }
 
-// TestProcessesInterruptAll: a rank that misses another when it is interrupted itself was interrupted, and has not failed.
+// TestProcessesInterruptAll: a rank that misses another when it is interrupted itself was
+// interrupted, and has not failed.
 func TestProcessesInterruptAll(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		stop := errors.New("stop")
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 200 * time.Millisecond, StopGrace: time.Minute}, newRequests(40, 50, 20))
+		f := newFleet(t,
+			Config{DataParallelSize: 2, ExchangeTimeout: 200 * time.Millisecond, StopGrace: time.Minute},
+			newRequests(40, 50, 20))
 		ctx, cancel := context.WithCancelCause(t.Context())
 		defer cancel(nil)
 		outcomes := f.each(func(rank int) outcome {
@@ -276,8 +286,8 @@ var errCrash = errors.New("crash")
 
 func crash() error { return errCrash }
 
-// TestProcessesRankMissing: a rank that goes away ends the run of the others within the exchange timeout. They name it, and
-// what they had finished stays right.
+// TestProcessesRankMissing: a rank that goes away ends the run of the others within the exchange
+// timeout. They name it, and what they had finished stays right.
 func TestProcessesRankMissing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFleet(t, Config{DataParallelSize: 3, ExchangeTimeout: 2 * time.Second}, newRequests(60, 50, 60))
@@ -293,12 +303,16 @@ func TestProcessesRankMissing(t *testing.T) {
 		}
 		for _, rank := range []int{0, 2} {
 			o := outcomes[rank]
-			rankErr, ok := errors.AsType[*fwd.RankError](o.err)
-			if !ok || !errors.Is(o.err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{1}) || o.stats.FailedSteps != 1 {
-				t.Errorf("rank %d: %v after %d failed steps, want rank 1 missing in the first", rank, o.err, o.stats.FailedSteps)
+			var rankErr *fwd.RankError
+			ok := errors.As(o.err, &rankErr)
+			if !ok || !errors.Is(o.err, fwd.ErrRankMissing) || !slices.Equal(rankErr.Ranks, []int{1}) ||
+				o.stats.FailedSteps != 1 {
+				t.Errorf("rank %d: %v after %d failed steps, want rank 1 missing in the first", rank, o.err,
+					o.stats.FailedSteps)
 			}
 			if o.stats.Steps != 28 || o.stats.Finished == 0 || o.stats.Finished == o.stats.Requests {
-				t.Errorf("rank %d: %d steps, %d of %d requests finished", rank, o.stats.Steps, o.stats.Finished, o.stats.Requests)
+				t.Errorf("rank %d: %d steps, %d of %d requests finished", rank, o.stats.Steps, o.stats.Finished,
+					o.stats.Requests)
 			}
 		}
 	})
@@ -307,7 +321,8 @@ func TestProcessesRankMissing(t *testing.T) {
 // TestProcessesGiveUp: a rank that does not come back is waited for until Rejoin is over.
 func TestProcessesGiveUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 100 * time.Millisecond}, newRequests(40, 50, 20))
+		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 100 * time.Millisecond},
+			newRequests(40, 50, 20))
 		var left time.Time
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, 500*time.Millisecond)
@@ -317,23 +332,29 @@ func TestProcessesGiveUp(t *testing.T) {
 			return f.run(t.Context(), cfg, f.requests[rank])
 		})
 		waited := time.Since(left)
-		if o := outcomes[0]; !errors.Is(o.err, fwd.ErrRankMissing) || o.stats.FailedSteps < 3 || waited < 600*time.Millisecond || waited > 750*time.Millisecond {
+		if o := outcomes[0]; !errors.Is(o.err, fwd.ErrRankMissing) || o.stats.FailedSteps < 3 ||
+			waited < 600*time.Millisecond || waited > 750*time.Millisecond {
 			t.Errorf("%v after %d failed steps in %v", o.err, o.stats.FailedSteps, waited)
 		}
 	})
 }
 
-// TestProcessesOftenMissed: Rejoin is of each time that a rank is missing, not of all of them together.
+// TestProcessesOftenMissed: Rejoin is of each time that a rank is missing, not of all of them
+// together.
 func TestProcessesOftenMissed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const rejoin = time.Second
-		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 150 * time.Millisecond}, []Request{{Prompt: []int{1}, MaxTokens: 100}})
+		f := newFleet(t, Config{DataParallelSize: 2, ExchangeTimeout: 150 * time.Millisecond},
+			[]Request{{Prompt: []int{1}, MaxTokens: 100}})
 		var left atomic.Int64
 		began := time.Now()
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, rejoin)
 			if rank == 1 {
-				cfg.Process.Target = absent{cfg.Process.Target, func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 }}
+				cfg.Process.Target = absent{
+					cfg.Process.Target,
+					func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 },
+				}
 			}
 			return f.run(t.Context(), cfg, f.requests[rank])
 		})
@@ -343,14 +364,15 @@ func TestProcessesOftenMissed(t *testing.T) {
 		}
 		for rank, o := range outcomes {
 			if o.stats.FailedSteps != int(left.Load()) {
-				t.Errorf("rank %d: %d failed steps, where rank 1 was missing %d times", rank, o.stats.FailedSteps, left.Load())
+				t.Errorf("rank %d: %d failed steps, where rank 1 was missing %d times", rank, o.stats.FailedSteps,
+					left.Load())
 			}
 		}
 	})
 }
 
-// TestProcessesRejoin: a rank goes away in the middle of a step and comes back with nothing but the requests that it had not
-// finished. All requests are served, each once.
+// TestProcessesRejoin: a rank goes away in the middle of a step and comes back with nothing but the
+// requests that it had not finished. All requests are served, each once.
 func TestProcessesRejoin(t *testing.T) {
 	for _, c := range []struct {
 		name string
@@ -359,7 +381,7 @@ func TestProcessesRejoin(t *testing.T) {
 	}{
 		{"in the first step", Config{DataParallelSize: 2}, 1},
 		{"in a step", Config{DataParallelSize: 3}, 21},
-		{"in the step before the gate", Config{DataParallelSize: 2, NumUBatches: 2}, syncEvery},
+		{"in a step with microbatches", Config{DataParallelSize: 2, NumUBatches: 2}, 16},
 		{"in a step with guesses", Config{DataParallelSize: 2, NumSpeculativeTokens: 2}, 3*13 + 1},
 		{"in a guess", Config{DataParallelSize: 3, NumSpeculativeTokens: 2}, 3*13 + 3},
 	} {
@@ -394,7 +416,7 @@ func TestProcessesRejoin(t *testing.T) {
 						t.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
 					}
 				}
-				// Its peers missed it in one group, met it in the gate, and again where its steps began anew.
+				// Its peers missed it in one group, and met it at another step, in each of the models' groups.
 				if n := outcomes[rank].stats.FailedSteps; n == 0 || n > 6 {
 					t.Errorf("rank %d: %d failed steps", rank, n)
 				}
@@ -421,34 +443,55 @@ func (f *fleet) resume(cfg Config, first outcome, requests []Request) outcome {
 	return second
 }
 
-// forgetful is a coordinator whose answer gets lost now and then, after the others have had theirs: this rank thinks that the
-// exchange failed, and they don't.
+// forgetful is a coordinator whose answer gets lost now and then, after the others have had theirs:
+// this rank thinks that the exchange failed, and they don't.
 type forgetful struct {
 	fwd.Coordinator
-	calls atomic.Int64
-	lose  func(nth int64) bool
+	warmUps, steps atomic.Int64
+	lose           func(warmUp, step int64) bool // the nth answer of either kind
 }
 
 func (c *forgetful) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	votes, err := c.Coordinator.Exchange(ctx, v)
-	if err == nil && c.lose(c.calls.Add(1)) {
+	if err != nil {
+		return nil, err
+	}
+	warmUp, step := int64(0), int64(0)
+	if v.WarmUp {
+		warmUp = c.warmUps.Add(1)
+	} else {
+		step = c.steps.Add(1)
+	}
+	if c.lose(warmUp, step) {
 		return nil, &fwd.RankError{Err: fwd.ErrRankMissing, Step: votes[0].Step, Ranks: []int{0}}
 	}
-	return votes, err
+	return votes, nil
 }
 
-// TestProcessesLostAnswers: ranks that have drifted apart, in any group, find each other again, and the answers are right.
+// TestProcessesLostAnswers: ranks that have drifted apart, in their steps or in their warm-up, find
+// each other again, and the answers are right.
 func TestProcessesLostAnswers(t *testing.T) {
-	every := func(n int64) func(int64) bool { return func(nth int64) bool { return nth%n == 5 } }
+	lost := func(c fwd.Coordinator, lose func(warmUp, step int64) bool) fwd.Coordinator {
+		return &forgetful{Coordinator: c, lose: lose}
+	}
 	for name, lose := range map[string]func(p *Process){
-		"target": func(p *Process) { p.Target = &forgetful{Coordinator: p.Target, lose: every(17)} },
-		"draft":  func(p *Process) { p.Draft = &forgetful{Coordinator: p.Draft, lose: every(31)} },
-		"finish": func(p *Process) {
-			p.Finish = &forgetful{Coordinator: p.Finish, lose: func(nth int64) bool { return nth < 3 }}
+		"steps": func(p *Process) {
+			p.Target = lost(p.Target, func(_, step int64) bool { return step == 5 || step == 15 })
+		},
+		"warm-up of the model": func(p *Process) {
+			p.Target = lost(p.Target, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
+		},
+		"warm-up of the draft": func(p *Process) {
+			p.Draft = lost(p.Draft, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
 		},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
-			cfg := Config{DataParallelSize: 3, NumSpeculativeTokens: 2, GraphMode: fwd.GraphFullAndPiecewise, ExchangeTimeout: 300 * time.Millisecond}
+			cfg := Config{
+				DataParallelSize:     3,
+				NumSpeculativeTokens: 2,
+				GraphMode:            fwd.GraphFullAndPiecewise,
+				ExchangeTimeout:      300 * time.Millisecond,
+			}
 			f := newFleet(t, cfg, newRequests(60, 60, 20))
 			outcomes := f.each(func(rank int) outcome {
 				cfg := f.config(rank, time.Hour)
@@ -465,36 +508,6 @@ func TestProcessesLostAnswers(t *testing.T) {
 	}
 }
 
-// TestProcessesGuessesLost: a draft pass that no rank comes together for costs guesses, and nothing else: no step of the model
-// is taken again.
-func TestProcessesGuessesLost(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		const spec = 3
-		cfg := Config{DataParallelSize: 2, NumSpeculativeTokens: spec, MaxNumBatchedTokens: 40, ExchangeTimeout: 100 * time.Millisecond}
-		f := newFleet(t, cfg, newRequests(24, 90, 20))
-		whole := f.all(0)
-		f.allFinished(whole)
-		f = newFleet(t, cfg, newRequests(24, 90, 20))
-		var lost atomic.Int64
-		outcomes := f.each(func(rank int) outcome {
-			cfg := f.config(rank, time.Hour)
-			if rank == 1 {
-				cfg.Process.Draft = absent{cfg.Process.Draft, func(step uint64) bool { return step%13 == 5 && lost.Add(1) > 0 }}
-			}
-			return f.run(t.Context(), cfg, f.requests[rank])
-		})
-		f.allFinished(outcomes)
-		for rank, o := range outcomes {
-			if o.stats.AcceptedTokens == 0 || o.stats.AcceptedTokens >= whole[rank].stats.AcceptedTokens || o.stats.FailedSteps != int(lost.Load()) || lost.Load() < 2 {
-				t.Errorf("rank %d: %d accepted tokens with %d failed steps, %d without", rank, o.stats.AcceptedTokens, o.stats.FailedSteps, whole[rank].stats.AcceptedTokens)
-			}
-			if o.stats.DraftPasses >= spec*o.stats.Steps || o.stats.DraftPasses <= o.stats.Steps {
-				t.Errorf("rank %d: %d draft passes in %d steps", rank, o.stats.DraftPasses, o.stats.Steps)
-			}
-		}
-	})
-}
-
 // absent is a coordinator whose rank stays away from some steps until the others have given up.
 type absent struct {
 	fwd.Coordinator
@@ -506,10 +519,15 @@ func (c absent) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 		return c.Coordinator.Exchange(ctx, v)
 	}
 	<-ctx.Done()
-	return nil, &fwd.RankError{Err: fmt.Errorf("%w: %w", fwd.ErrRankMissing, context.Cause(ctx)), Step: v.Step, Ranks: []int{c.Rank()}}
+	return nil, &fwd.RankError{
+		Err:   fmt.Errorf("%w: %w", fwd.ErrRankMissing, context.Cause(ctx)),
+		Step:  v.Step,
+		Ranks: []int{c.Rank()},
+	}
 }
 
-// TestFinished: each result is handed out once, when it is complete, and an error from there ends the run.
+// TestFinished: each result is handed out once, when it is complete, and an error from there ends
+// the run.
 func TestFinished(t *testing.T) {
 	full := errors.New("disk full")
 	for _, dp := range []int{1, 3} {
@@ -548,14 +566,19 @@ func TestBadProcess(t *testing.T) {
 		cfg  Config
 		want string
 	}{
-		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1], Finish: group[1]}}, "engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0]}}, "engine: Process: Finish is missing"},
-		{Config{DataParallelSize: 2, Process: &Process{Finish: group[0]}}, "engine: Process: Target is missing"},
-		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: Draft is missing"},
-		{Config{DataParallelSize: 3, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Finish: group[1]}}, "engine: Process: Finish is of rank 1 of 2, want rank 0 of 2"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Finish: group[0], Rejoin: -1}}, "engine: Process: Rejoin is -1ns"},
-		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0], Finish: group[0]}}, "engine: Process: 2 coordinators and 0 draft coordinators beside it"},
+		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1]}},
+			"engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Target is missing"},
+		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0]}},
+			"engine: Process: Draft is missing"},
+		{Config{DataParallelSize: 3, Process: &Process{Target: group[0]}},
+			"engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[1]}},
+			"engine: Process: Target is of rank 1 of 2, want rank 0 of 2"},
+		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Rejoin: -1}},
+			"engine: Process: Rejoin is -1ns"},
+		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0]}},
+			"engine: Process: 2 coordinators and 0 draft coordinators beside it"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.cfg.Process, err, c.want)

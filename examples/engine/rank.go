@@ -2,8 +2,11 @@ package engine
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"time"
 
+	"github.com/forwardctx/fwd"
 	"go.opentelemetry.io/otel/trace"
 	"gonum.org/v1/gonum/mat"
 )
@@ -16,72 +19,129 @@ type rank struct {
 	target    *instance
 	draft     *instance // nil: no speculative decoding
 	figures   figures
-
-	turn   int       // of serve, from one
-	agreed uint64    // the number of the last step, the same on all ranks; 0: none was agreed on
-	lost   bool      // an exchange has failed, and where the other ranks are now is not known
-	since  time.Time // when exchanges began to fail; zero: the last step went well
+	missing   time.Time // when exchanges began to fail; zero: the last one went well
 }
 
-// warmUp gets a rank ready to serve.
+// serve is the life of a rank. It warms up, and then takes steps until the ranks agree to stop.
+//
+// If ranks turn out to be out of step, one of them may have been restarted, and have no graphs yet.
+// Then all of them warm up again, which costs those that have their graphs no more than a few dummy
+// passes.
+func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
+	defer func() { r.figures.ended = time.Now() }()
+	ready, more := false, true
+	for more {
+		var err error
+		if ready {
+			more, err = r.step(ctx, interrupt)
+		} else {
+			err = r.warmUp(ctx)
+			ready = err == nil
+		}
+		if err != nil {
+			if err := r.missed(ctx, err); err != nil {
+				return err
+			}
+			ready = ready && !errors.Is(err, fwd.ErrLockstep)
+		}
+	}
+	return nil
+}
+
+// warmUp captures all graphs, together with the other ranks.
 func (r *rank) warmUp(ctx context.Context) error {
 	ctx, span := r.engine.tracer().Start(ctx, "warm-up", trace.WithNewRoot())
 	defer span.End()
-	if err := r.target.warmUp(ctx); err != nil || r.draft == nil {
-		return err
-	}
-	return r.draft.warmUp(ctx)
-}
-
-// serve takes steps for as long as the ranks take steps.
-func (r *rank) serve(ctx context.Context, gate gate) error {
-	for r.turn = 1; ; r.turn++ {
-		runs, err := gate.next(ctx, r)
-		if err != nil || !runs {
-			return err
-		}
-		if err := r.step(ctx); err != nil {
+	began := time.Now()
+	for _, in := range r.instances() {
+		if err := in.warmUp(ctx); err != nil {
 			return err
 		}
 	}
+	if r.figures.began.IsZero() { // the first time: requests arrive from now on
+		r.figures.began = time.Now()
+		r.figures.warmUp = r.figures.began.Sub(began)
+		r.scheduler.open(r.figures.began, r.engine.arrival)
+	}
+	return nil
 }
 
-// step is one step of the engine on one rank. Where the ranks don't come together for it nothing has happened: what was
-// scheduled will be again.
-func (r *rank) step(ctx context.Context) error {
-	step := r.scheduler.schedule(time.Now())
-	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
-		return nil // nobody waits for a dummy pass
+// instances returns the rank's models.
+func (r *rank) instances() []*instance {
+	if r.draft == nil {
+		return []*instance{r.target}
 	}
-	pass, batch, err := r.target.plan(ctx, step, r.engine.config.BlockSize)
+	return []*instance{r.target, r.draft}
+}
+
+// step is one step of the engine on one rank. It returns false if the ranks have agreed to stop. If
+// the ranks don't come together, nothing has happened: what was scheduled will be scheduled again.
+func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
+	now := time.Now()
+	step := r.scheduler.schedule(now)
+	own := r.note(now, interrupt)
+	pass, err := r.plan(ctx, step, own)
 	if err != nil {
-		return r.missed(ctx, err)
+		return true, err
 	}
-	r.since = time.Time{}
-	if pass.Agreement != nil {
-		r.agreed = pass.Agreement.Step
+	r.missing = time.Time{}
+	all := notesOf(pass.Agreement, own)
+	if stop := all.stopping(); stop >= 0 {
+		return false, r.interrupted(stop, own)
 	}
+	if !all.unfinished() {
+		return false, nil
+	}
+	if idle := all.idle(); idle > 0 {
+		sleep(ctx, interrupt, idle)
+		return true, nil
+	}
+	return true, r.run(ctx, &pass, step)
+}
+
+// note returns what this rank has to say with its vote.
+func (r *rank) note(now time.Time, interrupt <-chan struct{}) note {
+	n := note{
+		unfinished: r.scheduler.unfinished() > 0,
+		idle:       r.scheduler.idle(now, r.engine.config.longestSleep()),
+	}
+	select {
+	case <-interrupt:
+		n.stop = true
+	default:
+	}
+	return n
+}
+
+// plan agrees with the other ranks on the step. A rank that is alone and has nothing to do agrees
+// with nobody, and has no pass.
+func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, error) {
+	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
+		return fwd.Pass{}, nil
+	}
+	schedule := scheduleOf(step)
+	schedule.Note = own.word()
+	return r.target.runner.Plan(ctx, schedule)
+}
+
+// run runs the pass of a step. Everything that follows from the model's output happens inside the
+// pass, so that the passes of the draft model are nested in it.
+func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled) error {
+	batch := r.target.newBatch(pass, step)
 	var leftOut int
 	pass.Links, leftOut = r.links(ctx, step)
-	began := time.Now()
-	err = r.target.runner.Run(ctx, pass, func(ctx context.Context) error {
+	return r.target.runner.Run(ctx, *pass, func(ctx context.Context) error {
 		noteLeftOut(ctx, leftOut)
 		hidden, err := r.target.executor.Forward(ctx, batch.tokens)
 		if err != nil {
 			return err
 		}
 		r.advance(step)
-		if err := r.sample(batch.sample, hidden); err != nil {
+		if err := r.sample(batch.toVerify(step), hidden); err != nil {
 			return err
 		}
-		return r.propose(ctx, step)
+		return r.propose(ctx, step, pass.Agreement)
 	})
-	if err != nil {
-		return err
-	}
-	r.figures.forward += time.Since(began)
-	r.figures.count(&pass)
-	return nil
 }
 
 // advance notes that the tokens of a step are in the KV cache now.
@@ -125,4 +185,44 @@ func (r *rank) finish(seq *sequence) error {
 		return finished(*seq.result)
 	}
 	return nil
+}
+
+// interrupted is how a rank stops because of an interrupt. It is an error if another process was
+// interrupted, and this one has requests left.
+func (r *rank) interrupted(by int, own note) error {
+	if r.engine.config.Process == nil || own.stop || !own.unfinished {
+		return nil
+	}
+	return fmt.Errorf("%w with rank %d", ErrInterrupted, by)
+}
+
+// missed decides what a failed exchange means. It returns nil if the rank tries again, and err if
+// the run is over.
+func (r *rank) missed(ctx context.Context, err error) error {
+	if !isRankError(err) || ctx.Err() != nil {
+		return err
+	}
+	r.figures.failed++
+	if r.missing.IsZero() {
+		r.missing = time.Now()
+	}
+	if p := r.engine.config.Process; p == nil || time.Since(r.missing) >= p.Rejoin {
+		return err
+	}
+	sleep(ctx, nil, retryPause)
+	return nil
+}
+
+// retryPause keeps a rank from asking in a busy loop if every answer is an error immediately.
+const retryPause = 10 * time.Millisecond
+
+// sleep waits for so long, or until ctx ends or interrupt is closed.
+func sleep(ctx context.Context, interrupt <-chan struct{}, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-interrupt:
+	case <-ctx.Done():
+	}
 }

@@ -16,7 +16,8 @@ type Request struct {
 	Adapter   int           // LoRA adapter, from 1, or model.NoAdapter
 }
 
-// length is the number of tokens that end up in the KV cache: the last generated one is never fed back.
+// length is the number of tokens that end up in the KV cache: the last generated one is never fed
+// back.
 func (r *Request) length() int { return len(r.Prompt) + r.MaxTokens - 1 }
 
 // Result is what became of a request.
@@ -34,14 +35,13 @@ type sequence struct {
 	blockTable []int
 	computed   int   // tokens whose keys and values are in the cache
 	drafts     []int // guesses at the tokens after the known ones, not verified yet
-	drafted    int   // tokens whose keys and values are in the draft model's cache
 	span       trace.Span
 	arrived    time.Time
 	scheduled  time.Time // first
 	firstToken time.Time
 }
 
-// token returns the token at a position of prompt, answer and guesses.
+// token returns the token at a position of prompt, answer and guesses, and 0 after them.
 func (s *sequence) token(position int) int {
 	for _, part := range [...][]int{s.request.Prompt, s.result.Tokens} {
 		if position < len(part) {
@@ -49,24 +49,29 @@ func (s *sequence) token(position int) int {
 		}
 		position -= len(part)
 	}
-	return s.drafts[position]
+	if position < len(s.drafts) {
+		return s.drafts[position]
+	}
+	return 0
 }
 
 // known is the number of tokens of prompt and answer.
 func (s *sequence) known() int { return len(s.request.Prompt) + len(s.result.Tokens) }
 
-// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and the guesses after it.
+// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and
+// the guesses after it.
 func (s *sequence) pending() int { return s.known() + len(s.drafts) - s.computed }
 
 // scheduled is a sequence's part of one step.
 type scheduled struct {
 	seq          *sequence
-	first, count int // tokens
+	first, count int  // tokens
+	still        bool // its rows are there to be counted, and are written nowhere
 }
 
-// scheduler decides what a rank computes in each step: continuous batching with chunked prefill. Sequences join and leave
-// the batch at any step, and a long prompt is computed over several steps beside the decoding of others, because every
-// step has a budget of tokens.
+// scheduler decides what a rank computes in each step: continuous batching with chunked prefill.
+// Sequences join and leave the batch at any step, and a long prompt is computed over several steps
+// beside the decoding of others, because every step has a budget of tokens.
 type scheduler struct {
 	waiting []*sequence // by arrival
 	running []*sequence // by admission
@@ -76,15 +81,22 @@ type scheduler struct {
 	drafts  int // guesses that a sequence may have beyond its last token
 }
 
-// schedule returns the next step: first what is running, so that no admitted request starves, then new ones that have
-// arrived. It returns nothing when the rank is idle.
+// open says when serving begins, and so when each request arrives.
+func (s *scheduler) open(began time.Time, arrival func(*Request) time.Duration) {
+	for _, seq := range s.waiting {
+		seq.arrived = began.Add(arrival(seq.request))
+	}
+}
+
+// schedule returns the next step: first what is running, so that no admitted request starves, then
+// new ones that have arrived. It returns nothing when the rank is idle.
 func (s *scheduler) schedule(now time.Time) []scheduled {
 	var batch []scheduled
 	budget := s.budget
 	take := func(seq *sequence) {
 		count := min(seq.pending(), budget)
 		budget -= count
-		batch = append(batch, scheduled{seq, seq.computed, count})
+		batch = append(batch, scheduled{seq: seq, first: seq.computed, count: count})
 	}
 	for _, seq := range s.running {
 		if budget > 0 {

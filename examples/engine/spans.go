@@ -13,9 +13,9 @@ const scopeName = "github.com/forwardctx/fwd/examples/engine"
 // maxLinks is how many requests a pass's span can link to.
 const maxLinks = 128
 
-// links returns links from a pass to the requests in it. A request's span is a trace of its own, from its arrival to its
-// last token: it takes part in many steps, and a step serves many requests, so neither can be the other's parent. Requests
-// beyond the limit are left out; it says how many.
+// links returns links from a pass to the requests in it. A request's span is a trace of its own,
+// from its arrival to its last token: it takes part in many steps, and a step serves many requests,
+// so neither can be the other's parent. Requests beyond the limit are left out; it says how many.
 func (r *rank) links(ctx context.Context, step []scheduled) (links []trace.Link, leftOut int) {
 	limit := maxLinks
 	if r.engine.config.StepTrace && trace.SpanContextFromContext(ctx).IsValid() {
@@ -44,12 +44,11 @@ func noteLeftOut(ctx context.Context, leftOut int) {
 }
 
 func (r *rank) startSpan(s *sequence) trace.Span {
-	_, span := r.engine.tracer().Start(context.Background(), "request", trace.WithNewRoot(), trace.WithTimestamp(s.arrived),
-		trace.WithAttributes(
-			attribute.Int("engine.request.id", s.request.ID),
-			attribute.Int("engine.request.rank", r.rank),
-			attribute.Int("engine.request.prompt_tokens", len(s.request.Prompt)),
-		))
+	_, span := r.engine.tracer().
+		Start(context.Background(), "request", trace.WithNewRoot(), trace.WithTimestamp(s.arrived),
+			trace.WithAttributes(attribute.Int("engine.request.id", s.request.ID),
+				attribute.Int("engine.request.rank", r.rank),
+				attribute.Int("engine.request.prompt_tokens", len(s.request.Prompt))))
 	return span
 }
 
@@ -64,7 +63,9 @@ func (s *sequence) endSpan() {
 		attribute.Float64("engine.request.queue_time", s.scheduled.Sub(s.arrived).Seconds()),
 	)
 	if !s.firstToken.IsZero() {
-		s.span.SetAttributes(attribute.Float64("engine.request.time_to_first_token", s.firstToken.Sub(s.arrived).Seconds()))
+		s.span.SetAttributes(
+			attribute.Float64("engine.request.time_to_first_token", s.firstToken.Sub(s.arrived).Seconds()),
+		)
 	}
 	s.span.End()
 	s.span = nil

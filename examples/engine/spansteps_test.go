@@ -1,3 +1,5 @@
+// What the spans of a run say of its steps, microbatches and figures.
+
 package engine
 
 import (
@@ -16,88 +18,168 @@ func (v *spanView) checkSteps() {
 		}
 		return
 	}
+	last := 0
 	traces := map[trace.TraceID]int{}
-	for n, s := range v.steps("") {
+	for at, s := range v.steps("") {
 		root := s.coordinate[0]
+		if at.nth > 0 || slices.Contains(s.coordinate, nil) {
+			v.Errorf("step %v lacks an exchange of some rank, or has one twice", at)
+			continue
+		}
 		if root.Parent().IsValid() {
-			v.Errorf("step %d: rank 0's exchange is under another span", n)
+			v.Errorf("step %v: rank 0's exchange is under another span", at)
 		}
 		if other, ok := traces[root.SpanContext().TraceID()]; ok {
-			v.Errorf("steps %d and %d are one trace", n, other)
+			v.Errorf("steps %v and %d are one trace", at, other)
 		}
-		traces[root.SpanContext().TraceID()] = n
-		v.checkStep(n, s)
+		traces[root.SpanContext().TraceID()] = at.step
+		if s.forward[0] == nil {
+			last++ // all ranks were idle, and nothing was left
+		} else if v.checkStep(at, s) {
+			v.checkExchange(at, s)
+		}
 	}
+	if last != 1 {
+		v.Errorf("%d steps without passes, want the last one", last)
+	}
+	v.checkDrafts(len(traces) - last)
+}
+
+// checkDrafts checks the passes of the draft model in so many steps. They are in the pass of their
+// rank.
+func (v *spanView) checkDrafts(steps int) {
 	drafts := v.steps("draft")
-	for n, s := range drafts {
-		parent := v.spans[s.coordinate[0].Parent().SpanID()]
-		if parent == nil || parent.Name() != "fwd.forward" || parent.text("fwd.name") != "" || parent.int("fwd.dp.rank") != 0 || !s.coordinate[0].isChildOf(parent) {
-			v.Errorf("draft step %d is not under a pass of rank 0's target", n)
+	for at, s := range drafts {
+		if !v.checkStep(at, s) {
+			continue
 		}
-		v.checkStep(n, s)
+		for rank, pass := range s.forward {
+			parent := v.spans[pass.Parent().SpanID()]
+			if parent == nil || parent.Name() != "fwd.forward" || parent.text("fwd.name") != "" ||
+				!pass.isChildOf(parent) || parent.int("fwd.dp.rank") != rank || parent.int("fwd.step") != at.step {
+				v.Errorf("draft pass %v of rank %d is not under the pass of its target", at, rank)
+			}
+		}
 	}
-	if want := len(traces) * v.engine.config.NumSpeculativeTokens; len(drafts) != want {
-		v.Errorf("%d draft steps in %d steps, want %d", len(drafts), len(traces), want)
+	if want := steps * v.engine.config.NumSpeculativeTokens; len(drafts) != want {
+		v.Errorf("%d draft passes of each rank in %d steps, want %d", len(drafts), steps, want)
 	}
 }
 
-// checkStep recomputes the agreement of a step from what each rank brought to it.
-func (v *spanView) checkStep(n int, s *step) {
-	first := s.forward[0]
-	largest, largestRank, fewest := 0, 0, first.int("fwd.num_tokens_unpadded")
+// agreed is what follows from what the ranks have brought to a step. Those with something to run
+// decide.
+type agreed struct {
+	largest, largestRank, fewest int  // tokens: after and before graph padding
+	lowestRank                   int  // that lowered the mode of another; -1: none
+	ubatches                     int  // 0: not split
+	padded                       bool // to the largest
+}
+
+func (v *spanView) agree(s *step) agreed {
+	a := agreed{largestRank: -1, lowestRank: -1}
 	lowered, lowest := false, -1
 	for rank, pass := range s.forward {
-		if padded := pass.graphPadded(); padded > largest {
-			largest, largestRank = padded, rank
+		if pass.bool("fwd.dummy") {
+			continue
 		}
-		fewest = min(fewest, pass.int("fwd.num_tokens_unpadded"))
+		if a.largestRank < 0 {
+			a.fewest = pass.int("fwd.num_tokens_unpadded")
+		}
+		if padded := pass.graphPadded(); padded > a.largest {
+			a.largest, a.largestRank = padded, rank
+		}
+		a.fewest = min(a.fewest, pass.int("fwd.num_tokens_unpadded"))
 		if pass.text("fwd.graph.reason") == "dp_rank" {
 			lowered = true
 		} else if lowest < 0 {
 			lowest = rank
 		}
 	}
-	if !lowered {
-		lowest = -1
+	if lowered {
+		a.lowestRank = lowest
 	}
-	ubatches, padded := v.agreedUBatches(s, largest, fewest)
+	a.ubatches = v.agreedUBatches(s, a.largest, a.fewest)
+	a.padded = a.ubatches > 0 || s.forward[0].text("fwd.graph.mode") != "NONE"
+	if !a.padded {
+		a.largest, a.largestRank = 0, 0
+		for rank, pass := range s.forward {
+			if padded := pass.graphPadded(); padded > a.largest {
+				a.largest, a.largestRank = padded, rank
+			}
+		}
+	}
+	return a
+}
+
+// checkStep recomputes the agreement of a step from what each rank brought to it. It reports
+// whether all ranks have a pass.
+func (v *spanView) checkStep(at place, s *step) bool {
+	if slices.Contains(s.forward, nil) {
+		v.Errorf("step %v lacks a pass of some rank", at)
+		return false
+	}
+	first, agreed := s.forward[0], v.agree(s)
 	for rank, pass := range s.forward {
 		bad := func(format string, args ...any) {
 			v.Helper()
-			v.Errorf("step %d, rank %d of %v with %v: "+format, append([]any{n, rank, s.text(), pass.Attributes()}, args...)...)
+			v.Errorf(
+				"step %v, rank %d of %v with %v: "+format,
+				append([]any{at, rank, s.text(), pass.Attributes()}, args...)...)
 		}
 		if pass.text("fwd.graph.mode") != first.text("fwd.graph.mode") {
 			bad("rank 0 runs in another mode")
 		}
 		want := pass.graphPadded()
-		if padded || pass.text("fwd.graph.mode") != "NONE" {
-			want = largest
+		if agreed.padded {
+			want = agreed.largest
 		}
 		if pass.int("fwd.num_tokens") != want {
 			bad("want %d tokens", want)
 		}
-		if pass.int("fwd.ubatches") != ubatches {
-			bad("want %d microbatches", ubatches)
+		if pass.int("fwd.ubatches") != agreed.ubatches {
+			bad("want %d microbatches", agreed.ubatches)
 		}
-		for _, span := range []*span{pass, s.coordinate[rank]} {
-			if span.int("fwd.dp.max_tokens_rank") != largestRank || span.has("fwd.dp.lowest_mode_rank") != lowered || (lowered && span.int("fwd.dp.lowest_mode_rank") != lowest) {
-				bad("%s: want max_tokens_rank %d, lowest_mode_rank %d", span.Name(), largestRank, lowest)
-			}
+		if pass.int("fwd.dp.max_tokens") != agreed.largest {
+			bad("want max_tokens %d", agreed.largest)
 		}
-		if !pass.isChildOf(s.coordinate[0]) || (rank > 0 && !s.coordinate[rank].isChildOf(s.coordinate[0])) {
+		v.checkRanks(s, pass, agreed, bad)
+	}
+	return true
+}
+
+// checkRanks checks whom a span names. In a split pass the reasons don't say who lowered whose
+// mode.
+func (v *spanView) checkRanks(s *step, span *span, agreed agreed, bad func(format string, args ...any)) {
+	if span.int("fwd.dp.max_tokens_rank") != agreed.largestRank {
+		bad("%s: want max_tokens_rank %d", span.Name(), agreed.largestRank)
+	}
+	if slices.Contains(s.text(), "ubatch") {
+		return
+	}
+	lowest := -1
+	if span.has("fwd.dp.lowest_mode_rank") {
+		lowest = span.int("fwd.dp.lowest_mode_rank")
+	}
+	if lowest != agreed.lowestRank {
+		bad("%s: want lowest_mode_rank %d", span.Name(), agreed.lowestRank)
+	}
+}
+
+// checkExchange checks the exchange of a step, and how its spans hang together.
+func (v *spanView) checkExchange(at place, s *step) {
+	agreed := v.agree(s)
+	for rank, exchange := range s.coordinate {
+		bad := func(format string, args ...any) {
+			v.Helper()
+			v.Errorf("step %v, rank %d: "+format, append([]any{at, rank}, args...)...)
+		}
+		v.checkRanks(s, exchange, agreed, bad)
+		pass := s.forward[rank]
+		if !pass.isChildOf(s.coordinate[0]) || (rank > 0 && !exchange.isChildOf(s.coordinate[0])) {
 			bad("the spans are not under rank 0's exchange")
 		}
-		if s.coordinate[rank].EndTime().After(pass.StartTime()) {
+		if exchange.EndTime().After(pass.StartTime()) {
 			bad("the pass started before the ranks had agreed")
-		}
-	}
-	tokens := make([]int, v.dp)
-	for rank, pass := range s.forward {
-		tokens[rank] = pass.int("fwd.num_tokens")
-	}
-	for _, pass := range s.forward {
-		if pass.int("fwd.dp.max_tokens") != slices.Max(tokens) {
-			v.Errorf("step %d: max_tokens is %d of %v", n, pass.int("fwd.dp.max_tokens"), tokens)
 		}
 	}
 }
@@ -110,31 +192,26 @@ func (s *step) text() (text []string) {
 	return text
 }
 
-// agreedUBatches returns into how many microbatches a step is split, 0 for none, and whether the ranks are padded for it.
-// Where a decoding request brings guesses, the spans don't tell which batches are uniform: then it follows the first pass.
-func (v *spanView) agreedUBatches(s *step, largest, fewest int) (n int, padded bool) {
-	b, queryLen := v.blueprint(s.forward[0])
-	n = b.parallel.NumUBatches
+// agreedUBatches returns into how many microbatches a step is split, 0 for none.
+func (v *spanView) agreedUBatches(s *step, largest, fewest int) int {
+	b, _ := v.blueprint(s.forward[0])
+	n := b.parallel.NumUBatches
 	if n < 2 {
-		return 0, false
-	}
-	if queryLen > 1 {
-		n = s.forward[0].int("fwd.ubatches")
-		return n, n > 0
+		return 0
 	}
 	for _, pass := range s.forward {
-		threshold, tokens := v.engine.config.PrefillUBatchThreshold, pass.int("fwd.num_tokens_unpadded")
-		if tokens == pass.int("fwd.num_reqs") {
+		threshold := v.engine.config.PrefillUBatchThreshold
+		if pass.text("fwd.phase") == "decode" {
 			threshold = v.engine.config.DecodeUBatchThreshold
 		}
-		if tokens < threshold {
-			return 0, false
+		if !pass.bool("fwd.dummy") && pass.int("fwd.num_tokens_unpadded") < threshold {
+			return 0
 		}
 	}
 	if largest/n*(n-1) >= fewest {
-		return 0, false
+		return 0
 	}
-	return n, true
+	return n
 }
 
 // checkMicrobatches: the microbatches of a pass are its tokens, each once.
@@ -142,7 +219,8 @@ func (v *spanView) checkMicrobatches() {
 	parts := map[trace.SpanID][]*span{}
 	for _, u := range v.named("fwd.ubatch") {
 		pass := v.spans[u.Parent().SpanID()]
-		if pass == nil || pass.Name() != "fwd.forward" || !u.isChildOf(pass) || u.StartTime().Before(pass.StartTime()) || u.EndTime().After(pass.EndTime()) {
+		if pass == nil || pass.Name() != "fwd.forward" || !u.isChildOf(pass) ||
+			u.StartTime().Before(pass.StartTime()) || u.EndTime().After(pass.EndTime()) {
 			v.Errorf("a microbatch with %v is not in a pass", u.Attributes())
 			continue
 		}
@@ -199,7 +277,8 @@ func (v *spanView) checkFigures(stats *Stats) {
 		if err := mode.UnmarshalText([]byte(s.text("fwd.graph.mode"))); err != nil {
 			v.Error(err)
 		}
-		graphs := map[fwd.GraphMode]int{fwd.GraphFull: 1, fwd.GraphPiecewise: len(b.model.Weights().Layers) + 1}[mode]
+		graphs := map[fwd.GraphMode]int{fwd.GraphFull: 1,
+			fwd.GraphPiecewise: len(b.model.Weights().Layers) + 1}[mode]
 		if s.int("fwd.ubatches") > 0 {
 			graphs = 0
 		}
@@ -212,7 +291,7 @@ func (v *spanView) checkFigures(stats *Stats) {
 			got.DraftPasses++
 		default:
 			got.Modes[mode]++
-			for reason := fwd.ReasonUnknown; reason <= fwd.ReasonDPRank; reason++ {
+			for reason := fwd.ReasonUnknown; reason <= fwd.ReasonUBatch; reason++ {
 				if reason.String() == s.text("fwd.graph.reason") {
 					got.Passes[reason]++
 				}
@@ -232,9 +311,11 @@ func (v *spanView) checkFigures(stats *Stats) {
 			v.Errorf("%d warm-up passes of one rank for the same graph: %v", n, set)
 		}
 	}
-	if got.Captures != stats.Captures || got.Replays != stats.Replays || got.DraftPasses != stats.DraftPasses || got.DummyPasses != stats.DummyPasses ||
-		got.SplitPasses != stats.SplitPasses || got.GraphPadding != stats.GraphPadding || got.DataPadding != stats.DataPadding ||
-		!equalCounts(got.Modes, stats.Modes) || !equalCounts(got.Passes, stats.Passes) {
+	if got.Captures != stats.Captures || got.Replays != stats.Replays || got.DraftPasses != stats.DraftPasses ||
+		got.DummyPasses != stats.DummyPasses ||
+		got.SplitPasses != stats.SplitPasses || got.GraphPadding != stats.GraphPadding ||
+		got.DataPadding != stats.DataPadding || !equalCounts(got.Modes, stats.Modes) ||
+		!equalCounts(got.Passes, stats.Passes) {
 		v.Errorf("the spans say %+v, the figures %+v", got, *stats)
 	}
 	if passes := len(v.named("fwd.forward")); passes == 0 || len(v.named("request")) != stats.Requests {

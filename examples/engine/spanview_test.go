@@ -1,3 +1,5 @@
+// Recorded spans that are easy to ask, and what each pass must say of itself.
+
 package engine
 
 import (
@@ -39,7 +41,8 @@ func (s *span) id() trace.SpanID { return s.SpanContext().SpanID() }
 
 // isChildOf reports whether parent is the span's parent, in one trace.
 func (s *span) isChildOf(parent *span) bool {
-	return parent != nil && s.Parent().SpanID() == parent.id() && s.SpanContext().TraceID() == parent.SpanContext().TraceID()
+	return parent != nil && s.Parent().SpanID() == parent.id() &&
+		s.SpanContext().TraceID() == parent.SpanContext().TraceID()
 }
 
 // graphPadded is the token count after graph padding.
@@ -64,7 +67,7 @@ func (v *spanView) read(recorded []sdktrace.ReadOnlySpan) {
 	}
 	for _, s := range v.all {
 		parent := v.spans[s.Parent().SpanID()]
-		s.warmUp = parent != nil && parent.Name() == "warm-up"
+		s.warmUp = v.isUnder(s, "warm-up")
 		if s.Parent().IsValid() && parent == nil {
 			v.Errorf("%s has a parent that is not there", s.Name())
 		}
@@ -87,9 +90,10 @@ func (v *spanView) blueprint(s *span) (b *blueprint, queryLen int) {
 }
 
 // captureSize returns the size of the smallest graph that holds so many tokens; 0: there is none.
-func captureSize(tokens, queryLen int) int {
+func (v *spanView) captureSize(tokens, queryLen int) int {
+	largest := max(maxCapture, (1+v.engine.config.NumSpeculativeTokens)*v.engine.config.MaxNumSeqs)
 	for _, size := range []int{1, 2, 4, 8, 16, 24, 32, 40, 48, 56, 64} {
-		if size += (queryLen - size%queryLen) % queryLen; size >= tokens && size <= maxCapture {
+		if size += (queryLen - size%queryLen) % queryLen; size >= tokens && size <= largest {
 			return size
 		}
 	}
@@ -100,7 +104,8 @@ func captureSize(tokens, queryLen int) int {
 func (v *spanView) checkPasses() {
 	for _, s := range v.named("fwd.forward") {
 		if s.warmUp {
-			if !s.bool("fwd.dummy") || s.text("fwd.graph.reason") != "unknown" || s.text("fwd.graph.mode") == "NONE" || s.has("fwd.step") {
+			if !s.bool("fwd.dummy") || s.text("fwd.phase") != warmUpPhase || s.text("fwd.graph.mode") == "NONE" ||
+				s.has("fwd.step") != (v.dp > 1) {
 				v.Errorf("a warm-up pass with %v", s.Attributes())
 			}
 			continue
@@ -110,47 +115,63 @@ func (v *spanView) checkPasses() {
 			v.Errorf("pass with %v: "+format, append([]any{s.Attributes()}, args...)...)
 		}
 		_, queryLen := v.blueprint(s)
-		mode, reason := s.text("fwd.graph.mode"), s.text("fwd.graph.reason")
 		unpadded, tokens := s.int("fwd.num_tokens_unpadded"), s.int("fwd.num_tokens")
-		if unpadded < 1 || s.int("fwd.padding.graph") < 0 || s.int("fwd.padding.dp") < 0 || s.graphPadded()+s.int("fwd.padding.dp") != tokens {
+		if unpadded < 1 || s.int("fwd.padding.graph") < 0 || s.int("fwd.padding.dp") < 0 ||
+			s.graphPadded()+s.int("fwd.padding.dp") != tokens {
 			bad("the padding is not what is between %d and %d tokens", unpadded, tokens)
 		}
-		size := captureSize(unpadded, queryLen)
-		switch reason {
-		case "exact":
-			if mode != "FULL" || s.graphPadded() != size || !s.bool("fwd.batch.uniform") || s.int("fwd.batch.num_reqs")*queryLen != tokens ||
-				s.int("fwd.num_reqs")*queryLen != unpadded || !v.engine.config.GraphMode.SeparateRoutine() {
-				bad("not a decode batch in the graph of %d tokens", size)
-			}
-		case "relaxed":
-			if mode != v.engine.config.GraphMode.MixedMode().String() || mode == "NONE" || s.graphPadded() != size || s.bool("fwd.batch.uniform") || s.has("fwd.batch.num_reqs") {
-				bad("not in the graph of %d tokens for any batch", size)
-			}
-		case "dp_rank":
-			if mode == "FULL" || s.graphPadded() != size || v.dp == 1 {
-				bad("lowered from a graph of %d tokens", size)
-			}
-		case "too_large":
-			if mode != "NONE" || size != 0 || s.graphPadded() != unpadded {
-				bad("there is a graph of %d tokens", size)
-			}
-		case "no_key":
-			if mode != "NONE" || size == 0 || v.engine.config.GraphMode != fwd.GraphFullDecodeOnly || s.graphPadded() != unpadded {
-				bad("there is a graph for such a batch")
-			}
-		case "disabled":
-			if mode != "NONE" || v.engine.config.GraphMode != fwd.GraphNone || s.graphPadded() != unpadded {
-				bad("graphs are not disabled")
-			}
-		default:
-			bad("a reason that can't be")
-		}
+		v.checkReason(s, queryLen, bad)
 		if s.bool("fwd.dummy") && (s.int("fwd.num_reqs") != 1 || unpadded != queryLen || len(v.served(s)) != 0) {
 			bad("a dummy pass is one request of %d tokens", queryLen)
 		}
 		if s.text("fwd.name") != "draft" && !s.bool("fwd.dummy") {
 			v.checkServed(s, bad)
 		}
+	}
+}
+
+// checkReason checks that the reason of a pass for its graph mode can be.
+func (v *spanView) checkReason(s *span, queryLen int, bad func(format string, args ...any)) {
+	configured, mode := v.engine.config.GraphMode, s.text("fwd.graph.mode")
+	unpadded, tokens := s.int("fwd.num_tokens_unpadded"), s.int("fwd.num_tokens")
+	size, uniform := v.captureSize(unpadded, queryLen), s.bool("fwd.batch.uniform")
+	switch s.text("fwd.graph.reason") {
+	case "exact":
+		if mode != "FULL" || s.graphPadded() != size || !uniform || !configured.SeparateRoutine() ||
+			s.int("fwd.batch.num_reqs")*queryLen != tokens || s.int("fwd.num_reqs")*queryLen != unpadded {
+			bad("not a decode batch in the graph of %d tokens", size)
+		}
+	case "relaxed":
+		if mode != configured.MixedMode().String() || mode == "NONE" || s.graphPadded() != size || uniform ||
+			s.has("fwd.batch.num_reqs") {
+			bad("not in the graph of %d tokens for any batch", size)
+		}
+	case "dp_rank":
+		if mode == "FULL" || s.graphPadded() != size || v.dp == 1 {
+			bad("lowered from a graph of %d tokens", size)
+		}
+	case "full_excluded":
+		if mode != "PIECEWISE" || !s.bool("fwd.dummy") || uniform {
+			bad("an idle rank that did not follow the others")
+		}
+	case "ubatch":
+		if mode != "NONE" || s.graphPadded() != size || s.int("fwd.ubatches") == 0 {
+			bad("not split instead of a graph of %d tokens", size)
+		}
+	case "too_large":
+		if mode != "NONE" || size != 0 || s.graphPadded() != unpadded {
+			bad("there is a graph of %d tokens", size)
+		}
+	case "no_key":
+		if mode != "NONE" || size == 0 || configured != fwd.GraphFullDecodeOnly || s.graphPadded() != unpadded {
+			bad("there is a graph for such a batch")
+		}
+	case "disabled":
+		if mode != "NONE" || configured != fwd.GraphNone || s.graphPadded() != unpadded {
+			bad("graphs are not disabled")
+		}
+	default:
+		bad("a reason that can't be")
 	}
 }
 
@@ -180,7 +201,7 @@ func (v *spanView) checkServed(s *span, bad func(format string, args ...any)) {
 	for want != 0 && want&(want-1) != 0 && want < v.adapters+1 {
 		want++ // graphs are for 1, 2, 4, ... and all adapters
 	}
-	if s.text("fwd.graph.mode") == "NONE" {
+	if s.text("fwd.graph.mode") == "NONE" && s.text("fwd.graph.reason") != "ubatch" {
 		want = 0
 	}
 	if got := s.int("fwd.batch.num_active_loras"); got != want {
@@ -188,45 +209,49 @@ func (v *spanView) checkServed(s *span, bad func(format string, args ...any)) {
 	}
 }
 
-// step is the passes and the exchanges of all ranks, by rank, that belong together.
+// step is the passes and the exchanges of all ranks, by rank, that belong together. A pass of the
+// draft has no exchange of its own.
 type step struct{ forward, coordinate []*span }
 
-// steps returns the steps of a model by number.
-func (v *spanView) steps(name string) map[int]*step {
-	steps := map[int]*step{}
-	add := func(s *span, list func(*step) []*span) {
-		n, rank := s.int("fwd.step"), s.int("fwd.dp.rank")
-		if steps[n] == nil {
-			steps[n] = &step{make([]*span, v.dp), make([]*span, v.dp)}
-		}
-		if spans := list(steps[n]); n < 1 || s.int("fwd.dp.size") != v.dp || rank >= v.dp || spans[rank] != nil {
-			v.Errorf("%s of rank %d of %d in step %d, or twice", s.Name(), rank, s.int("fwd.dp.size"), n)
-		} else {
-			spans[rank] = s
-		}
-	}
+// place says which of the passes of a step one is: the first, but for those of the draft.
+type place struct{ step, nth int }
+
+// steps returns the steps of a model.
+func (v *spanView) steps(name string) map[place]*step {
+	steps := map[place]*step{}
 	for _, s := range v.all {
 		switch {
 		case s.warmUp:
 		case s.Name() == "fwd.forward" && s.text("fwd.name") == name:
-			add(s, func(s *step) []*span { return s.forward })
-		case s.Name() == "fwd.coordinate" && v.isDraft(s) == (name == "draft"):
-			add(s, func(s *step) []*span { return s.coordinate })
-		}
-	}
-	for n, s := range steps {
-		if slices.Contains(s.forward, nil) || slices.Contains(s.coordinate, nil) {
-			v.Errorf("step %d of model %q lacks a pass or an exchange of some rank", n, name)
-			delete(steps, n)
+			v.add(steps, s, func(s *step) []*span { return s.forward })
+		case s.Name() == "fwd.coordinate" && name == "":
+			v.add(steps, s, func(s *step) []*span { return s.coordinate })
 		}
 	}
 	return steps
 }
 
-// isDraft reports whether a coordinate span is of the draft model: it is under a pass.
-func (v *spanView) isDraft(s *span) bool {
+// add adds a span to the first place in which its rank has none.
+func (v *spanView) add(steps map[place]*step, s *span, list func(*step) []*span) {
+	rank := s.int("fwd.dp.rank")
+	at := place{step: s.int("fwd.step")}
+	if at.step < 1 || s.int("fwd.dp.size") != v.dp || rank >= v.dp {
+		v.Errorf("%s of rank %d of %d in step %d", s.Name(), rank, s.int("fwd.dp.size"), at.step)
+		return
+	}
+	for steps[at] != nil && list(steps[at])[rank] != nil {
+		at.nth++
+	}
+	if steps[at] == nil {
+		steps[at] = &step{make([]*span, v.dp), make([]*span, v.dp)}
+	}
+	list(steps[at])[rank] = s
+}
+
+// isUnder reports whether a span is inside another of that name.
+func (v *spanView) isUnder(s *span, name string) bool {
 	for parent := v.spans[s.Parent().SpanID()]; parent != nil; parent = v.spans[parent.Parent().SpanID()] {
-		if parent.Name() == "fwd.forward" {
+		if parent.Name() == name {
 			return true
 		}
 	}

@@ -20,12 +20,13 @@ type Stats struct {
 	DraftPasses                   int // of the draft model, dummy ones included
 	ProposedTokens                int // that the draft model guessed and the target verified
 	AcceptedTokens                int // of these, the right ones that were needed
-	Captures, Replays             int // of graphs: a full pass replays one, a piecewise pass one for each stage of the model
+	Captures, Replays             int // of graphs: a full pass replays one, a piecewise one several
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
 }
 
-// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its votes.
+// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its
+// votes.
 type RankStats struct {
 	Rank    int
 	Votes   time.Duration // waiting for the other ranks' votes, in Plan and at the gate
@@ -33,11 +34,16 @@ type RankStats struct {
 	Forward time.Duration // in passes
 }
 
-func collect(ranks []*rank, requests int, duration time.Duration) Stats {
-	s := Stats{Requests: requests, Duration: duration, Passes: map[fwd.Reason]int{}, Modes: map[fwd.GraphMode]int{}}
+// collect adds up the figures of the ranks of this process.
+func collect(ranks []*rank, requests int) Stats {
+	s := Stats{Requests: requests, Passes: map[fwd.Reason]int{}, Modes: map[fwd.GraphMode]int{}}
 	for _, r := range ranks {
 		f := &r.figures
 		s.Finished += f.finished
+		s.WarmUp = max(s.WarmUp, f.warmUp)
+		if !f.began.IsZero() {
+			s.Duration = max(s.Duration, f.ended.Sub(f.began))
+		}
 		s.Steps = max(s.Steps, f.steps)
 		s.FailedSteps = max(s.FailedSteps, f.failed)
 		s.PromptTokens += f.promptTokens
@@ -55,26 +61,24 @@ func collect(ranks []*rank, requests int, duration time.Duration) Stats {
 		s.DraftPasses += f.draftPasses
 		s.ProposedTokens += f.proposed
 		s.AcceptedTokens += f.accepted
-		own := RankStats{Rank: r.rank, Votes: f.atGate, Forward: f.forward}
-		for _, in := range []*instance{r.target, r.draft} {
-			if in == nil {
-				continue
-			}
+		for _, in := range r.instances() {
 			captures, replays := in.executor.Graphs()
 			s.Captures += captures
 			s.Replays += replays
-			own.Votes += in.coordinator.waited
-			own.Experts += in.experts.waiting()
 		}
-		s.Ranks = append(s.Ranks, own)
+		f.own.Rank = r.rank
+		f.own.Experts /= time.Duration(len(r.target.experts))
+		s.Ranks = append(s.Ranks, f.own)
 	}
 	return s
 }
 
 // figures are what a rank counts while it serves. They are read when it has stopped.
 type figures struct {
-	steps, dummies, split     int
+	began, ended              time.Time // of serving; began is zero until the rank has warmed up
+	warmUp                    time.Duration
 	failed                    int // exchanges
+	steps, dummies, split     int
 	promptTokens, generated   int
 	finished                  int
 	draftPasses               int
@@ -82,24 +86,42 @@ type figures struct {
 	reasons                   map[fwd.Reason]int
 	modes                     map[fwd.GraphMode]int
 	graphPadding, dataPadding int
-	forward, atGate           time.Duration
+	own                       RankStats // the experts' time is that of all workers
 }
 
 func newFigures() figures {
 	return figures{reasons: map[fwd.Reason]int{}, modes: map[fwd.GraphMode]int{}}
 }
 
-// count notes the pass of a step.
-func (f *figures) count(pass *fwd.Pass) {
+// observe notes a pass of the target model, or a failed exchange.
+func (f *figures) observe(rec *fwd.Record) {
+	f.own.Votes += rec.Wait
+	f.own.Experts += rec.Waited
+	if rec.Err != nil || rec.Phase == warmUpPhase {
+		return
+	}
+	f.own.Forward += rec.Duration
 	f.steps++
-	if pass.Dummy {
+	if rec.Dummy {
 		f.dummies++
 	}
-	if len(pass.UBatches) > 0 {
+	if rec.UBatches > 0 {
 		f.split++
 	}
-	f.reasons[pass.Reason]++
-	f.modes[pass.GraphMode]++
-	f.graphPadding += pass.NumTokensGraph - pass.NumTokensUnpadded
-	f.dataPadding += pass.NumTokens - pass.NumTokensGraph
+	f.reasons[rec.Reason]++
+	f.modes[rec.GraphMode]++
+	f.graphPadding += rec.NumTokensGraph - rec.NumTokensUnpadded
+	f.dataPadding += rec.NumTokens - rec.NumTokensGraph
 }
+
+// observeDraft does the same with the draft model. Its passes lie inside those of the target.
+func (f *figures) observeDraft(rec *fwd.Record) {
+	f.own.Votes += rec.Wait
+	f.own.Experts += rec.Waited
+	if rec.Err == nil && rec.Phase != warmUpPhase {
+		f.draftPasses++
+	}
+}
+
+// warmUpPhase is what fwd calls the passes of a warm-up.
+const warmUpPhase = "warmup"

@@ -1,3 +1,5 @@
+// Spans and metrics of whole runs, against each other and against the figures.
+
 package engine
 
 import (
@@ -14,8 +16,9 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// TestTelemetry runs the engine and checks what its spans and metrics say against each other, against the figures of the run
-// and against what follows from the requests: what the answers can't show.
+// TestTelemetry runs the engine and checks what its spans and metrics say against each other,
+// against the figures of the run and against what follows from the requests: what the answers can't
+// show.
 func TestTelemetry(t *testing.T) {
 	for _, c := range []struct {
 		cfg      Config
@@ -24,14 +27,17 @@ func TestTelemetry(t *testing.T) {
 		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise}, 3},
 		{Config{DataParallelSize: 4, GraphMode: fwd.GraphFull, SequenceParallel: 2}, 0},
 		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullDecodeOnly}, 0},
-		{Config{DataParallelSize: 2, GraphMode: fwd.GraphPiecewise, NumUBatches: 2, DecodeUBatchThreshold: 3, PrefillUBatchThreshold: 20}, 0},
-		{Config{DataParallelSize: 3, NumUBatches: 3, MaxChunk: 7, DecodeUBatchThreshold: 3, PrefillUBatchThreshold: 20}, 0},
+		{Config{DataParallelSize: 2, GraphMode: fwd.GraphPiecewise, NumUBatches: 2, DecodeUBatchThreshold: 3,
+			PrefillUBatchThreshold: 20}, 0},
+		{Config{DataParallelSize: 3, NumUBatches: 3, MaxChunk: 7, DecodeUBatchThreshold: 3,
+			PrefillUBatchThreshold: 20}, 0},
 		{Config{DataParallelSize: 3, GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2}, 2},
-		{Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, NumUBatches: 2}, 0},
+		{Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, NumUBatches: 2},
+			0},
 		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, NumUBatches: 2}, 2},
 	} {
-		name := fmt.Sprintf("dp=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", max(c.cfg.DataParallelSize, 1), c.cfg.GraphMode,
-			max(c.cfg.NumUBatches, 1), c.cfg.NumSpeculativeTokens, c.adapters)
+		name := fmt.Sprintf("dp=%d/graph=%v/ubatches=%d/spec=%d/loras=%d", max(c.cfg.DataParallelSize, 1),
+			c.cfg.GraphMode, max(c.cfg.NumUBatches, 1), c.cfg.NumSpeculativeTokens, c.adapters)
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			checkTelemetry(t, c.cfg, c.adapters)
@@ -41,8 +47,10 @@ func TestTelemetry(t *testing.T) {
 
 func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 	requests := withAdapters(newRequests(9*max(cfg.DataParallelSize, 1), 25, 9), adapters)
+	requests[0].MaxTokens = 40 // the other ranks are idle in the end
 	for _, r := range []*Request{&requests[1], &requests[2]} {
-		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by two at once.
+		// Too large for any graph, for so long that the other ranks decode meanwhile and are lowered by
+		// two of them.
 		for len(r.Prompt) < 500 {
 			r.Prompt = append(r.Prompt, len(r.Prompt)%256)
 		}
@@ -117,8 +125,8 @@ func (v *spanView) checkSeen() {
 	}
 }
 
-// inPass is middleware that checks what a pass finds in its context, against the attributes of its span. It leaves local sizes
-// in the context: a pass nested in this one must not see them.
+// inPass is middleware that checks what a pass finds in its context, against the attributes of its
+// span. It leaves local sizes in the context: a pass nested in this one must not see them.
 func inPass(t *testing.T, rank int) fwd.Middleware {
 	return func(next fwd.ForwardFunc) fwd.ForwardFunc {
 		return func(ctx context.Context) error {
@@ -135,15 +143,21 @@ func inPass(t *testing.T, rank int) fwd.Middleware {
 			if i, n, ok := fwd.UBatch(ctx); ok {
 				t.Errorf("a pass begins in microbatch %d of %d", i, n)
 			}
-			if s.Name() != "fwd.forward" || fc.NumTokens != s.int("fwd.num_tokens") || fc.NumTokensUnpadded != s.int("fwd.num_tokens_unpadded") ||
-				fc.GraphMode.String() != s.text("fwd.graph.mode") || fc.Dummy != s.bool("fwd.dummy") || len(fc.UBatches) != s.int("fwd.ubatches") ||
-				fc.Batch.NumReqs != s.int("fwd.batch.num_reqs") || fc.Batch.NumActiveLoRAs != s.int("fwd.batch.num_active_loras") ||
-				fc.Batch.Uniform != s.bool("fwd.batch.uniform") || fc.Batch.HasLoRA != (fc.Batch.NumActiveLoRAs > 0) || fc.Batch.NumTokens != fc.NumTokens {
+			if s.Name() != "fwd.forward" || fc.NumTokens != s.int("fwd.num_tokens") ||
+				fc.NumTokensUnpadded != s.int("fwd.num_tokens_unpadded") ||
+				fc.GraphMode.String() != s.text("fwd.graph.mode") || fc.Dummy != s.bool("fwd.dummy") ||
+				len(fc.UBatches) != s.int("fwd.ubatches") ||
+				fc.Batch.NumReqs != s.int("fwd.batch.num_reqs") ||
+				fc.Batch.NumActiveLoRAs != s.int("fwd.batch.num_active_loras") ||
+				fc.Batch.Uniform != s.bool("fwd.batch.uniform") || fc.Batch.HasLoRA != (fc.Batch.NumActiveLoRAs > 0) ||
+				fc.Batch.NumTokens != fc.NumTokens {
 				t.Errorf("span %s with %v in a pass with %+v", s.Name(), s.Attributes(), *fc)
 			}
-			if fc.DP != nil && (fc.DP.Rank() != rank || fc.DP.NumTokens(rank) != fc.NumTokens || fc.DP.MaxTokensAcrossDP() != s.int("fwd.dp.max_tokens")) {
-				t.Errorf("rank %d with DP metadata of rank %d: %d tokens of at most %d, with %v", rank, fc.DP.Rank(), fc.DP.NumTokens(fc.DP.Rank()),
-					fc.DP.MaxTokensAcrossDP(), s.Attributes())
+			if fc.DP != nil &&
+				(fc.DP.Rank() != rank || fc.DP.NumTokens(rank) != fc.NumTokens ||
+					fc.DP.MaxTokensAcrossDP() != s.int("fwd.dp.max_tokens")) {
+				t.Errorf("rank %d with DP metadata of rank %d: %d tokens of at most %d, with %v", rank, fc.DP.Rank(),
+					fc.DP.NumTokens(fc.DP.Rank()), fc.DP.MaxTokensAcrossDP(), s.Attributes())
 			}
 			inner, err := fwd.WithSPLocalSizes(ctx, 1)
 			if err != nil {
@@ -154,7 +168,8 @@ func inPass(t *testing.T, rank int) fwd.Middleware {
 	}
 }
 
-// checkMetrics compares the metrics with the spans and with what the graphs have counted themselves.
+// checkMetrics compares the metrics with the spans and with what the graphs have counted
+// themselves.
 func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 	want := map[string]float64{
 		"fwd.graph.events{capture}": float64(stats.Captures),
@@ -174,8 +189,10 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 				want["fwd.padding{"+kind+"}"] += float64(n)
 			}
 		}
-		want[fmt.Sprintf("fwd.forward.duration{%s %s %s %d}", s.text("fwd.name"), mode, s.text("fwd.graph.reason"), v.bucket(s))]++
+		want[fmt.Sprintf("fwd.forward.duration{%s %s %s %d}", s.text("fwd.name"), mode, s.text("fwd.graph.reason"),
+			v.bucket(s))]++
 	}
+	want["fwd.forward.active{}"] = 0 // no pass is running any more
 	is := map[string]float64{}
 	value := func(set attribute.Set, key attribute.Key) string {
 		value, _ := set.Value(key)
@@ -186,7 +203,8 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 			switch data := m.Data.(type) {
 			case metricdata.Sum[int64]:
 				for _, p := range data.DataPoints {
-					is[m.Name+"{"+value(p.Attributes, "fwd.graph.event")+value(p.Attributes, "fwd.padding.kind")+"}"] += float64(p.Value)
+					is[m.Name+"{"+value(p.Attributes, "fwd.graph.event")+value(p.Attributes,
+						"fwd.padding.kind")+"}"] += float64(p.Value)
 				}
 			case metricdata.Histogram[int64]:
 				for _, p := range data.DataPoints {
@@ -196,7 +214,8 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 				for _, p := range data.DataPoints {
 					name := m.Name
 					if name == "fwd.forward.duration" {
-						name = fmt.Sprintf("%s{%s %s %s %s}", name, value(p.Attributes, "fwd.name"), value(p.Attributes, "fwd.graph.mode"),
+						name = fmt.Sprintf("%s{%s %s %s %s}", name, value(p.Attributes, "fwd.name"),
+							value(p.Attributes, "fwd.graph.mode"),
 							value(p.Attributes, "fwd.graph.reason"), value(p.Attributes, "fwd.batch.bucket"))
 					}
 					is[name] += float64(p.Count)
@@ -216,11 +235,10 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 	}
 }
 
-// bucket returns what fwd.batch.bucket must be: the size of the graph, or the next power of two. Warm-up passes are not
-// dispatched.
+// bucket returns what fwd.batch.bucket must be: the size of the graph, or the next power of two.
 func (v *spanView) bucket(s *span) int {
 	tokens := s.int("fwd.num_tokens")
-	if s.text("fwd.graph.mode") != "NONE" && !s.warmUp {
+	if s.text("fwd.graph.mode") != "NONE" {
 		return tokens
 	}
 	bucket := 1

@@ -1,3 +1,5 @@
+// Spans of steps that are rare: at the thresholds, and with votes of another step.
+
 package engine
 
 import (
@@ -12,19 +14,21 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 )
 
-// TestTelemetryThresholds: both ranks decode 6 requests, then rank 0 has 5, which are enough to split, and then 4, which are
-// not, though rank 1 would.
+// TestTelemetryThresholds: both ranks decode 6 requests, then rank 0 has 5, which are enough to
+// split, and then 4, which are not, though rank 1 would.
 func TestTelemetryThresholds(t *testing.T) {
 	var requests []Request
 	for i := range 12 {
 		requests = append(requests, Request{ID: i, Prompt: []int{i}, MaxTokens: 12})
 	}
 	requests[0].MaxTokens, requests[2].MaxTokens = 4, 8
-	checkTelemetryOf(t, Config{DataParallelSize: 2, NumUBatches: 2, DecodeUBatchThreshold: 5, PrefillUBatchThreshold: 1000}, 0, requests)
+	checkTelemetryOf(t,
+		Config{DataParallelSize: 2, NumUBatches: 2, DecodeUBatchThreshold: 5, PrefillUBatchThreshold: 1000}, 0,
+		requests)
 }
 
-// confused is a coordinator that mixes up steps: once, where two steps in a row have the same votes, it changes those of the
-// later one.
+// confused is a coordinator that mixes up steps: once, when two steps in a row have the same
+// votes, it changes those of the later one.
 type confused struct {
 	fwd.Coordinator
 	mix    func(votes, before []fwd.Vote)
@@ -35,7 +39,8 @@ type confused struct {
 func (c *confused) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	votes, err := c.Coordinator.Exchange(ctx, v)
 	same := slices.EqualFunc(votes, c.before, func(v, w fwd.Vote) bool {
-		return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch && v.GraphMode == w.GraphMode
+		return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch &&
+			v.GraphMode == w.GraphMode
 	})
 	before := c.before
 	c.before = slices.Clone(votes)
@@ -46,8 +51,8 @@ func (c *confused) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error)
 	return votes, err
 }
 
-// TestTelemetryLockstep: a rank that is given votes of another step, or one that it has not cast, stops there, and its span
-// says why. The answers would not show it: what was agreed is the same.
+// TestTelemetryLockstep: a rank that is given votes of another step, or one that it has not cast,
+// stops there, and its span says why. The answers would not show it: what was agreed is the same.
 func TestTelemetryLockstep(t *testing.T) {
 	const rank = 1
 	for name, mix := range map[string]func(votes, before []fwd.Vote){
@@ -69,7 +74,8 @@ func TestTelemetryLockstep(t *testing.T) {
 			}
 			failed := slices.ContainsFunc(recorder.Ended(), func(r sdktrace.ReadOnlySpan) bool {
 				s := newSpan(r)
-				return s.Name() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error && s.text("error.type") == "lockstep"
+				return s.Name() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error &&
+					s.text("error.type") == "lockstep"
 			})
 			if !failed {
 				t.Error("no exchange of the rank failed with lockstep")

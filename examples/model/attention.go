@@ -11,16 +11,17 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// AttnMeta is the attention metadata of one pass, or of one microbatch of it: which rows belong together, and where their
-// past lies. Rows of no sequence are padding; they attend to nothing.
+// AttnMeta is the attention metadata of one pass, or of one microbatch of it: which rows belong
+// together, and where their past lies. Rows of no sequence are padding; they attend to nothing.
 type AttnMeta struct {
 	Positions      []int // of each row in its sequence, so also the number of tokens before it
 	Adapters       []int // LoRA adapter of each row, or NoAdapter; nil: no row has one
 	ActiveAdapters int   // different ones
 	Seqs           []SeqMeta
 
-	// The order of the microbatches of a pass in this layer; nil: there is none before, or after. A request that the split
-	// has cut has rows in both, and the later ones attend to keys and values of the earlier ones.
+	// The order of the microbatches of a pass in this layer; nil: there is none before, or after. A
+	// request that the split has cut has rows in both, and the later ones attend to keys and values of
+	// the earlier ones.
 	After   <-chan struct{} // closed once those of the microbatch before are in the cache
 	Written chan<- struct{} // closed once those of this one are
 }
@@ -37,9 +38,10 @@ type SeqMeta struct {
 // NoSlot in a slot mapping means that the row's keys and values are kept nowhere: padding.
 const NoSlot = -1
 
-// KVCache holds keys and values of one attention layer on one rank, in blocks of BlockSize slots: token p of a sequence lies
-// in slot BlockTable[p/BlockSize]·BlockSize + p%BlockSize. Blocks of one sequence need not be neighbours, so memory is handed
-// out a block at a time and no sequence has to know beforehand how long it gets.
+// KVCache holds keys and values of one attention layer on one rank, in blocks of BlockSize slots:
+// token p of a sequence lies in slot BlockTable[p/BlockSize]·BlockSize + p%BlockSize. Blocks of one
+// sequence need not be neighbours, so memory is handed out a block at a time and no sequence has to
+// know beforehand how long it gets.
 type KVCache struct {
 	BlockSize int
 	Keys      *mat.Dense // slots × width
@@ -68,7 +70,14 @@ type Attention struct {
 }
 
 func newAttention(name string, c Config, w *LayerWeights) *Attention {
-	a := &Attention{Name: name, Heads: c.Heads, Q: projection{weight: w.Q}, K: projection{weight: w.K}, V: projection{weight: w.V}, O: projection{weight: w.O}}
+	a := &Attention{
+		Name:  name,
+		Heads: c.Heads,
+		Q:     projection{weight: w.Q},
+		K:     projection{weight: w.K},
+		V:     projection{weight: w.V},
+		O:     projection{weight: w.O},
+	}
 	for i := range w.Adapters {
 		u := &w.Adapters[i]
 		a.Q.updates, a.K.updates = append(a.Q.updates, u.Q), append(a.K.updates, u.K)
@@ -87,7 +96,8 @@ type attnInputs struct {
 	cache *KVCache
 }
 
-// inputs returns what the forward context says about the batch. A dummy pass has no metadata: no row belongs to a request.
+// inputs returns what the forward context says about the batch. A dummy pass has no metadata: no
+// row belongs to a request.
 func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy bool, err error) {
 	in.cache, err = fwd.Layer[*KVCache](ctx, a.Name)
 	if err != nil {
@@ -105,7 +115,8 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 		return in, false, err
 	}
 	if len(in.slots) != rows || len(in.meta.Positions) != rows {
-		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows, len(in.slots), len(in.meta.Positions))
+		return in, false, fmt.Errorf("model: %s: %d rows with %d slots and %d positions", a.Name, rows,
+			len(in.slots), len(in.meta.Positions))
 	}
 	scheduled := 0
 	for _, s := range in.meta.Seqs {
@@ -115,14 +126,15 @@ func (a *Attention) inputs(ctx context.Context, rows int) (in attnInputs, dummy 
 		scheduled += s.Rows.Len()
 	}
 	if n := fwd.MustFromContext(ctx).NumTokensUnpadded; n != scheduled {
-		return in, false, fmt.Errorf("model: %s: %d rows of requests in a pass with %d tokens without padding", a.Name, scheduled, n)
+		return in, false, fmt.Errorf("model: %s: %d rows of requests in a pass with %d tokens without padding",
+			a.Name, scheduled, n)
 	}
 	return in, false, nil
 }
 
-// Forward stores in t.attended what each row sees of its own sequence, up to itself. Keys and values of the new rows are
-// written to the KV cache first and then read from it like those of earlier steps, so prefill, chunked prefill and decode are
-// one case.
+// Forward stores in t.attended what each row sees of its own sequence, up to itself. Keys and
+// values of the new rows are written to the KV cache first and then read from it like those of
+// earlier steps, so prefill, chunked prefill and decode are one case.
 func (a *Attention) Forward(ctx context.Context, t *activations) error {
 	rows, _ := t.q.Dims()
 	in, dummy, err := a.inputs(ctx, rows)
@@ -164,13 +176,15 @@ func (a *Attention) write(in *attnInputs, t *activations) {
 func (a *Attention) read(in *attnInputs, t *activations, scores []float64) []float64 {
 	for _, seq := range in.meta.Seqs {
 		for i := seq.Rows.Start; i < seq.Rows.Stop; i++ {
-			scores = a.attend(t.attended.RawRowView(i), t.q.RawRowView(i), in.cache, seq.BlockTable, in.meta.Positions[i], scores)
+			scores = a.attend(t.attended.RawRowView(i), t.q.RawRowView(i), in.cache, seq.BlockTable,
+				in.meta.Positions[i], scores)
 		}
 	}
 	return scores
 }
 
-// attnPlan is attention laid out for a full graph, with buffers for what it must know about a batch.
+// attnPlan is attention laid out for a full graph, with buffers for what it must know about a
+// batch.
 type attnPlan struct {
 	attn   *Attention
 	key    fwd.BatchDescriptor
@@ -205,8 +219,15 @@ func (p *attnPlan) load(ctx context.Context) error {
 	if p.key.Uniform {
 		for i, s := range in.meta.Seqs {
 			if i == p.key.NumReqs || s.Rows.Len() != p.key.NumTokens/p.key.NumReqs {
-				return fmt.Errorf("model: %s: request %d of %d has %d tokens, in a graph for %d requests of %d tokens each",
-					p.attn.Name, i, len(in.meta.Seqs), s.Rows.Len(), p.key.NumReqs, p.key.NumTokens/p.key.NumReqs)
+				return fmt.Errorf(
+					"model: %s: request %d of %d has %d tokens, in a graph for %d requests of %d tokens each",
+					p.attn.Name,
+					i,
+					len(in.meta.Seqs),
+					s.Rows.Len(),
+					p.key.NumReqs,
+					p.key.NumTokens/p.key.NumReqs,
+				)
 			}
 		}
 	}
@@ -222,9 +243,15 @@ func (p *attnPlan) run(t *activations) {
 	p.scores = p.attn.read(&p.in, t, p.scores)
 }
 
-// attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys' products with q. It
-// returns scores for the next call to use again.
-func (a *Attention) attend(dst, q []float64, cache *KVCache, blockTable []int, position int, scores []float64) []float64 {
+// attend adds to dst the values of positions 0 to position, weighted by the softmax of their keys'
+// products with q. It returns scores for the next call to use again.
+func (a *Attention) attend(
+	dst, q []float64,
+	cache *KVCache,
+	blockTable []int,
+	position int,
+	scores []float64,
+) []float64 {
 	dim := len(q) / a.Heads
 	for h := range a.Heads {
 		lo, hi := h*dim, (h+1)*dim
@@ -241,8 +268,8 @@ func (a *Attention) attend(dst, q []float64, cache *KVCache, blockTable []int, p
 	return scores
 }
 
-// rotate turns pair (i, i+dim/2) of every head of row r by positions[r]·freqs[i] (Su et al., "RoFormer", 2021), so that the
-// product of a query and a key depends on how far they are apart.
+// rotate turns pair (i, i+dim/2) of every head of row r by positions[r]·freqs[i] (Su et al.,
+// "RoFormer", 2021), so that the product of a query and a key depends on how far they are apart.
 func (a *Attention) rotate(x *mat.Dense, positions []int) {
 	half := len(a.freqs)
 	for r, position := range positions {
@@ -259,7 +286,8 @@ func (a *Attention) rotate(x *mat.Dense, positions []int) {
 	}
 }
 
-// softmax replaces x by exp(x)/sum(exp(x)); taking the maximum away first keeps exp from overflowing.
+// softmax replaces x by exp(x)/sum(exp(x)); taking the maximum away first keeps exp from
+// overflowing.
 func softmax(x []float64) {
 	top := floats.Max(x)
 	var sum float64

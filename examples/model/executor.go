@@ -9,10 +9,11 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// Executor runs a model for one rank, by graphs where the pass asks for them. A graph is a plan that is kept: the stages of
-// the model laid out for one shape, with buffers of their own into which a replay copies its inputs. A pass in mode
-// PIECEWISE replays each stage, expert exchanges included, and calls attention in between as an eager pass does; one in mode
-// FULL replays stages and attention as one. Any other pass makes its plans anew.
+// Executor runs a model for one rank, by graphs if the pass asks for them. A graph is a plan
+// that is kept: the stages of the model laid out for one shape, with buffers of their own into
+// which a replay copies its inputs. A pass in mode PIECEWISE replays each stage, expert exchanges
+// included, and calls attention in between as an eager pass does; one in mode FULL replays stages
+// and attention as one. Any other pass makes its plans anew.
 //
 // It runs one pass at a time, and its result is good until the next.
 type Executor struct {
@@ -21,8 +22,8 @@ type Executor struct {
 	stages            []*fwd.GraphCache
 	captures, replays atomic.Int64
 
-	// The pass in flight. A fwd.ForwardFunc takes its context and nothing else, so its tensors lie here, as a device graph's
-	// lie at fixed addresses.
+	// The pass in flight. A fwd.ForwardFunc takes its context and nothing else, so its tensors lie
+	// here, as a device graph's lie at fixed addresses.
 	tokens []int
 	hidden *mat.Dense
 	active []*activations // by microbatch
@@ -38,7 +39,7 @@ func NewExecutor(m *Model) (*Executor, error) {
 	for i := range len(m.layers) + 1 {
 		stage, err := fwd.NewGraphCache(fwd.GraphPiecewise,
 			func(ctx context.Context) error { return m.eager(ctx, i, e.current(ctx)) },
-			func(ctx context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+			func(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 				return e.captureStage(ctx, i, key)
 			})
 		if err != nil {
@@ -88,23 +89,21 @@ func (e *Executor) current(ctx context.Context) *activations {
 	return e.active[u]
 }
 
-func (e *Executor) captureStage(ctx context.Context, i int, key fwd.BatchDescriptor) (fwd.Graph, error) {
+func (e *Executor) captureStage(
+	ctx context.Context,
+	i int,
+	key fwd.BatchDescriptor,
+) (fwd.ForwardFunc, error) {
 	s, err := e.model.plan(ctx, i, key.NumTokens)
 	if err != nil {
 		return nil, err
 	}
 	e.captures.Add(1)
-	return replay(func(ctx context.Context) error {
+	return func(ctx context.Context) error {
 		e.replays.Add(1)
 		return s.run(ctx, e.current(ctx))
-	}), nil
+	}, nil
 }
-
-// replay is a [fwd.Graph] that is a function.
-type replay func(ctx context.Context) error
-
-// Replay implements [fwd.Graph].
-func (r replay) Replay(ctx context.Context) error { return r(ctx) }
 
 // fullGraph is the whole model laid out for one shape.
 type fullGraph struct {
@@ -113,7 +112,7 @@ type fullGraph struct {
 	tensors    activations
 }
 
-func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ fwd.ForwardFunc) (fwd.Graph, error) {
+func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 	g := &fullGraph{tensors: activations{tokens: make([]int, key.NumTokens)}}
 	for i := range len(e.model.layers) + 1 {
 		s, err := e.model.plan(ctx, i, key.NumTokens)
@@ -130,7 +129,7 @@ func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ f
 		g.attentions = append(g.attentions, p)
 	}
 	e.captures.Add(1)
-	return replay(func(ctx context.Context) error {
+	return func(ctx context.Context) error {
 		e.replays.Add(1)
 		if len(e.tokens) != key.NumTokens {
 			return fmt.Errorf("model: a batch of %d tokens for a graph of %d", len(e.tokens), key.NumTokens)
@@ -142,7 +141,7 @@ func (e *Executor) captureFull(ctx context.Context, key fwd.BatchDescriptor, _ f
 		}
 		e.hidden = g.tensors.hidden
 		return nil
-	}), nil
+	}, nil
 }
 
 func (g *fullGraph) run(ctx context.Context) error {

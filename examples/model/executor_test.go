@@ -1,3 +1,5 @@
+// Passes by graphs, and microbatches.
+
 package model
 
 import (
@@ -13,7 +15,8 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// decode returns a pass that decodes one token each of some requests, with tokens of a past of 20 tokens, in a graph mode.
+// decode returns a pass that decodes one token each of some requests, with tokens of a past of 20
+// tokens, in a graph mode.
 func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.ForwardContext, []int) {
 	meta := &AttnMeta{Positions: slices.Repeat([]int{20}, requests)}
 	slots, tokens := make([]int, requests), make([]int, requests)
@@ -23,10 +26,10 @@ func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.Forwa
 		slots[i], tokens[i] = table[5]*blockSize, i%50
 	}
 	fc := &fwd.ForwardContext{
-		NoCompileLayers: layers,
-		AttnMetadata:    []map[string]any{{"": meta}},
-		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       requests, NumTokensUnpadded: requests,
+		Layers:       layers,
+		AttnMetadata: []map[string]any{{"": meta}},
+		SlotMapping:  []map[string]any{{"": slots}},
+		NumTokens:    requests, NumTokensUnpadded: requests,
 		GraphMode: mode,
 		Batch:     fwd.BatchDescriptor{NumTokens: requests},
 	}
@@ -36,7 +39,8 @@ func decode(layers map[string]any, requests int, mode fwd.GraphMode) (*fwd.Forwa
 	return fc, tokens
 }
 
-// TestReplay: a graph that was captured with one batch gives another batch the same result as an eager pass, bit by bit.
+// TestReplay: a graph that was captured with one batch gives another batch the same result as an
+// eager pass, bit by bit.
 func TestReplay(t *testing.T) {
 	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFull} {
 		t.Run(mode.String(), func(t *testing.T) {
@@ -89,14 +93,16 @@ func TestGraphRefuses(t *testing.T) {
 		mode       fwd.GraphMode
 		change     func(fc *fwd.ForwardContext)
 	}{
-		{"adapters", "a batch with 2 adapters for a graph with 1", fwd.GraphPiecewise, func(fc *fwd.ForwardContext) {
-			meta := fc.AttnMetadata[0][""].(*AttnMeta)
-			meta.Adapters, meta.ActiveAdapters = []int{1, 2, 0, 0}, 2
-			fc.Batch.HasLoRA, fc.Batch.NumActiveLoRAs = true, 1
-		}},
-		{"requests", "request 0 of 4 has 1 tokens, in a graph for 2 requests of 2 tokens each", fwd.GraphFull, func(fc *fwd.ForwardContext) {
-			fc.Batch.NumReqs = 2
-		}},
+		{"adapters", "a batch with 2 adapters for a graph with 1", fwd.GraphPiecewise,
+			func(fc *fwd.ForwardContext) {
+				meta := fc.AttnMetadata[0][""].(*AttnMeta)
+				meta.Adapters, meta.ActiveAdapters = []int{1, 2, 0, 0}, 2
+				fc.Batch.HasLoRA, fc.Batch.NumActiveLoRAs = true, 1
+			}},
+		{"requests", "request 0 of 4 has 1 tokens, in a graph for 2 requests of 2 tokens each", fwd.GraphFull,
+			func(fc *fwd.ForwardContext) {
+				fc.Batch.NumReqs = 2
+			}},
 		{"tokens", "a batch of 4 tokens for a graph of 8", fwd.GraphFull, func(fc *fwd.ForwardContext) {
 			fc.NumTokens, fc.Batch.NumTokens = 8, 8
 		}},
@@ -109,7 +115,8 @@ func TestGraphRefuses(t *testing.T) {
 			}
 			fc, tokens := decode(layers, 4, c.mode)
 			c.change(fc)
-			if _, err := e.Forward(fwd.NewContext(t.Context(), fc), tokens); err == nil || !strings.Contains(err.Error(), c.want) {
+			if _, err := e.Forward(fwd.NewContext(t.Context(), fc), tokens); err == nil ||
+				!strings.Contains(err.Error(), c.want) {
 				t.Errorf("%v, want an error with %q", err, c.want)
 			}
 		})
@@ -118,7 +125,7 @@ func TestGraphRefuses(t *testing.T) {
 
 // split returns a pass in microbatches, all rows of which are of one request.
 func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
-	fc := &fwd.ForwardContext{NoCompileLayers: layers}
+	fc := &fwd.ForwardContext{Layers: layers}
 	for _, meta := range metas {
 		first, n := fc.NumTokens, len(meta.Positions)
 		fc.NumTokens += n
@@ -132,10 +139,12 @@ func split(layers map[string]any, metas ...*AttnMeta) *fwd.ForwardContext {
 	return fc
 }
 
-// TestMicrobatchFails: a microbatch that fails before its keys are written does not leave the next one waiting for them.
+// TestMicrobatchFails: a microbatch that fails before its keys are written does not leave the next
+// one waiting for them.
 func TestMicrobatchFails(t *testing.T) {
 	m, layers := newTest(t, 3)
-	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
+	fc := split(layers, &AttnMeta{Positions: make([]int, 2)},
+		&AttnMeta{Positions: make([]int, 3), After: make(chan struct{})})
 	fc.SlotMapping[0][""] = []int{NoSlot} // one is missing
 	var failed *fwd.UBatchError
 	_, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 5))
@@ -143,12 +152,14 @@ func TestMicrobatchFails(t *testing.T) {
 		t.Errorf("%v, want the error of microbatch 0", err)
 	}
 	fc = split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 3)})
-	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil || !strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
+	if _, err := m.Forward(fwd.NewContext(t.Context(), fc), make([]int, 4)); err == nil ||
+		!strings.Contains(err.Error(), "microbatch 1 has rows [2, 5) of 4") {
 		t.Errorf("%v, want an error about the missing row", err)
 	}
 }
 
-// together is an exchange that lets microbatch 0 go on only once microbatch 1 has come, in every layer.
+// together is an exchange that lets microbatch 0 go on only once microbatch 1 has come, in every
+// layer.
 type together struct {
 	alone
 	come map[string]chan struct{} // by layer
@@ -166,7 +177,8 @@ func (x together) Dispatch(ctx context.Context, at Place, sizes []int, rows Rout
 	return x.alone.Dispatch(ctx, at, sizes, rows)
 }
 
-// TestMicrobatchesOverlap: the attention of a microbatch goes on while the one before is in its expert exchange.
+// TestMicrobatchesOverlap: the attention of a microbatch goes on while the one before is in its
+// expert exchange.
 func TestMicrobatchesOverlap(t *testing.T) {
 	m, layers := newTest(t, 100)
 	x := together{come: map[string]chan struct{}{}}
@@ -176,7 +188,8 @@ func TestMicrobatchesOverlap(t *testing.T) {
 	}
 	written := make(chan struct{})
 	fc := split(layers, &AttnMeta{Positions: make([]int, 2)}, &AttnMeta{Positions: make([]int, 2)})
-	for i, own := range []AttnMeta{{Positions: make([]int, 2), Written: written}, {Positions: make([]int, 2), After: written}} {
+	for i, own := range []AttnMeta{{Positions: make([]int, 2), Written: written},
+		{Positions: make([]int, 2), After: written}} {
 		fc.AttnMetadata[i][AttentionName(0)] = &own
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
@@ -186,7 +199,8 @@ func TestMicrobatchesOverlap(t *testing.T) {
 	}
 }
 
-// BenchmarkForward shows what a replay saves: mode NONE plans each pass anew, and of-eager is the time as a share of that.
+// BenchmarkForward shows what a replay saves: mode NONE plans each pass anew, and of-eager is the
+// time as a share of that.
 func BenchmarkForward(b *testing.B) {
 	for _, requests := range []int{1, 4, 16} {
 		var eager float64 // nanoseconds

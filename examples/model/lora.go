@@ -5,8 +5,8 @@ import "gonum.org/v1/gonum/mat"
 // loraRank is the rank of every adapter's updates.
 const loraRank = 2
 
-// Adapter is what one LoRA adapter changes in the attention of a layer (Hu et al., "LoRA", 2021): an update of low rank to
-// each projection. One batch may hold rows of many adapters.
+// Adapter is what one LoRA adapter changes in the attention of a layer (Hu et al., "LoRA", 2021):
+// an update of low rank to each projection. One batch may hold rows of many adapters.
 type Adapter struct{ Q, K, V, O LowRank }
 
 // LowRank is the update x·Downᵀ·Up to a projection of x.
@@ -18,7 +18,8 @@ type projection struct {
 	updates []LowRank
 }
 
-// forward stores x·W in dst, and for each row of an adapter adds the adapter's update. No adapters: nil.
+// forward stores x·W in dst, and for each row of an adapter adds the adapter's update. No adapters:
+// nil.
 func (p *projection) forward(dst, x *mat.Dense, adapters []int) {
 	dst.Mul(x, p.weight)
 	for i, adapter := range adapters {

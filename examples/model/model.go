@@ -1,16 +1,19 @@
-// Package model is a decoder-only mixture-of-experts language model, written the way that models are written on fwd.
+// Package model is a decoder-only mixture-of-experts language model, written the way that models
+// are written on fwd.
 //
-// A layer takes a context and its tensors, one token per row. Whatever else it needs to know about the forward pass comes out
-// of the context through fwd: [Attention] reads which rows belong to which request (fwd.AttnMetadata), where in the KV cache
-// new keys and values go (fwd.SlotMapping) and the cache itself (fwd.Layer); [MoE] reads its workers' experts (fwd.Layer) and
-// the rows that each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer passes anything on for another, and what lies in
-// between ([Model], [Layer]) knows nothing of batching, paging or ranks.
+// A layer takes a context and its tensors, one token per row. Whatever else it needs to know about
+// the forward pass comes out of the context through fwd: [Attention] reads which rows belong to
+// which request (fwd.AttnMetadata), where in the KV cache new keys and values go (fwd.SlotMapping)
+// and the cache itself (fwd.Layer); [MoE] reads its workers' experts (fwd.Layer) and the rows that
+// each worker brings (fwd.Chunks, fwd.LocalSizes). So no layer passes anything on for another, and
+// what lies in between ([Model], [Layer]) knows nothing of batching, paging or ranks.
 //
-// The model runs in stages, from one attention to the next (stage.go). A stage is planned for the shape of a pass and then
-// run; an [Executor] keeps plans as graphs and replays them, so that a pass of a known shape needs no planning.
+// The model runs in stages, from one attention to the next (stage.go). A stage is planned for the
+// shape of a pass and then run; an [Executor] keeps plans as graphs and replays them, so that a
+// pass of a known shape needs no planning.
 //
-// The file reference.go computes the same model for one request by plain loops and knows nothing of all this. It is what the
-// engine's answers are checked against.
+// The file reference.go computes the same model for one request by plain loops and knows nothing of
+// all this. It is what the engine's answers are checked against.
 package model
 
 import (
@@ -24,8 +27,8 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// Model is the decoder: token embedding, layers, final norm, and the head that turns hidden states into logits. It holds
-// weights only and serves any number of passes at once.
+// Model is the decoder: token embedding, layers, final norm, and the head that turns hidden states
+// into logits. It holds weights only and serves any number of passes concurrently.
 type Model struct {
 	weights *Weights
 	layers  []*Layer
@@ -43,15 +46,21 @@ func New(w *Weights) *Model {
 // Weights returns the weights that m was built on.
 func (m *Model) Weights() *Weights { return m.weights }
 
-// Forward returns the hidden state of every token, without graphs. Tokens are rows of a batch: several requests, one after
-// the other, then padding; the context says which is which. The microbatches of a split pass run at the same time.
+// Forward returns the hidden state of every token, without graphs. Tokens are rows of a batch:
+// several requests, one after the other, then padding; the context says which is which. The
+// microbatches of a split pass run at the same time.
 func (m *Model) Forward(ctx context.Context, tokens []int) (*mat.Dense, error) {
 	return m.forward(ctx, tokens, m.eager)
 }
 
-// forward takes tokens through the model: a stage, an attention, a stage, and so on. How stage i is run is the caller's
-// choice; attention is called as it is, since what it does depends on what the batch holds.
-func (m *Model) forward(ctx context.Context, tokens []int, stage func(ctx context.Context, i int, a *activations) error) (*mat.Dense, error) {
+// forward takes tokens through the model: a stage, an attention, a stage, and so on. How stage i is
+// run is the caller's choice; attention is called as it is, since what it does depends on what the
+// batch holds.
+func (m *Model) forward(
+	ctx context.Context,
+	tokens []int,
+	stage func(ctx context.Context, i int, a *activations) error,
+) (*mat.Dense, error) {
 	if len(tokens) == 0 {
 		return nil, errors.New("model: a pass without tokens")
 	}
@@ -97,16 +106,16 @@ func (m *Model) eager(ctx context.Context, i int, a *activations) error {
 	return s.run(ctx, a)
 }
 
-// Logits returns the scores of each possible next token for rows of hidden states. An engine asks for the last row of each
-// request only: nobody samples from the others.
+// Logits returns the scores of each possible next token for rows of hidden states. An engine asks
+// for the last row of each request only: nobody samples from the others.
 func (m *Model) Logits(hidden *mat.Dense) *mat.Dense {
 	var logits mat.Dense
 	logits.Mul(hidden, m.weights.Head)
 	return &logits
 }
 
-// Layer is one decoder layer: attention and a mixture of experts, each behind a norm and beside a residual connection. A
-// [stage] computes what lies between two attentions.
+// Layer is one decoder layer: attention and a mixture of experts, each behind a norm and beside a
+// residual connection. A [stage] computes what lies between two attentions.
 type Layer struct {
 	attnNorm, moeNorm []float64
 	attn              *Attention
@@ -123,10 +132,12 @@ func newLayer(i int, w *Weights) *Layer {
 	}
 }
 
-// AttentionName returns the name under which the attention of a layer finds its metadata, slot mapping and KV cache.
+// AttentionName returns the name under which the attention of a layer finds its metadata, slot
+// mapping and KV cache.
 func AttentionName(layer int) string { return fmt.Sprintf("layers.%d.attn", layer) }
 
-// MoEName returns the name under which the mixture of experts of a layer finds the rank's [Workers].
+// MoEName returns the name under which the mixture of experts of a layer finds the rank's
+// [Workers].
 func MoEName(layer int) string { return fmt.Sprintf("layers.%d.moe", layer) }
 
 // rmsNorm stores in dst each row of x divided by its root mean square and multiplied by weight.

@@ -1,3 +1,5 @@
+// Passes without graphs, against the reference.
+
 package model
 
 import (
@@ -28,7 +30,9 @@ const blockSize = 4
 // newTest returns a model of one rank, with layer objects for passes over it.
 func newTest(t testing.TB, chunk int) (*Model, map[string]any) {
 	t.Helper()
-	w, err := NewWeights(Config{Layers: 2, Width: 16, Heads: 2, Experts: 4, ExpertWidth: 8, Vocab: 50, Adapters: 2, Seed: 3})
+	w, err := NewWeights(
+		Config{Layers: 2, Width: 16, Heads: 2, Experts: 4, ExpertWidth: 8, Vocab: 50, Adapters: 2, Seed: 3},
+	)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -40,11 +44,14 @@ func newTest(t testing.TB, chunk int) (*Model, map[string]any) {
 	return New(w), layers
 }
 
-// pass returns the context of a pass in which one sequence, whose blocks are scattered, has rows for positions first to
-// first+count-1, and padding rows follow.
+// pass returns the context of a pass in which one sequence, whose blocks are scattered, has rows
+// for positions first to first+count-1, and padding rows follow.
 func pass(layers map[string]any, adapter, first, count, padding int) context.Context {
 	table := []int{9, 2, 14, 0, 7}
-	meta := &AttnMeta{Positions: make([]int, count+padding), Seqs: []SeqMeta{{Rows: fwd.Range{Start: 0, Stop: count}, BlockTable: table}}}
+	meta := &AttnMeta{
+		Positions: make([]int, count+padding),
+		Seqs:      []SeqMeta{{Rows: fwd.Range{Start: 0, Stop: count}, BlockTable: table}},
+	}
 	slots := make([]int, count+padding)
 	for i := range slots {
 		slots[i] = NoSlot
@@ -57,14 +64,15 @@ func pass(layers map[string]any, adapter, first, count, padding int) context.Con
 		meta.Adapters = append(slices.Repeat([]int{adapter}, count), make([]int, padding)...)
 	}
 	return fwd.NewContext(context.Background(), &fwd.ForwardContext{
-		NoCompileLayers: layers,
-		AttnMetadata:    []map[string]any{{"": meta}},
-		SlotMapping:     []map[string]any{{"": slots}},
-		NumTokens:       count + padding, NumTokensUnpadded: count,
+		Layers:       layers,
+		AttnMetadata: []map[string]any{{"": meta}},
+		SlotMapping:  []map[string]any{{"": slots}},
+		NumTokens:    count + padding, NumTokensUnpadded: count,
 	})
 }
 
-// TestForward: however a sequence is cut into passes, padded and chunked, the last hidden state is that of the reference.
+// TestForward: however a sequence is cut into passes, padded and chunked, the last hidden state is
+// that of the reference.
 func TestForward(t *testing.T) {
 	prompt := []int{7, 7, 49, 0, 12, 33, 5, 21, 8, 1, 40}
 	for _, c := range []struct {
@@ -107,10 +115,11 @@ func TestForward(t *testing.T) {
 	}
 }
 
-// TestDummyPass: without metadata there is nothing to attend to, and nothing is written, but the pass goes through.
+// TestDummyPass: without metadata there is nothing to attend to, and nothing is written, but the
+// pass goes through.
 func TestDummyPass(t *testing.T) {
 	m, layers := newTest(t, 2)
-	ctx := fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3, Dummy: true})
+	ctx := fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 3, Dummy: true})
 	if _, err := m.Forward(ctx, make([]int, 3)); err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +139,8 @@ func TestForwardErrors(t *testing.T) {
 		}
 		return some
 	}
-	unequal, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 2}, 2, mat.NewVecDense(2, []float64{2, 4}))
+	unequal, err := fwd.NewDPMetadata(fwd.ParallelConfig{DataParallelSize: 2}, 2,
+		mat.NewVecDense(2, []float64{2, 4}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,11 +154,18 @@ func TestForwardErrors(t *testing.T) {
 		{"no forward context", context.Background(), []int{1}, fwd.ErrNoForwardContext, ""},
 		{"no cache", pass(without(AttentionName(1)), 0, 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.1.attn"},
 		{"no experts", pass(without(MoEName(0)), 0, 0, 2, 0), []int{1, 2}, fwd.ErrLayer, "layers.0.moe"},
-		{"fewer tokens than slots", pass(layers, 0, 0, 3, 0), []int{1, 2}, nil, "layers.0.attn: 2 rows with 3 slots and 3 positions"},
-		{"unknown token", pass(layers, 0, 0, 2, 0), []int{1, 50}, nil, "token 50 in row 1 is not in the vocabulary of 50"},
+		{"fewer tokens than slots", pass(layers, 0, 0, 3, 0), []int{1, 2}, nil,
+			"layers.0.attn: 2 rows with 3 slots and 3 positions"},
+		{"unknown token", pass(layers, 0, 0, 2, 0), []int{1, 50}, nil,
+			"token 50 in row 1 is not in the vocabulary of 50"},
 		{"no tokens", pass(layers, 0, 0, 0, 0), nil, nil, "without tokens"},
-		{"more rows than the pass has", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 3}), []int{1, 2}, nil, "layers.0.moe: 2 rows for 1 workers of 3 rows each"},
-		{"a graph for unequal ranks", fwd.NewContext(context.Background(), &fwd.ForwardContext{NoCompileLayers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}), []int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
+		{"more rows than the pass has",
+			fwd.NewContext(context.Background(), &fwd.ForwardContext{Layers: layers, NumTokens: 3}), []int{1, 2}, nil,
+			"layers.0.moe: 2 rows for 1 workers of 3 rows each"},
+		{"a graph for unequal ranks",
+			fwd.NewContext(context.Background(),
+				&fwd.ForwardContext{Layers: layers, NumTokens: 2, DP: unequal, GraphMode: fwd.GraphPiecewise}),
+			[]int{1, 2}, nil, "layers.0.moe: graph mode PIECEWISE with unequal local sizes [2 4]"},
 	} {
 		_, err := m.Forward(c.ctx, c.tokens)
 		if err == nil || (c.is != nil && !errors.Is(err, c.is)) || !strings.Contains(err.Error(), c.want) {
@@ -199,7 +216,8 @@ func TestBadConfig(t *testing.T) {
 	}
 }
 
-// TestAdaptersDiffer: adapters change the answer, each in its own way, and leave the model without them as it is.
+// TestAdaptersDiffer: adapters change the answer, each in its own way, and leave the model without
+// them as it is.
 func TestAdaptersDiffer(t *testing.T) {
 	config := DefaultConfig()
 	plain, err := NewWeights(config)
@@ -219,7 +237,8 @@ func TestAdaptersDiffer(t *testing.T) {
 		return tokens
 	}
 	none, one, two := answer(adapted, NoAdapter), answer(adapted, 1), answer(adapted, 2)
-	if !slices.Equal(answer(plain, NoAdapter), none) || slices.Equal(none, one) || slices.Equal(none, two) || slices.Equal(one, two) {
+	if !slices.Equal(answer(plain, NoAdapter), none) || slices.Equal(none, one) || slices.Equal(none, two) ||
+		slices.Equal(one, two) {
 		t.Errorf("answers %v without adapter, %v and %v with one", none, one, two)
 	}
 }

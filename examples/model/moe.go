@@ -12,18 +12,22 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// MoE is a mixture of experts with top-2 routing, expert parallelism and sequence parallelism: the experts of a layer are
-// spread over the workers of all ranks, each worker takes a share of its rank's rows through the layer, and every worker has
-// rows for any expert.
+// MoE is a mixture of experts with top-2 routing, expert parallelism and sequence parallelism: the
+// experts of a layer are spread over the workers of all ranks, each worker takes a share of its
+// rank's rows through the layer, and every worker has rows for any expert.
 type MoE struct {
 	Name   string
 	Router *mat.Dense
 }
 
-// Workers are the sequence-parallel workers of one rank, the layer object that [MoE] finds under its name.
+// Workers are the sequence-parallel workers of one rank, the layer object that [MoE] finds under
+// its name.
 type Workers struct {
-	MaxChunk int        // the most rows that one worker sends at once; bounds what a worker must hold of all others
-	Experts  []*Experts // of each worker
+	// MaxChunk is the most rows that one worker sends in one exchange. It bounds what a worker must
+	// hold of all others.
+	MaxChunk int
+
+	Experts []*Experts // of each worker
 }
 
 // Experts is one worker's share of a layer's experts.
@@ -34,22 +38,25 @@ type Experts struct {
 	Exchange Exchanger
 }
 
-// NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go. With more workers than
-// experts some have none and only send and receive rows. Where these are not the workers of all ranks, set Worker.
+// NewExperts returns the share of worker out of workers: consecutive experts, as evenly as they go.
+// With more workers than experts some have none and only send and receive rows. If these are not
+// the workers of all ranks, set Worker.
 func NewExperts(w *LayerWeights, worker, workers int, x Exchanger) *Experts {
 	first, end := worker*len(w.Experts)/workers, (worker+1)*len(w.Experts)/workers
 	return &Experts{Worker: worker, First: first, Local: w.Experts[first:end], Exchange: x}
 }
 
-// Exchanger moves rows between the workers that share the experts. All workers make the same calls in the same order; sizes
-// says how many rows each worker brings. An Exchanger refuses an exchange, with an error at every worker, when workers
-// differ in what they are exchanging or in the sizes, or when a worker brings another number of rows than it should.
+// Exchanger moves rows between the workers that share the experts. All workers make the same calls
+// in the same order; sizes says how many rows each worker brings. An Exchanger refuses an exchange,
+// with an error at every worker, when workers differ in what they are exchanging or in the sizes,
+// or when a worker brings another number of rows than it should.
 //
 // What a worker sends must stay as it is until its next call returns.
 type Exchanger interface {
 	// Dispatch gives everyone the rows of all workers, in worker order.
 	Dispatch(ctx context.Context, at Place, sizes []int, rows Routed) ([]Routed, error)
-	// Combine sends parts[w] back to worker w and returns what the workers sent to this one, in worker order.
+	// Combine sends parts[w] back to worker w and returns what the workers sent to this one, in worker
+	// order.
 	Combine(ctx context.Context, at Place, sizes []int, parts []*mat.Dense) ([]*mat.Dense, error)
 }
 
@@ -67,17 +74,18 @@ type Routed struct {
 	Experts [][TopK]int
 }
 
-// moePlan is a mixture-of-experts layer laid out for a pass of a certain shape: which worker takes which rows in which
-// chunk, how many rows the others bring to it, and room for all of it. The shape of a pass follows from its forward context,
-// so a plan serves every pass of the same shape.
+// moePlan is a mixture-of-experts layer laid out for a pass of a certain shape: which worker takes
+// which rows in which chunk, how many rows the others bring to it, and room for all of it. The
+// shape of a pass follows from its forward context, so a plan serves every pass of the same shape.
 type moePlan struct {
 	in, out *mat.Dense // the rank's rows
 	mixed   *mat.Dense // what out is a view of: all workers' rows
 	workers []*workerPlan
 }
 
-// plan splits rows among the rank's workers by the SP local sizes. Where they don't split evenly the last workers get rows of
-// zeros, which take their way through the experts like any other and are dropped at the end.
+// plan splits rows among the rank's workers by the SP local sizes. If they don't split evenly
+// the last workers get rows of zeros, which take their way through the experts like any other and
+// are dropped at the end.
 func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 	workers, err := fwd.Layer[*Workers](ctx, m.Name)
 	if err != nil {
@@ -92,8 +100,10 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 	if !ok {
 		return nil, fmt.Errorf("model: %s: no local sizes in the context", m.Name)
 	}
-	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone && slices.Min(sizes) != slices.Max(sizes) {
-		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when they run graphs.
+	if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone &&
+		slices.Min(sizes) != slices.Max(sizes) {
+		// A graph's exchanges have buffers of one shape: that is why ranks are padded to each other when
+		// they run graphs.
 		return nil, fmt.Errorf("model: %s: graph mode %v with unequal local sizes %v", m.Name, mode, sizes)
 	}
 	if err := m.checkShares(ctx, sizes, sp); err != nil {
@@ -117,20 +127,16 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 		if err != nil {
 			return nil, err
 		}
-		for ctx, chunk := range chunks {
+		for _, chunk := range chunks {
 			at := Place{m.Name, chunk.Index}
 			if chunk.Index*workers.MaxChunk >= slices.Max(sizes) {
 				return nil, fmt.Errorf("model: %v: nobody has rows for it, the local sizes are %v", at, sizes)
 			}
-			if chunk.Start < 0 || chunk.End > share || chunk.Start >= chunk.End {
-				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Start, chunk.End, share)
+			if chunk.Rows.Start < 0 || chunk.Rows.Stop > share || chunk.Rows.Start >= chunk.Rows.Stop {
+				return nil, fmt.Errorf("model: %v: rows [%d, %d) of %d", at, chunk.Rows.Start, chunk.Rows.Stop, share)
 			}
-			sizes, ok := fwd.LocalSizes(ctx)
-			if !ok {
-				return nil, fmt.Errorf("model: %v: no local sizes in the context", at)
-			}
-			first, end := s*share+chunk.Start, s*share+chunk.End
-			c := chunkPlan{at: at, sizes: sizes, in: padded.Slice(first, end, 0, width).(*mat.Dense)}
+			first, end := s*share+chunk.Rows.Start, s*share+chunk.Rows.Stop
+			c := chunkPlan{at: at, sizes: chunk.Sizes, in: padded.Slice(first, end, 0, width).(*mat.Dense)}
 			if chunk.Keep {
 				c.out = p.mixed.Slice(first, end, 0, width).(*mat.Dense)
 			}
@@ -141,8 +147,8 @@ func (m *MoE) plan(ctx context.Context, rows int) (*moePlan, error) {
 	return p, nil
 }
 
-// checkShares checks that the workers' rows tile those of all: worker w's are the sizes[w] before the running sum at w. So
-// a worker can tell whose a row is from its place among all rows.
+// checkShares checks that the workers' rows tile those of all: worker w's are the sizes[w] before
+// the running sum at w. So a worker can tell whose a row is from its place among all rows.
 func (m *MoE) checkShares(ctx context.Context, sizes []int, sp int) error {
 	dp := fwd.MustFromContext(ctx).DP
 	if dp == nil {
@@ -151,14 +157,16 @@ func (m *MoE) checkShares(ctx context.Context, sizes []int, sp int) error {
 	ends, end := dp.CuTokensAcrossSPTo(nil, sp), 0
 	for w, n := range sizes {
 		if end += n; ends.AtVec(w) != float64(end) {
-			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name, w, ends.AtVec(w), sizes, end)
+			return fmt.Errorf("model: %s: the rows of worker %d end at %v of all, its local sizes %v say %d", m.Name,
+				w, ends.AtVec(w), sizes, end)
 		}
 	}
 	return nil
 }
 
-// run stores in out, for each row of in, the weighted sum of the outputs of its two experts, wherever they live. The rank's
-// workers run at the same time, as those of the other ranks do: they meet in every exchange.
+// run stores in out, for each row of in, the weighted sum of the outputs of its two experts,
+// wherever they live. The rank's workers run at the same time, as those of the other ranks do: they
+// meet in every exchange.
 func (p *moePlan) run(ctx context.Context) error {
 	p.mixed.Zero()
 	if len(p.workers) == 1 {
@@ -194,16 +202,16 @@ type workerPlan struct {
 	expert  expertBuffers
 }
 
-// chunkPlan is one round of exchanges. out is nil where the worker has run out of rows: it sends one again and drops the
-// result, since the others wait for it.
+// chunkPlan is one round of exchanges. out is nil if the worker has run out of rows: it sends
+// one again and drops the result, since the others wait for it.
 type chunkPlan struct {
 	at      Place
 	sizes   []int
 	in, out *mat.Dense
 }
 
-// run takes the worker's rows through the layer in chunks. Every worker of every rank has as many as the one with the most
-// rows.
+// run takes the worker's rows through the layer in chunks. Every worker of every rank has as many
+// as the one with the most rows.
 func (w *workerPlan) run(ctx context.Context) error {
 	for i := range w.chunks {
 		if err := w.chunk(ctx, &w.chunks[i]); err != nil {
@@ -232,9 +240,9 @@ func (w *workerPlan) chunk(ctx context.Context, c *chunkPlan) error {
 	if c.out == nil {
 		return nil
 	}
-	// Every worker sends a full matrix with zeros in place of what others compute. The first choice is added before the
-	// second, whoever computed them, so that the sum does not depend on how the experts are spread. A row that came twice
-	// would show, since it is added: a copy would hide it.
+	// Every worker sends a full matrix with zeros in place of what others compute. The first choice is
+	// added before the second, whoever computed them, so that the sum does not depend on how the
+	// experts are spread. A row that came twice would show, since it is added: a copy would hide it.
 	for i := range w.choice {
 		for k := range TopK {
 			for _, part := range back {
@@ -262,14 +270,15 @@ func (w *workerPlan) route(x *mat.Dense) {
 	}
 }
 
-// expertBuffers is room for one expert's work. How many rows choose an expert shows only in the pass, so it grows with them.
+// expertBuffers is room for one expert's work. How many rows choose an expert shows only in the
+// pass, so it grows with them.
 type expertBuffers struct {
 	from, to          []int
 	x, gate, up, down mat.Dense
 }
 
-// apply runs the local experts over the rows that chose them. Row i·TopK+k of dst is the k-th choice of row i, and zero where
-// that expert lives elsewhere.
+// apply runs the local experts over the rows that chose them. Row i·TopK+k of dst is the k-th
+// choice of row i, and zero if that expert lives elsewhere.
 func (e *Experts) apply(dst *mat.Dense, in Routed, b *expertBuffers) {
 	rows, width := in.Rows.Dims()
 	dst.Reset()

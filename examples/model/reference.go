@@ -7,11 +7,18 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// Generate computes the answer to one prompt alone, token by token, with plain loops: no batch, no pages, no ranks, no
-// chunks and no forward context. It shares nothing with the layers but the weights, which is the point: where a served
-// request differs from it, the serving is wrong. The request uses one adapter, or [NoAdapter]. It returns the greedily sampled tokens and the logits of the last one.
-// It ends early with ctx's cause when ctx ends.
-func Generate(ctx context.Context, w *Weights, adapter int, prompt []int, count int) (tokens []int, logits []float64, err error) {
+// Generate computes the answer to one prompt alone, token by token, with plain loops: no batch, no
+// pages, no ranks, no chunks and no forward context. It shares nothing with the layers but the
+// weights, which is the point: if a served request differs from it, the serving is wrong. The
+// request uses one adapter, or [NoAdapter]. It returns the greedily sampled tokens and the logits
+// of the last one. It ends early with ctx's cause when ctx ends.
+func Generate(
+	ctx context.Context,
+	w *Weights,
+	adapter int,
+	prompt []int,
+	count int,
+) (tokens []int, logits []float64, err error) {
 	past := make([]referenceCache, len(w.Layers))
 	for position := range len(prompt) + count - 1 {
 		if ctx.Err() != nil {

@@ -9,8 +9,8 @@ import (
 	"gonum.org/v1/gonum/mat"
 )
 
-// activations are the tensors that the pieces of a pass hand to each other, one row for each token. An eager pass has fresh
-// ones in every piece; a graph leaves its own buffers here.
+// activations are the tensors that the pieces of a pass hand to each other, one row for each token.
+// An eager pass has fresh ones in every piece; a graph leaves its own buffers here.
 type activations struct {
 	tokens   []int
 	x        *mat.Dense // the residual stream
@@ -19,11 +19,13 @@ type activations struct {
 	hidden   *mat.Dense // at the end
 }
 
-// stage is the part of a model between two attention calls, laid out for a pass of a certain shape: the output projection of
-// the attention before, the mixture of experts of that layer, and the projections for the attention after. So the first
-// stage begins with the embedding and the last one ends with the final norm.
+// stage is the part of a model between two attention calls, laid out for a pass of a certain shape:
+// the output projection of the attention before, the mixture of experts of that layer, and the
+// projections for the attention after. So the first stage begins with the embedding and the last
+// one ends with the final norm.
 //
-// Laying it out is the planning: what the experts exchange, and room for every tensor. Running it is the computation.
+// Laying it out is the planning: what the experts exchange, and room for every tensor. Running it
+// is the computation.
 type stage struct {
 	weights       *Weights
 	before, after *Layer // nil at the ends of the model
@@ -129,7 +131,8 @@ func (s *stage) load(ctx context.Context, a *activations) error {
 		return err
 	}
 	if s.loras >= 0 && meta.ActiveAdapters > s.loras {
-		return fmt.Errorf("model: %s: a batch with %d adapters for a graph with %d", next.attn.Name, meta.ActiveAdapters, s.loras)
+		return fmt.Errorf("model: %s: a batch with %d adapters for a graph with %d", next.attn.Name,
+			meta.ActiveAdapters, s.loras)
 	}
 	if n := len(meta.Adapters); n != 0 && n != rows {
 		return fmt.Errorf("model: %s: %d rows with %d adapters", next.attn.Name, rows, n)

@@ -29,8 +29,8 @@ type Config struct {
 	Seed        uint64
 }
 
-// DefaultConfig returns a model small enough that a laptop serves thousands of its tokens a second, with every part that a
-// large mixture-of-experts model has. Its tokens are bytes.
+// DefaultConfig returns a model small enough that a laptop serves thousands of its tokens a second,
+// with every part that a large mixture-of-experts model has. Its tokens are bytes.
 func DefaultConfig() Config {
 	return Config{Layers: 2, Width: 32, Heads: 2, Experts: 8, ExpertWidth: 64, Vocab: 256, Seed: 1}
 }
@@ -51,13 +51,18 @@ func (c Config) validate() error {
 		}
 	}
 	if len(errs) == 0 && c.Width%(2*c.Heads) != 0 {
-		errs = append(errs, fmt.Errorf("model: width %d is no multiple of 2·%d: rotary positions need heads of even width", c.Width, c.Heads))
+		errs = append(
+			errs,
+			fmt.Errorf("model: width %d is no multiple of 2·%d: rotary positions need heads of even width", c.Width,
+				c.Heads),
+		)
 	}
 	return errors.Join(errs...)
 }
 
-// Weights holds everything a model has learned; here, what a random generator drew from a fixed seed. Matrices are laid out
-// for x·W with one token per row of x. Weights are read-only once made and shared by all workers.
+// Weights holds everything a model has learned; here, what a random generator drew from a fixed
+// seed. Matrices are laid out for x·W with one token per row of x. Weights are read-only once made
+// and shared by all workers.
 type Weights struct {
 	Config    Config
 	Embedding *mat.Dense // vocab × width
@@ -103,8 +108,8 @@ func NewWeights(c Config) (*Weights, error) {
 	for range c.Layers {
 		l := LayerWeights{
 			AttnNorm: norm(),
-			// Queries with a gain make attention look at some positions more than at others: a wrong position, or a
-			// key in the wrong slot, then changes the answer visibly.
+			// Queries with a gain make attention look at some positions more than at others: a wrong
+			// position, or a key in the wrong slot, then changes the answer visibly.
 			Q:       draw(c.Width, c.Width, 2),
 			K:       draw(c.Width, c.Width, 1),
 			V:       draw(c.Width, c.Width, 1),
@@ -127,15 +132,16 @@ func NewWeights(c Config) (*Weights, error) {
 	return w, nil
 }
 
-// Truncate returns the weights of a model with the first layers only, which shares all it has with the whole: a draft of the
-// model, that needs no training of its own to say the same now and then.
+// Truncate returns the weights of a model with the first layers only, which shares all it has with
+// the whole: a draft of the model, that needs no training of its own to say the same now and then.
 func (w *Weights) Truncate(layers int) *Weights {
 	short := *w
 	short.Config.Layers, short.Layers = layers, w.Layers[:layers]
 	return &short
 }
 
-// drawAdapters draws the adapters from a generator of their own: the model without them is the same, however many there are.
+// drawAdapters draws the adapters from a generator of their own: the model without them is the
+// same, however many there are.
 func (w *Weights) drawAdapters() {
 	c := w.Config
 	rng := rand.New(rand.NewPCG(c.Seed, 0x6c6f7261)) // "lora"
@@ -147,7 +153,8 @@ func (w *Weights) drawAdapters() {
 	}
 	for range c.Adapters {
 		for l := range w.Layers {
-			w.Layers[l].Adapters = append(w.Layers[l].Adapters, Adapter{Q: update(), K: update(), V: update(), O: update()})
+			w.Layers[l].Adapters = append(w.Layers[l].Adapters,
+				Adapter{Q: update(), K: update(), V: update(), O: update()})
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -17,10 +18,10 @@ import (
 
 // The detectors, as indices.
 const (
-	byServe = iota
-	byTelemetry
-	byUnit
+	byUnit = iota
 	bySDK
+	byTelemetry
+	byServe
 	numDetectors
 )
 
@@ -33,10 +34,14 @@ type detector struct {
 	timeout time.Duration // of a run: what takes so long hangs
 	// blame says what has noticed the fault, from the arguments and the output of the failed run.
 	blame func(args, output string) string
+	// control returns what is wrong with the package without a fault; only the first call looks.
+	control func() error
+	// parts returns what the detector is linked from; only the first call looks.
+	parts func() (*parts, error)
 }
 
-// servedCombinations are flags of serve under which its answers, or its own checks, depend on every part of the package. The
-// first one has nearly everything at once, and most faults are noticed there.
+// servedCombinations are flags of serve under which its answers, or its own checks, depend on every part
+// of the package. The first one has nearly everything, and most faults are noticed there.
 var servedCombinations = []string{
 	"-dp 3 -sp 2 -chunk 7 -ubatches 2 -loras 3",
 	"-dp 3 -chunk 7 -spec 2",
@@ -47,53 +52,73 @@ var servedCombinations = []string{
 	"-dp 3 -graph FULL -ubatches 3 -spec 2 -loras 3",
 }
 
-// servedRequests keeps a run to a fraction of a second. Their number is no multiple of a number of ranks, and their prompts
-// stay long enough to be larger than any graph.
+// servedRequests keeps a run to a fraction of a second. Their number is no multiple of a number of ranks,
+// and their prompts stay long enough to be larger than any graph.
 const servedRequests = " -requests 23 -max-context 150"
 
-// detectors returns the detectors. A short run leaves out the package's own tests: these detectors have nothing to run.
-func detectors(m modules, short bool) [numDetectors]detector {
+// slowTests take longer than all others together, and few faults need them. moduleTests look at modules
+// and files, and run the go command; no fault shows there.
+var (
+	slowTests   = []string{"TestDPExact", "TestGroupSizes", "TestPlanRunRoundTrip"}
+	moduleTests = []string{"TestLinkedModules", "TestRequirements", "TestNoSDK", "TestRootFiles"}
+)
+
+// names returns the pattern of tests with these names.
+func names(lists ...[]string) string { return "^(" + strings.Join(slices.Concat(lists...), "|") + ")$" }
+
+// newDetectors returns the detectors.
+func newDetectors(m modules) [numDetectors]detector {
+	test := []string{"test", "-c", "-ldflags=-s -w"}
+	const flags = " -test.failfast -test.timeout 30s"
+	const short = " -test.short" + flags
+	unit := detector{
+		module: m.root, dir: m.root, build: append(slices.Clone(test), "."),
+		runs: []string{
+			"-test.skip " + names(slowTests, moduleTests) + short,
+			"-test.run " + names(slowTests) + short,
+		},
+		timeout: testTimeout, blame: blameTest,
+	}
+	sdk := unit
+	sdk.module, sdk.dir, sdk.runs = m.sdk, m.sdk, []string{short}
+	telemetry := detector{
+		module: m.examples, dir: filepath.Join(m.examples, "engine"),
+		build:   append(slices.Clone(test), "./engine"),
+		runs:    []string{"-test.run ^TestTelemetry" + flags},
+		timeout: testTimeout, blame: blameTest,
+	}
 	serve := detector{
 		module: m.examples, dir: m.examples,
 		build:   []string{"build", "-ldflags=-s -w", "./serve"},
-		timeout: serveTimeout,
-		blame:   blameServe,
+		timeout: serveTimeout, blame: blameServe,
 	}
 	for _, flags := range servedCombinations {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
-	const tests = "-test.failfast -test.timeout 60s"
-	telemetry := detector{
-		module: m.examples, dir: filepath.Join(m.examples, "engine"),
-		build:   []string{"test", "-c", "-ldflags=-s -w", "./engine"},
-		runs:    []string{"-test.run ^TestTelemetry " + tests},
-		timeout: testTimeout,
-		blame:   blameTest,
-	}
-	unit := detector{
-		module: m.root, dir: m.root,
-		build:   []string{"test", "-c", "-ldflags=-s -w", "."},
-		runs:    []string{"-test.short " + tests},
-		timeout: testTimeout,
-		blame:   blameTest,
-	}
-	sdk := unit
-	sdk.module, sdk.dir = m.sdk, m.sdk
-	if short {
-		unit.runs, sdk.runs = nil, nil
-	}
-	return [...]detector{byServe: serve, byTelemetry: telemetry, byUnit: unit, bySDK: sdk}
+	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve}
 }
+
+// order returns the detectors to ask about a fault of this kind, the cheapest that is likely to notice
+// first.
+func (k kind) order() []int {
+	if k == telemetry {
+		return []int{bySDK, byUnit, byTelemetry, byServe}
+	}
+	return []int{byUnit, bySDK, byTelemetry, byServe}
+}
+
+// engineOrder is the order when only the engine is asked.
+var engineOrder = []int{byServe, byTelemetry}
 
 const (
 	buildTimeout = 5 * time.Minute
 	serveTimeout = 20 * time.Second // a run takes a fraction of a second where it works
-	testTimeout  = 70 * time.Second // above the timeout of the tests themselves, which say what hangs
+	testTimeout  = 40 * time.Second // above the timeout of the tests themselves, which say what hangs
 )
 
 // verdict is what one detector says of one fault.
 type verdict struct {
-	skipped bool
+	asked   bool
 	noticed bool
 	by      string // the flags, or the test
 	output  string // of the failed run
@@ -101,7 +126,7 @@ type verdict struct {
 	err     error // of the detector itself: it says nothing about the fault
 }
 
-// result is what all detectors say of one fault.
+// result is what the detectors say of one fault.
 type result struct {
 	fault    fault
 	verdicts [numDetectors]verdict
@@ -113,9 +138,29 @@ type bench struct {
 	sources   sources
 	tmp       string
 	detectors [numDetectors]detector
+	who       who
 }
 
-// tryAll tries faults, some at a time, and calls done with each result in the order of faults, as soon as that is possible.
+// newBench returns a bench whose detectors look at the package without a fault before they look at one.
+func newBench(ctx context.Context, m modules, src sources, tmp string, w who) *bench {
+	b := &bench{modules: m, sources: src, tmp: tmp, detectors: newDetectors(m), who: w}
+	for i := range b.detectors {
+		d := &b.detectors[i]
+		d.control = sync.OnceValue(func() error {
+			dir, overlay, err := b.prepare(&control)
+			defer os.RemoveAll(dir)
+			if err != nil {
+				return err
+			}
+			return d.look(ctx, &control, dir, overlay).controlError(detectorNames[i])
+		})
+		d.parts = sync.OnceValues(func() (*parts, error) { return d.findParts(ctx) })
+	}
+	return b
+}
+
+// tryAll tries faults, some at a time, and calls done with each result in the order of faults, as soon as
+// that is possible.
 func (b *bench) tryAll(ctx context.Context, faults []fault, jobs int, done func(result)) []result {
 	results := make([]result, len(faults))
 	ready := make([]chan struct{}, len(faults))
@@ -141,26 +186,37 @@ func (b *bench) tryAll(ctx context.Context, faults []fault, jobs int, done func(
 		}
 	})
 	for i := range faults {
-		next <- i // once ctx has ended, a try ends at once
+		next <- i // once ctx has ended, a try ends immediately
 	}
 	close(next)
 	wg.Wait()
 	return results
 }
 
-// try shows one fault to all detectors.
+// try shows one fault to the detectors, until one notices it or, if all are to be asked, to all.
 func (b *bench) try(ctx context.Context, f fault) result {
 	r := result{fault: f}
+	order := f.kind.order()
+	if b.who == engineOnly {
+		order = engineOrder
+	}
 	dir, overlay, err := b.prepare(&f)
 	defer os.RemoveAll(dir) // what is left goes with b.tmp
-	for i := range b.detectors {
-		if err != nil {
-			r.verdicts[i].err = err
-			continue
+	for _, i := range order {
+		d, v := &b.detectors[i], &r.verdicts[i]
+		v.err = err
+		if err == nil {
+			v.err = d.control()
 		}
-		began := time.Now()
-		r.verdicts[i] = b.detectors[i].look(ctx, dir, overlay)
-		r.verdicts[i].took = time.Since(began)
+		if v.err == nil {
+			began := time.Now()
+			*v = d.look(ctx, &f, dir, overlay)
+			v.took = time.Since(began)
+		}
+		v.asked = true
+		if v.err != nil || v.noticed && b.who != everybody {
+			return r
+		}
 	}
 	return r
 }
@@ -176,13 +232,12 @@ func (b *bench) prepare(f *fault) (dir, overlay string, err error) {
 }
 
 // look builds the detector with an overlay, in dir, and runs it until it notices something.
-func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
-	if len(d.runs) == 0 {
-		return verdict{skipped: true}
-	}
+func (d *detector) look(ctx context.Context, f *fault, dir, overlay string) verdict {
 	program := filepath.Join(dir, "detector")
-	if err := d.make(ctx, program, overlay); err != nil {
-		return verdict{err: err}
+	if !d.relinked(ctx, f, dir, program) {
+		if err := d.make(ctx, program, overlay); err != nil {
+			return verdict{err: err}
+		}
 	}
 	for _, run := range d.runs {
 		if v := d.run(ctx, program, run); v.noticed || v.err != nil {
@@ -192,12 +247,22 @@ func (d *detector) look(ctx context.Context, dir, overlay string) verdict {
 	return verdict{}
 }
 
-// make builds the detector. Compilers live for seconds: leaving most of their garbage to their end saves a third of their
-// time.
+// relinked tries to make the detector in the quick way. A compiler's complaint comes out in the other way.
+func (d *detector) relinked(ctx context.Context, f *fault, dir, program string) bool {
+	if f.file == "" || d.parts == nil {
+		return false
+	}
+	p, err := d.parts()
+	return err == nil && p.relink(ctx, f, dir, program) == nil
+}
+
+// make builds the detector. Compilers live for seconds: leaving most of their garbage to their end saves a
+// third of their time.
 func (d *detector) make(ctx context.Context, program, overlay string) error {
 	args := append([]string{d.build[0], "-o", program, "-overlay", overlay}, d.build[1:]...)
 	env := append(tempEnv(filepath.Dir(program)), "GOGC=400")
-	output, err := start(ctx, command{name: "go", args: args, dir: d.module, env: env, timeout: buildTimeout})
+	output, err := start(ctx,
+		command{name: "go", args: args, dir: d.module, env: env, timeout: buildTimeout})
 	if err != nil {
 		return fmt.Errorf("go %s: %w\n%s", strings.Join(d.build, " "), err, output)
 	}
@@ -207,7 +272,8 @@ func (d *detector) make(ctx context.Context, program, overlay string) error {
 // run runs the detector once.
 func (d *detector) run(ctx context.Context, program, args string) verdict {
 	env := tempEnv(filepath.Dir(program))
-	output, err := start(ctx, command{name: program, args: strings.Fields(args), dir: d.dir, env: env, timeout: d.timeout})
+	output, err := start(ctx,
+		command{name: program, args: strings.Fields(args), dir: d.dir, env: env, timeout: d.timeout})
 	switch {
 	case ctx.Err() != nil:
 		return verdict{err: ctx.Err()}
@@ -240,8 +306,9 @@ type command struct {
 	timeout time.Duration
 }
 
-// start runs a command and returns what it printed, and what was wrong: an *exec.ExitError, or context.DeadlineExceeded when
-// it was stopped after the timeout. The processes that it has started go with it.
+// start runs a command and returns what it printed, and what was wrong: an *exec.ExitError, or
+// context.DeadlineExceeded when it was stopped after the timeout. The processes that it has started go
+// with it.
 func start(ctx context.Context, c command) (output string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()

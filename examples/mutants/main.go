@@ -2,20 +2,23 @@
 //
 //	go -C examples run ./mutants
 //
-// A test that can't fail proves nothing. Each fault in faults.go changes one place of the package; the changed file stands in
-// for the real one in a build (go build -overlay), and nothing in the repository is touched. Four detectors then look at the
-// broken package:
+// A test that can't fail proves nothing. Each fault in faults_*.go changes one place of the package; the
+// changed file stands in for the real one in a build (go build -overlay), and nothing in the repository is
+// touched. Four detectors look at the broken package, until one of them notices:
 //
-//	serve      cmd serve -check, over a few combinations of flags, until the first whose answers are wrong
-//	telemetry  the engine's tests of what it emits (go test -run TestTelemetry ./engine)
 //	unit       the package's own tests (go test -short .)
 //	sdk        the package's tests with the OpenTelemetry SDK (go -C integration/sdk test -short .)
+//	telemetry  the engine's tests of what it emits (go test -run TestTelemetry ./engine)
+//	serve      cmd serve -check, over a few combinations of flags, until the first whose answers are wrong
 //
-// A hang counts as noticed. Each fault must be noticed by one of them, and a fault of arithmetic, coordination or microbatches
-// by serve or telemetry: an engine whose answers don't depend on those would not need the package. A control without a fault
-// comes first and must pass everything.
+// Faults of telemetry are shown to sdk first. A hang counts as noticed. Each detector first looks at the
+// package without a fault, and must find nothing wrong with it. With -all every detector is asked about
+// every fault. With -engine only serve and telemetry are asked, about the faults of arithmetic,
+// coordination and microbatches, and must notice them: an engine whose answers don't depend on those would
+// not need the package.
 //
-// It exits with 0 if all is so, with 1 if not, on an error and when it was interrupted, and with 2 for bad flags.
+// It exits with 0 if every fault is noticed, with 1 if not, on an error and when it was interrupted, and
+// with 2 for bad flags.
 package main
 
 import (
@@ -28,6 +31,7 @@ import (
 	"os/signal"
 	"regexp"
 	"runtime"
+	"slices"
 	"syscall"
 	"time"
 )
@@ -43,9 +47,18 @@ type options struct {
 	faults  []fault
 	list    bool
 	verbose bool
-	short   bool
+	who     who
 	jobs    int
 }
+
+// who is asked about a fault.
+type who int
+
+const (
+	untilNoticed who = iota // the detectors, until the first that notices
+	everybody               // all detectors
+	engineOnly              // those of the engine, about the faults that they must notice
+)
 
 func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags := flag.NewFlagSet("mutants", flag.ContinueOnError)
@@ -58,12 +71,22 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	})
 	flags.BoolVar(&o.list, "list", false, "print the faults and run nothing; with -v, their changes")
 	flags.BoolVar(&o.verbose, "v", false, "print what each detector saw, and how long it took")
-	flags.BoolVar(&o.short, "short", false, "leave out unit and sdk, and only ask for what serve and telemetry must notice")
+	all := flags.Bool("all", false, "ask every detector, not only until one notices")
+	engine := flags.Bool("engine", false, "ask only serve and telemetry, about the faults that they must notice")
 	flags.IntVar(&o.jobs, "j", runtime.NumCPU(), "`faults` at a time")
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
 	}
 	switch {
+	case *engine:
+		o.who = engineOnly
+		o.faults = slices.DeleteFunc(slices.Clone(o.faults), func(f fault) bool { return !f.kind.carriesAnswers() })
+	case *all:
+		o.who = everybody
+	}
+	switch {
+	case *all && *engine:
+		err = errors.New("mutants: -all and -engine exclude each other")
 	case flags.NArg() > 0:
 		err = fmt.Errorf("mutants: unexpected arguments %q: there are only flags", flags.Args())
 	case o.jobs < 1:
@@ -132,14 +155,9 @@ func mutants(ctx context.Context, o options, stdout io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(tmp)) }()
 
 	began := time.Now()
-	b := &bench{modules: dirs, sources: src, tmp: tmp, detectors: detectors(dirs, o.short)}
+	b := newBench(ctx, dirs, src, tmp, o.who)
 	t := newTable(stdout, o)
 	t.header()
-	control := b.try(ctx, control)
-	t.row(control)
-	if err := control.controlError(); err != nil {
-		return err
-	}
 	results := b.tryAll(ctx, o.faults, o.jobs, t.row)
 	if ctx.Err() != nil {
 		return ctx.Err()

@@ -22,16 +22,37 @@ func TestApply(t *testing.T) {
 		want, wantErr  string
 	}{
 		{name: "once", old: "a := 1", new: "a := 2", want: "a := 2\nb := 1\n"},
-		{name: "deletion", old: "a := 1\n", want: "b := 1\n"},
-		{name: "gone", old: "c := 1", new: "c := 2", wantErr: "fault gone: want its text once in x.go, found it 0 times:\n\t| c := 1"},
-		{name: "ambiguous", old: ":= 1", new: ":= 2", wantErr: "fault ambiguous: want its text once in x.go, found it 2 times"},
+		{name: "deletion", old: "a := 1\n", want: "\nb := 1\n"},
+		{name: "more lines", old: "a := 1\n",
+			new: "if x {\n\ta = \"y\"\n}\n", want: "if x { a = \"y\" ; } ; \nb := 1\n"},
+		{name: "gone", old: "c := 1", new: "c := 2",
+			wantErr: "fault gone: want its text once in x.go, found it 0 times:\n\t| c := 1"},
+		{name: "ambiguous", old: ":= 1", new: ":= 2",
+			wantErr: "fault ambiguous: want its text once in x.go, found it 2 times"},
 		{name: "idle", old: "a := 1", new: "a := 1", wantErr: "fault idle changes nothing"},
 		{name: "empty", new: "a := 1", wantErr: "fault empty changes nothing"},
 	} {
 		f := fault{name: c.name, file: "x.go", old: c.old, new: c.new}
 		got, err := f.apply(source)
-		if got != c.want || (err == nil) != (c.wantErr == "") || err != nil && !strings.HasPrefix(err.Error(), c.wantErr) {
+		if got != c.want || (err == nil) != (c.wantErr == "") ||
+			err != nil && !strings.HasPrefix(err.Error(), c.wantErr) {
 			t.Errorf("%s: %q, %v; want %q, %q", c.name, got, err, c.want, c.wantErr)
+		}
+	}
+}
+
+// TestSameLines: what follows a change stays on its line, and goes on where the change ends.
+func TestSameLines(t *testing.T) {
+	for _, c := range []struct{ old, text, want string }{
+		{"a\n", "b\n", "b\n"},
+		{"a\nb\n", "", "\n\n"},
+		{"a\nb\n", "c\n", "c\n\n"},
+		{"a\nb", "c", "\nc"},
+		{"a\n", "if b {\n\tc()\n}\n", "if b { c ( ) ; } ; \n"},
+		{"a, b\n\tc", "d\n\n\tif e {\n\t}\n\tf", "\nd ; if e { } ; f "},
+	} {
+		if got := sameLines(c.old, c.text); got != c.want {
+			t.Errorf("%q for %q: %q, want %q", c.text, c.old, got, c.want)
 		}
 	}
 }
@@ -73,7 +94,9 @@ func TestFaults(t *testing.T) {
 			t.Errorf("%s: %v", f.name, err)
 		}
 	}
-	for _, k := range []kind{arithmetic, coordination, microbatch, inContext, graph, telemetry} {
+	for _, k := range []kind{
+		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry,
+	} {
 		if kinds[k] < 5 {
 			t.Errorf("%d faults of kind %s", kinds[k], k)
 		}
@@ -81,6 +104,28 @@ func TestFaults(t *testing.T) {
 	}
 	if len(kinds) > 0 {
 		t.Errorf("unknown kinds: %v", kinds)
+	}
+}
+
+// TestNames: the tests that are run apart are there.
+func TestNames(t *testing.T) {
+	root, _ := packageSources(t)
+	files, err := filepath.Glob(filepath.Join(root, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tests []byte
+	for _, file := range files {
+		text, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		tests = append(tests, text...)
+	}
+	for _, name := range slices.Concat(slowTests, moduleTests) {
+		if !bytes.Contains(tests, []byte("func "+name+"(")) {
+			t.Errorf("there is no test %s", name)
+		}
 	}
 }
 
@@ -129,8 +174,11 @@ func TestBlameTest(t *testing.T) {
 // noticedBy returns the result of a fault that those detectors have noticed.
 func noticedBy(k kind, detectors ...int) result {
 	r := result{fault: fault{name: "f", kind: k, what: "w"}}
+	for i := range r.verdicts {
+		r.verdicts[i].asked = true
+	}
 	for _, d := range detectors {
-		r.verdicts[d] = verdict{noticed: true, by: "it"}
+		r.verdicts[d] = verdict{asked: true, noticed: true, by: "it"}
 	}
 	return r
 }
@@ -138,29 +186,26 @@ func noticedBy(k kind, detectors ...int) result {
 func TestProblem(t *testing.T) {
 	broken := noticedBy(graph, byServe, byTelemetry, byUnit)
 	broken.verdicts[byUnit] = verdict{err: errors.New("does not build")}
-	skipped := func(k kind) result {
-		r := noticedBy(k)
-		r.verdicts[byUnit].skipped, r.verdicts[bySDK].skipped = true, true
-		return r
-	}
 	for _, c := range []struct {
 		name   string
 		result result
+		who    who
 		want   string
 	}{
-		{"all", noticedBy(arithmetic, byServe, byTelemetry, byUnit), ""},
-		{"serve", noticedBy(arithmetic, byServe), ""},
-		{"telemetry", noticedBy(microbatch, byTelemetry), ""},
-		{"unit tests alone", noticedBy(coordination, byUnit), "f (coordination) is not noticed by serve or telemetry: w"},
-		{"unit tests, which do", noticedBy(inContext, byUnit), ""},
-		{"tests with the SDK", noticedBy(telemetry, bySDK), ""},
-		{"unit tests left out", skipped(arithmetic), "f (arithmetic) is not noticed by serve or telemetry: w"},
-		{"unit tests left out, which would do", skipped(graph), ""},
-		{"nobody", noticedBy(telemetry), "f is not noticed: w"},
-		{"a detector that fails", broken, "f: does not build"},
+		{"all", noticedBy(arithmetic, byServe, byTelemetry, byUnit), everybody, ""},
+		{"serve", noticedBy(arithmetic, byServe), engineOnly, ""},
+		{"telemetry", noticedBy(microbatch, byTelemetry), everybody, ""},
+		{"the first that is asked", noticedBy(coordination, byUnit), untilNoticed, ""},
+		{"unit tests alone", noticedBy(coordination, byUnit), everybody,
+			"f (coordination) is not noticed by serve or telemetry: w"},
+		{"unit tests, which do", noticedBy(inContext, byUnit), everybody, ""},
+		{"tests with the SDK", noticedBy(telemetry, bySDK), untilNoticed, ""},
+		{"nobody", noticedBy(telemetry), untilNoticed, "f is not noticed: w"},
+		{"not the engine", noticedBy(arithmetic), engineOnly, "f is not noticed: w"},
+		{"a detector that fails", broken, untilNoticed, "f: does not build"},
 	} {
 		got := ""
-		if err := c.result.problem(); err != nil {
+		if err := c.result.problem(c.who); err != nil {
 			got = err.Error()
 		}
 		if got != c.want {
@@ -170,11 +215,47 @@ func TestProblem(t *testing.T) {
 }
 
 func TestControl(t *testing.T) {
-	if err := noticedBy("none").controlError(); err != nil {
+	if err := (verdict{}).controlError("sdk"); err != nil {
 		t.Error(err)
 	}
-	if err := noticedBy("none", byTelemetry).controlError(); err == nil || !strings.Contains(err.Error(), "without a fault, telemetry fails (it)") {
+	err := verdict{noticed: true, by: "it", output: "so"}.controlError("sdk")
+	if err == nil || err.Error() != "without a fault, sdk fails (it):\nso" {
 		t.Errorf("a control that fails: %v", err)
+	}
+}
+
+// TestTry: a fault is shown to the detectors of its kind in order, until the first that notices.
+func TestTry(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it builds programs")
+	}
+	root, src := packageSources(t)
+	for _, c := range []struct {
+		name string
+		who  who
+		kind kind
+		want string
+	}{
+		{"until noticed", untilNoticed, graph, "unit: -; sdk: yes"},
+		{"telemetry first", untilNoticed, telemetry, "sdk: yes"},
+		{"everybody", everybody, telemetry, "unit: -; sdk: yes; telemetry: -; serve: -"},
+		{"the engine", engineOnly, arithmetic, "telemetry: -; serve: -"},
+	} {
+		b := &bench{modules: modules{root: root}, sources: src, tmp: t.TempDir(), who: c.who}
+		for i := range b.detectors {
+			b.detectors[i] = detector{
+				module: root + "/examples", build: []string{"build", "./mutants"}, dir: root,
+				runs: []string{"-h"}, timeout: time.Minute,
+				blame:   func(string, string) string { return "yes" },
+				control: func() error { return nil },
+			}
+		}
+		b.detectors[bySDK].runs = []string{"-no-such-flag"} // the command itself stands for a detector
+		var out bytes.Buffer
+		newTable(&out, options{}).row(b.try(t.Context(), fault{name: "f", kind: c.kind}))
+		if got := strings.TrimSpace(out.String()); !strings.HasSuffix(got, "  "+c.want) {
+			t.Errorf("%s: %q, want %q", c.name, got, c.want)
+		}
 	}
 }
 
@@ -190,10 +271,11 @@ func TestSummary(t *testing.T) {
 		t.Errorf("problems: %v", err)
 	}
 	lines := strings.Split(out.String(), "\n")
-	if !slices.Equal(strings.Fields(lines[0]), []string{"f", "arithmetic", "it", "-", "it", "-"}) {
-		t.Errorf("row %q", lines[0])
+	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; serve: it"; lines[0] != want {
+		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	if want := "2 faults in 1m30s: serve -check notices 1, telemetry 0, unit tests 1, tests with the SDK 0"; lines[2] != want {
+	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1"
+	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}
 }
@@ -208,11 +290,14 @@ func TestFlags(t *testing.T) {
 		{"-run ( -list", 2, "missing closing )"},
 		{"-run no-such-fault", 2, "mutants: no fault has such a name"},
 		{"-j 0", 2, "mutants: -j is 0, want at least 1"},
+		{"-all -engine", 2, "mutants: -all and -engine exclude each other"},
+		{"-engine -run late-capture", 2, "mutants: no fault has such a name"},
 		{"dp.go", 2, `mutants: unexpected arguments ["dp.go"]`},
 		{"-h", 0, "-list"},
 	} {
 		errs.Reset()
-		if exit := run(t.Context(), strings.Fields(c.args), &out, &errs); exit != c.exit || !strings.Contains(errs.String(), c.want) {
+		exit := run(t.Context(), strings.Fields(c.args), &out, &errs)
+		if exit != c.exit || !strings.Contains(errs.String(), c.want) {
 			t.Errorf("%s: exit %d, %q; want %d, %q", c.args, exit, &errs, c.exit, c.want)
 		}
 	}

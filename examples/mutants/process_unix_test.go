@@ -17,7 +17,9 @@ import (
 // TestStartStops: a program that hangs is stopped with the processes that it has started.
 func TestStartStops(t *testing.T) {
 	dir := t.TempDir()
-	output, err := start(t.Context(), command{name: "sh", args: []string{"-c", "sleep 100 & echo $! >child; echo here; wait"}, dir: dir, timeout: time.Second})
+	script := "sleep 100 & echo $! >child; echo here; wait"
+	output, err := start(t.Context(),
+		command{name: "sh", args: []string{"-c", script}, dir: dir, timeout: time.Second})
 	if !errors.Is(err, context.DeadlineExceeded) || output != "here\n" {
 		t.Errorf("%v, %q", err, output)
 	}
@@ -36,16 +38,20 @@ func TestStartStops(t *testing.T) {
 		}
 		time.Sleep(20 * time.Millisecond)
 	}
-	if state, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat"); !strings.Contains(string(state), ") Z ") {
+	state, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	if !strings.Contains(string(state), ") Z ") {
 		t.Errorf("process %d still runs", pid)
 	}
 }
 
 func TestStartFails(t *testing.T) {
-	if output, err := start(t.Context(), command{name: "sh", args: []string{"-c", "echo no >&2; exit 3"}, timeout: time.Minute}); !isExit(err) || output != "no\n" {
+	output, err := start(t.Context(),
+		command{name: "sh", args: []string{"-c", "echo no >&2; exit 3"}, timeout: time.Minute})
+	if !isExit(err) || output != "no\n" {
 		t.Errorf("%v, %q", err, output)
 	}
-	if _, err := start(t.Context(), command{name: "no-such-program", timeout: time.Minute}); err == nil || isExit(err) {
+	_, err = start(t.Context(), command{name: "no-such-program", timeout: time.Minute})
+	if err == nil || isExit(err) {
 		t.Errorf("a program that is not there: %v", err)
 	}
 }

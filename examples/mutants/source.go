@@ -28,13 +28,17 @@ type kind string
 const (
 	arithmetic   kind = "arithmetic"   // of token counts across ranks
 	coordination kind = "coordination" // what ranks agree on
+	protocol     kind = "protocol"     // how ranks come to agree
+	planning     kind = "planning"     // from a schedule to a pass
 	microbatch   kind = "microbatch"   // splitting a pass, and what its parts see
 	inContext    kind = "context"      // what model code finds in its context
+	running      kind = "running"      // what a Runner does with a pass
 	graph        kind = "graph"        // which graph serves a batch, and the cache
 	telemetry    kind = "telemetry"    // spans and metrics
 )
 
-// carriesAnswers reports whether faults of this kind must show in what an engine computes or emits, not only in unit tests.
+// carriesAnswers reports whether faults of this kind must show in what an engine computes or emits, not
+// only in unit tests.
 func (k kind) carriesAnswers() bool {
 	return k == arithmetic || k == coordination || k == microbatch
 }
@@ -42,16 +46,17 @@ func (k kind) carriesAnswers() bool {
 // control is the absence of a fault.
 var control = fault{name: "control", kind: "none", what: "nothing is wrong"}
 
-// apply returns source with the fault in it. The text to replace must stand there exactly once: otherwise the package has
-// changed, and the fault must follow it.
+// apply returns source with the fault in it. The text to replace must stand there exactly once: otherwise
+// the package has changed, and the fault must follow it.
 func (f *fault) apply(source string) (string, error) {
 	if f.old == "" || f.old == f.new {
 		return "", fmt.Errorf("fault %s changes nothing", f.name)
 	}
 	if n := strings.Count(source, f.old); n != 1 {
-		return "", fmt.Errorf("fault %s: want its text once in %s, found it %d times:\n%s", f.name, f.file, n, indent(f.old, "\t| "))
+		return "", fmt.Errorf("fault %s: want its text once in %s, found it %d times:\n%s",
+			f.name, f.file, n, indent(f.old, "\t| "))
 	}
-	return strings.Replace(source, f.old, f.new, 1), nil
+	return strings.Replace(source, f.old, sameLines(f.old, f.new), 1), nil
 }
 
 // line returns the number of the first changed line of source.
@@ -92,8 +97,8 @@ func (s sources) checkAll(faults []fault) error {
 	return errors.Join(errs...)
 }
 
-// overlay writes the faulty file and an overlay that puts it in place of the package's to dir, and returns the path of the
-// overlay. The control has an empty one.
+// overlay writes the faulty file and an overlay that puts it in place of the package's to dir, and returns
+// the path of the overlay. The control has an empty one.
 func (s sources) overlay(f *fault, root, dir string) (path string, err error) {
 	replace := map[string]string{}
 	if f.file != "" {

@@ -1,3 +1,5 @@
+// Servers that want to know who connects.
+
 package main
 
 import (
@@ -69,8 +71,8 @@ func (a *authority) issue(name string) (certFile, keyFile string) {
 	return write(".pem", "CERTIFICATE", der), write(".key", "EC PRIVATE KEY", secret)
 }
 
-// TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is. Without that it is refused at
-// once.
+// TestCredentials: a rank speaks to a server that its authority vouches for, and shows who it is.
+// Without that it is refused immediately.
 func TestCredentials(t *testing.T) {
 	a := newAuthority(t)
 	ca := filepath.Join(a.dir, "ca.pem")
@@ -80,8 +82,15 @@ func TestCredentials(t *testing.T) {
 	}
 	clients := x509.NewCertPool()
 	clients.AppendCertsFromPEM([]byte(readText(t, ca)))
-	s := serverOf(t, &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, TLSTimeout: 5,
-		TLSConfig: &tls.Config{Certificates: []tls.Certificate{pair}, ClientCAs: clients, ClientAuth: tls.RequireAndVerifyClientCert}})
+	s := serverOf(
+		t,
+		&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true, TLSTimeout: 5,
+			TLSConfig: &tls.Config{
+				Certificates: []tls.Certificate{pair},
+				ClientCAs:    clients,
+				ClientAuth:   tls.RequireAndVerifyClientCert,
+			}},
+	)
 	cert, key := a.issue("rank")
 	flags := []string{"-nats", s.ClientURL(), "-dp", "1", "-rank", "0", "-requests", "3", "-check"}
 	exit, out, errs := runServe(t, append(flags, "-nats-ca", ca, "-nats-cert", cert, "-nats-key", key)...)
@@ -98,13 +107,15 @@ func TestCredentials(t *testing.T) {
 		{[]string{"-nats-ca", ca, "-nats-cert", cert + "x", "-nats-key", key}, "rank.pemx: no such file"},
 		{[]string{"-nats-creds", "no-such-file"}, "no-such-file"},
 	} {
-		if exit, out, errs := runServe(t, append(flags, c.flags...)...); exit != 1 || out != "" || !regexp.MustCompile(c.want).MatchString(errs) {
+		if exit, out, errs := runServe(t, append(flags, c.flags...)...); exit != 1 || out != "" ||
+			!regexp.MustCompile(c.want).MatchString(errs) {
 			t.Errorf("%v: exit %d, stdout %q, stderr %q, want %q", c.flags, exit, out, errs, c.want)
 		}
 	}
 }
 
-// TestServerConfiguration: by nats.conf a run has all that it needs, and the user of one rank can't be another.
+// TestServerConfiguration: by nats.conf a run has all that it needs, and the user of one rank can't
+// be another.
 func TestServerConfiguration(t *testing.T) {
 	file, err := filepath.Abs("nats.conf")
 	if err != nil {
@@ -122,7 +133,23 @@ func TestServerConfiguration(t *testing.T) {
 	opts.Host, opts.Port, opts.NoLog, opts.NoSigs = "127.0.0.1", server.RANDOM_PORT, true, true
 	s := serverOf(t, opts)
 	as := func(user, rank string) *program {
-		return start(t, "-nats", "nats://"+user+"@"+s.Addr().String(), "-nats-ca", "ca.pem", "-dp", "2", "-rank", rank, "-spec", "1", "-requests", "8", "-check", "-json")
+		return start(
+			t,
+			"-nats",
+			"nats://"+user+"@"+s.Addr().String(),
+			"-nats-ca",
+			"ca.pem",
+			"-dp",
+			"2",
+			"-rank",
+			rank,
+			"-spec",
+			"1",
+			"-requests",
+			"8",
+			"-check",
+			"-json",
+		)
 	}
 	for _, c := range []struct{ user, rank, want string }{
 		{"rank0:one", "0", "Authorization Violation"},

@@ -1,26 +1,29 @@
-// Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and says what came of it.
+// Serve runs a request trace through a small mixture-of-experts model on data-parallel ranks, and
+// says what came of it.
 //
 //	go -C examples run ./serve -check
 //	go -C examples run ./serve -check -sp 2 -ubatches 2 -spec 2 -loras 3 -graph FULL_DECODE_ONLY
 //	go -C examples run ./serve -processes -check
 //
-// By default the ranks are goroutines. With -processes each is a process of its own, connected by a NATS server that comes
-// with them; with -nats this is one of them, and each serves its share of the requests:
+// By default the ranks are goroutines. With -processes each is a process of its own, connected by a
+// NATS server that comes with them; with -nats this is one of them, and each serves its share of
+// the requests:
 //
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
-// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be started again by the same
-// command: the others wait for it, and it serves what its results file lacks. The file nats.conf is a configuration of the server
-// with TLS and a user for each rank. The groups are GROUP-target, GROUP-finish and, with -spec, GROUP-draft.
+// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be
+// started again by the same command: the others wait for it, and it serves what its results file
+// lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
+// groups are GROUP-target and, with -spec, GROUP-draft.
 //
-// The model computes what its weights say, in float64, and -check recomputes every request alone by plain code, so a batch
-// that was padded, chunked, exchanged or cached wrongly shows as a wrong answer. Ctrl-C ends a run after the step in flight,
-// with the table so far; ranks that are processes all stop when one of them is interrupted, after at most 16 more steps. A second
-// Ctrl-C ends it at once.
+// The model computes what its weights say, in float64, and -check recomputes every request alone by
+// plain code, so a batch that was padded, chunked, exchanged or cached wrongly shows as a wrong
+// answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
+// processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
 //
-// It exits with 0 when all went well or the run was interrupted, with 1 on an error, and where -check found a difference or
-// was interrupted, and with 2 for bad flags.
+// It exits with 0 when all went well or the run was interrupted, with 1 on an error, or if -check
+// found a difference or was interrupted, and with 2 for bad flags.
 package main
 
 import (
@@ -29,6 +32,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"net"
 	"os"
@@ -76,22 +80,33 @@ type options struct {
 func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
 	flags.SetOutput(stderr)
-	flags.StringVar(&o.trace, "trace", "", "CSV `file` with TIMESTAMP, ContextTokens, GeneratedTokens (default: a small trace that is built in)")
+	flags.StringVar(&o.trace, "trace", "",
+		"CSV `file` with TIMESTAMP, ContextTokens, GeneratedTokens (default: a small trace that is built in)")
 	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
 	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
 	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
-	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts at once")
-	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), where 0 is none")
-	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise, "which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
-	flags.IntVar(&o.spec, "spec", 0, "speculative decoding: a draft model guesses `K` tokens for each request and step")
-	flags.IntVar(&o.ubatches, "ubatches", 1, "split passes into `N` microbatches that run at once, one's attention beside another's exchanges (1: don't)")
-	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4, "split a pass in which all requests decode from `N` tokens on")
+	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts in one exchange")
+	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
+	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise,
+		"which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
+	flags.IntVar(&o.spec, "spec", 0,
+		"speculative decoding: a draft model guesses `K` tokens for each request and step")
+	flags.IntVar(
+		&o.ubatches,
+		"ubatches",
+		1,
+		"split passes into `N` microbatches that run concurrently (1: don't)",
+	)
+	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4,
+		"split a pass in which all requests decode from `N` tokens on")
 	flags.IntVar(&o.prefillUB, "prefill-ubatch-threshold", 32, "split any other pass from `N` tokens on")
-	flags.Float64Var(&o.speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
+	flags.Float64Var(&o.speed, "speed", 0,
+		"replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
-	flags.StringVar(&o.otlp, "otlp", "", "send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
+	flags.StringVar(&o.otlp, "otlp", "",
+		"send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
 	o.rankOptions.define(flags)
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
@@ -195,6 +210,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,
 		Speed:                  o.speed,
+		Logger:                 newLogger(stderr),
 	}
 	if o.otlp != "" {
 		t, err := startTelemetry(ctx, o.otlp, o.instance())
@@ -212,7 +228,8 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		out.requests = requests
 		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)
 	}
-	interrupted := errors.Is(err, engine.ErrInterrupted) || err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
+	interrupted := errors.Is(err, engine.ErrInterrupted) ||
+		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
 		return out.explain(err)
 	}
@@ -239,6 +256,11 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	return err
 }
 
+// newLogger returns a logger of warnings.
+func newLogger(stderr io.Writer) *slog.Logger {
+	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
+}
+
 // outcome is what came of a run.
 type outcome struct {
 	requests []engine.Request // of this process
@@ -252,11 +274,18 @@ func (o *outcome) explain(err error) error {
 	if o.stats.Steps == 0 {
 		return err
 	}
-	return fmt.Errorf("%w (after %d steps, %d of %d requests finished)", err, o.stats.Steps, o.stats.Finished+o.resumed, len(o.requests))
+	return fmt.Errorf("%w (after %d steps, %d of %d requests finished)", err, o.stats.Steps,
+		o.stats.Finished+o.resumed, len(o.requests))
 }
 
 // runEngine serves requests, with a progress bar.
-func runEngine(ctx context.Context, config engine.Config, weights *model.Weights, requests []engine.Request, stderr io.Writer) ([]engine.Result, engine.Stats, error) {
+func runEngine(
+	ctx context.Context,
+	config engine.Config,
+	weights *model.Weights,
+	requests []engine.Request,
+	stderr io.Writer,
+) ([]engine.Result, engine.Stats, error) {
 	e, err := engine.New(model.New(weights), config)
 	if err != nil {
 		return nil, engine.Stats{}, err
@@ -304,9 +333,16 @@ func readTrace(path string) ([]trace.Row, error) {
 	return rows, nil
 }
 
-// check recomputes the finished requests and prints the differences, at most maxDifferences of them. Once ctx has ended
-// nothing is compared any more, and what was not compared does not count as agreeing.
-func check(ctx context.Context, w *model.Weights, requests []engine.Request, results []engine.Result, stderr io.Writer) checkReport {
+// check recomputes the finished requests and prints the differences, at most maxDifferences of
+// them. Once ctx has ended nothing is compared any more, and what was not compared does not count
+// as agreeing.
+func check(
+	ctx context.Context,
+	w *model.Weights,
+	requests []engine.Request,
+	results []engine.Result,
+	stderr io.Writer,
+) checkReport {
 	const maxDifferences = 10
 	var done counter
 	bar := startBar(stderr, "checking", len(requests), func() (int, string) { return done.get(), "" })

@@ -1,3 +1,5 @@
+// The program in one process: what it prints, and which flags it refuses.
+
 package main
 
 import (
@@ -30,14 +32,18 @@ func runServe(t *testing.T, args ...string) (exit int, stdout, stderr string) {
 }
 
 func TestTable(t *testing.T) {
-	exit, out, errs := runServe(t, "-requests", "20", "-max-context", "40", "-spec", "2", "-ubatches", "2", "-check")
+	exit, out, errs := runServe(t, "-requests", "20", "-max-context", "40", "-spec", "2", "-ubatches", "2",
+		"-check")
 	if exit != 0 || errs != "" {
 		t.Fatalf("exit %d, stderr %q", exit, errs)
 	}
 	for _, want := range []string{
-		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`, `(?m)^passes +\d+ `, `(?m)^ +\d+ +of them split into microbatches`, `(?m)^  FULL +\d+ `, `(?m)^reasons `, `(?m)^  exact +\d+ `,
+		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`,
+		`(?m)^passes +\d+ `, `(?m)^ +\d+ +of them split into microbatches`, `(?m)^  FULL +\d+ `,
+		`(?m)^reasons `, `(?m)^  exact +\d+ `,
 		`(?m)^graphs +\d+ +captured in \S+, \d+ replays`, `(?m)^guesses +\d+ +\d+ accepted`,
-		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `, `check: 20 of 20 requests agree with the reference\n$`,
+		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `,
+		`check: 20 of 20 requests agree with the reference\n$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("no %s in\n%s", want, out)
@@ -70,10 +76,12 @@ func TestJSON(t *testing.T) {
 	for _, r := range trace.Default()[:9] {
 		prompt, generated = prompt+r.ContextTokens, generated+r.GeneratedTokens
 	}
-	if got.Requests != 9 || got.Finished != 9 || got.Interrupted || passes != 2*got.Steps || modes != passes || got.Graphs.Captures == 0 || got.Graphs.Replays <= got.Graphs.Captures ||
-		got.Speculation != nil || got.SplitPasses != 0 || got.DraftPasses != 0 || len(got.Waiting) != 2 || got.Waiting[1].Rank != 1 ||
-		got.PromptTokens != prompt || got.GeneratedTokens != generated || got.Tokens != prompt+generated || got.TokensPerSecond <= 0 ||
-		got.Check == nil || *got.Check != (checkReport{Requests: 9, Agreed: 9}) {
+	if got.Requests != 9 || got.Finished != 9 || got.Interrupted || passes != 2*got.Steps || modes != passes ||
+		got.Graphs.Captures == 0 || got.Graphs.Replays <= got.Graphs.Captures ||
+		got.Speculation != nil || got.SplitPasses != 0 || got.DraftPasses != 0 || len(got.Waiting) != 2 ||
+		got.Waiting[1].Rank != 1 ||
+		got.PromptTokens != prompt || got.GeneratedTokens != generated || got.Tokens != prompt+generated ||
+		got.TokensPerSecond <= 0 || got.Check == nil || *got.Check != (checkReport{Requests: 9, Agreed: 9}) {
 		t.Errorf("%+v", got)
 	}
 	if _, out, _ := runServe(t, "-json", "-requests", "1"); strings.Contains(out, "check") {
@@ -85,12 +93,14 @@ func TestInterrupted(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
 	var out, errs bytes.Buffer
-	if exit := run(ctx, []string{"-speed", "1"}, &out, &errs); exit != 0 || errs.Len() > 0 || !strings.Contains(out.String(), "finished, interrupted\n") {
+	if exit := run(ctx, []string{"-speed", "1"}, &out, &errs); exit != 0 || errs.Len() > 0 ||
+		!strings.Contains(out.String(), "finished, interrupted\n") {
 		t.Errorf("exit %d, stderr %q, stdout %s", exit, &errs, &out)
 	}
 	out.Reset()
 	exit := run(ctx, []string{"-check"}, &out, &errs)
-	if want := "check: 0 of 400 requests agree with the reference\n"; exit != 1 || !strings.HasSuffix(out.String(), want) || !strings.Contains(errs.String(), "interrupted") {
+	if want := "check: 0 of 400 requests agree with the reference\n"; exit != 1 ||
+		!strings.HasSuffix(out.String(), want) || !strings.Contains(errs.String(), "interrupted") {
 		t.Errorf("exit %d, stderr %q, stdout %s: want 1, and %q at the end", exit, &errs, &out, want)
 	}
 }
@@ -130,14 +140,17 @@ func TestBadFlags(t *testing.T) {
 
 func TestBadTrace(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "trace.csv")
-	if err := os.WriteFile(path, []byte("TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,5,5\n2026-01-01 00:00:00,5,-5\n"), 0o600); err != nil {
+	if err := os.WriteFile(path,
+		[]byte("TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,5,5\n2026-01-01 00:00:00,5,-5\n"),
+		0o600); err != nil {
 		t.Fatal(err)
 	}
 	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 1 to 1048576\n"
 	if exit, out, errs := runServe(t, "-trace", path); exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and %q", exit, out, errs, want)
 	}
-	if exit, out, errs := runServe(t, "-trace", path+"x"); exit != 1 || out != "" || !strings.Contains(errs, "no such file") {
+	if exit, out, errs := runServe(t, "-trace", path+"x"); exit != 1 || out != "" ||
+		!strings.Contains(errs, "no such file") {
 		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and the missing file", exit, out, errs)
 	}
 }
@@ -161,15 +174,18 @@ func TestDifferences(t *testing.T) {
 		}
 	}
 	var errs bytes.Buffer
-	if got, want := check(t.Context(), weights, requests, results, &errs), (checkReport{Requests: 14, Agreed: 2}); got != want {
+	if got, want := check(t.Context(), weights, requests, results,
+		&errs), (checkReport{Requests: 14, Agreed: 2}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
-	if out := errs.String(); strings.Count(out, "\n") != 11 || !strings.Contains(out, "serve: request 2: served") || !strings.Contains(out, "and 2 more") {
+	if out := errs.String(); strings.Count(out, "\n") != 11 ||
+		!strings.Contains(out, "serve: request 2: served") || !strings.Contains(out, "and 2 more") {
 		t.Errorf("stderr %s", out)
 	}
 }
 
-// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there are and who sends them.
+// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there
+// are and who sends them.
 type collector struct {
 	collectortrace.UnimplementedTraceServiceServer
 	mu        sync.Mutex
@@ -183,7 +199,10 @@ type metricsService struct {
 	*collector
 }
 
-func (c *collector) Export(_ context.Context, in *collectortrace.ExportTraceServiceRequest) (*collectortrace.ExportTraceServiceResponse, error) {
+func (c *collector) Export(
+	_ context.Context,
+	in *collectortrace.ExportTraceServiceRequest,
+) (*collectortrace.ExportTraceServiceResponse, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range in.ResourceSpans {
@@ -202,7 +221,10 @@ func (c *collector) Export(_ context.Context, in *collectortrace.ExportTraceServ
 	return &collectortrace.ExportTraceServiceResponse{}, nil
 }
 
-func (c metricsService) Export(_ context.Context, in *collectormetrics.ExportMetricsServiceRequest) (*collectormetrics.ExportMetricsServiceResponse, error) {
+func (c metricsService) Export(
+	_ context.Context,
+	in *collectormetrics.ExportMetricsServiceRequest,
+) (*collectormetrics.ExportMetricsServiceResponse, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, r := range in.ResourceMetrics {
@@ -243,13 +265,20 @@ func TestTelemetry(t *testing.T) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.names["request"] != 5 || c.names["warm-up"] != 4 || c.names["fwd.forward"] <= 4*got.Steps || c.names["fwd.coordinate"] != 4*got.Steps || c.names["fwd.forward.duration"] == 0 {
+	passes := c.names["fwd.forward"] / 4
+	if c.names["request"] != 5 || c.names["warm-up"] != 4 || passes <= got.Steps ||
+		c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 4 ranks", c.names, got.Steps)
+	}
+	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
+	if exchanges, want := c.names["fwd.coordinate"], 4*(passes+2); exchanges != want {
+		t.Errorf("%d exchanges of 4 ranks with %d passes each, want %d", exchanges, passes, want)
 	}
 }
 
-// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a bounded time. It comes after
-// TestTelemetry: what it leaves behind in the process still tries to export for a while, and reports to whoever listens.
+// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a
+// bounded time. It comes after TestTelemetry: what it leaves behind in the process still tries to
+// export for a while, and reports to whoever listens.
 func TestTelemetryAbsent(t *testing.T) {
 	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts, as the kernel does, and never answers
 	if err != nil {
@@ -260,8 +289,10 @@ func TestTelemetryAbsent(t *testing.T) {
 		t.Run(endpoint, func(t *testing.T) {
 			t.Parallel()
 			began := time.Now()
-			exit, out, errs := runServe(t, "-requests", "12", "-max-context", "20", "-dp", "2", "-check", "-otlp", endpoint)
-			if exit != 0 || !strings.HasSuffix(out, "check: 12 of 12 requests agree with the reference\n") || !strings.Contains(errs, "telemetry is incomplete") {
+			exit, out, errs := runServe(t, "-requests", "12", "-max-context", "20", "-dp", "2", "-check", "-otlp",
+				endpoint)
+			if exit != 0 || !strings.HasSuffix(out, "check: 12 of 12 requests agree with the reference\n") ||
+				!strings.Contains(errs, "telemetry is incomplete") {
 				t.Errorf("exit %d, stderr %q, stdout %s", exit, errs, out)
 			}
 			if took := time.Since(began); took > shutdownTimeout+10*time.Second {

@@ -21,12 +21,12 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// stopTimeout is how long the processes may take to stop when they are told to, before they are killed. They end their steps
-// and deliver their last spans.
+// stopTimeout is how long the processes may take to stop when they are told to, before they are
+// killed. They end their steps and deliver their last spans.
 const stopTimeout = stopGrace + shutdownTimeout + 10*time.Second
 
-// serveProcesses serves by a process for each rank, and a NATS server in this one that connects them. It prints what came of
-// all of them.
+// serveProcesses serves by a process for each rank, and a NATS server in this one that connects
+// them. It prints what came of all of them.
 func serveProcesses(ctx context.Context, o *options, stdout, stderr io.Writer) error {
 	program, err := os.Executable()
 	if err != nil {
@@ -71,7 +71,9 @@ func serveProcesses(ctx context.Context, o *options, stdout, stderr io.Writer) e
 
 // startServer starts a NATS server on a free port, for this host alone.
 func startServer() (*server.Server, error) {
-	s, err := server.NewServer(&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true})
+	s, err := server.NewServer(
+		&server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoLog: true, NoSigs: true},
+	)
 	if err != nil {
 		return nil, fmt.Errorf("NATS server: %w", err)
 	}
@@ -110,15 +112,20 @@ type process struct {
 }
 
 func newProcess(rank int, program string, args []string, stderr io.Writer) *process {
-	p := &process{rank: rank, cmd: exec.Command(program, args...), stderr: newLines(stderr, fmt.Sprintf("rank %d: ", rank))}
+	p := &process{
+		rank:   rank,
+		cmd:    exec.Command(program, args...),
+		stderr: newLines(stderr, fmt.Sprintf("rank %d: ", rank)),
+	}
 	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, p.stderr
 	p.cmd.WaitDelay = time.Second // it starts no others that could hold its output
 	onItsOwn(p.cmd)
 	return p
 }
 
-// runAll runs processes until all have ended. When ctx ends they are asked to stop, and after a while they are killed; so are
-// the others when one can't be started, or has failed and they have not noticed by themselves within limit.
+// runAll runs processes until all have ended. When ctx ends they are asked to stop, and after a
+// while they are killed; so are the others when one can't be started, or has failed and they have
+// not noticed by themselves within limit.
 func runAll(ctx context.Context, all []*process, limit time.Duration) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -180,8 +187,8 @@ func signalAll(all []*process, s os.Signal) {
 	}
 }
 
-// report returns what the process has printed. One that found wrong answers, or could not compare all, has a report and says so
-// by its exit status too.
+// report returns what the process has printed. One that found wrong answers, or could not compare
+// all, has a report and says so by its exit status too.
 func (p *process) report() (*report, error) {
 	var r report
 	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil {

@@ -1,3 +1,5 @@
+// Processes that end in ways that only Linux tells their parent.
+
 package main
 
 import (
@@ -59,7 +61,8 @@ func gone(ranks map[int]int) bool {
 	return true
 }
 
-// TestProcessesKilled: a rank that dies ends the run within the exchange timeout, named by all others, and nobody is left.
+// TestProcessesKilled: a rank that dies ends the run within the exchange timeout, named by all
+// others, and nobody is left.
 func TestProcessesKilled(t *testing.T) {
 	const timeout = 2 * time.Second
 	results := filepath.Join(t.TempDir(), "results")
@@ -80,7 +83,10 @@ func TestProcessesKilled(t *testing.T) {
 	if exit != 1 || p.stdout.Len() > 0 {
 		t.Errorf("exit %d, stdout %q", exit, &p.stdout)
 	}
-	for _, want := range []string{"serve: rank 0: exit status 1\n", "rank 1: exit status 1\n", "rank 2: signal: killed\n", "rank 0: serve: rank 0: ", "rank 1: serve: rank 1: ", "missing: ranks [2])"} {
+	for _, want := range []string{
+		"serve: rank 0: exit status 1\n", "rank 1: exit status 1\n", "rank 2: signal: killed\n",
+		"rank 0: serve: rank 0: ", "rank 1: serve: rank 1: ", "missing: ranks [2])",
+	} {
 		if !strings.Contains(p.stderr.String(), want) {
 			t.Errorf("no %q in %s", want, &p.stderr)
 		}
@@ -90,7 +96,8 @@ func TestProcessesKilled(t *testing.T) {
 	}
 }
 
-// TestProcessesLauncherKilled: the processes don't outlive the one that started them, whatever they wait for.
+// TestProcessesLauncherKilled: the processes don't outlive the one that started them, whatever they
+// wait for.
 func TestProcessesLauncherKilled(t *testing.T) {
 	p := start(t, "-processes", "-dp", "2", "-speed", "0.01", "-exchange-timeout", "1h", "-join-timeout", "1h")
 	var ranks map[int]int

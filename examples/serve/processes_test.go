@@ -1,3 +1,5 @@
+// The program as several processes.
+
 package main
 
 import (
@@ -9,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,8 +21,8 @@ import (
 	"github.com/google/go-cmp/cmp"
 )
 
-// asProgram is an environment variable that makes the test binary the program, so that the processes which it starts are of the
-// code that is tested.
+// asProgram is an environment variable that makes the test binary the program, so that the
+// processes which it starts are of the code that is tested.
 const asProgram = "SERVE_AS_PROGRAM"
 
 func TestMain(m *testing.M) {
@@ -58,7 +61,7 @@ func start(t *testing.T, args ...string) *program {
 func (p *program) wait() int {
 	p.Helper()
 	if err := p.cmd.Wait(); err != nil {
-		if _, ok := errors.AsType[*exec.ExitError](err); !ok {
+		if exit := (*exec.ExitError)(nil); !errors.As(err, &exit) {
 			p.Fatal(err)
 		}
 	}
@@ -77,11 +80,19 @@ func (p *program) report() *report {
 	p.Helper()
 	exit := p.wait()
 	var r report
-	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.stderr.Len() > 0 {
+	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.complaints() != "" {
 		p.Fatalf("exit %d, stderr %q, %v in stdout %s", exit, &p.stderr, err, &p.stdout)
 	}
 	return &r
 }
+
+// warning is a line that warns of an exchange that will be tried again, or of one that was.
+var warning = regexp.MustCompile(
+	`(?m)^time=\S+ level=WARN msg="(exchange of votes failed|rank came late).*\n`,
+)
+
+// complaints returns what the program has printed to stderr beside such warnings.
+func (p *program) complaints() string { return warning.ReplaceAllString(p.stderr.String(), "") }
 
 // eventually waits until something is so.
 func eventually(t *testing.T, what string, so func() bool) {
@@ -116,7 +127,8 @@ func TestProcesses(t *testing.T) {
 		t.Run(flags, func(t *testing.T) {
 			t.Parallel()
 			r := start(t, strings.Fields("-processes -json -check -requests 43 -max-context 150 "+flags)...).report()
-			if r.Requests != 43 || r.Finished != 43 || r.Interrupted || r.FailedSteps != 0 || r.Check == nil || *r.Check != (checkReport{43, 43}) {
+			if r.Requests != 43 || r.Finished != 43 || r.Interrupted || r.FailedSteps != 0 || r.Check == nil ||
+				*r.Check != (checkReport{43, 43}) {
 				t.Errorf("%+v, check %+v", r, r.Check)
 			}
 			passes, modes := 0, 0
@@ -126,7 +138,8 @@ func TestProcesses(t *testing.T) {
 			for _, n := range r.Modes {
 				modes += n
 			}
-			if ranks := len(r.Waiting); passes != ranks*r.Steps || modes != passes || r.Tokens != r.PromptTokens+r.GeneratedTokens || r.TokensPerSecond <= 0 {
+			if ranks := len(r.Waiting); passes != ranks*r.Steps || modes != passes ||
+				r.Tokens != r.PromptTokens+r.GeneratedTokens || r.TokensPerSecond <= 0 {
 				t.Errorf("%+v: %d passes in %d steps of %d ranks", r, passes, r.Steps, ranks)
 			}
 			for rank, w := range r.Waiting {
@@ -135,8 +148,10 @@ func TestProcesses(t *testing.T) {
 				}
 			}
 			one := start(t, strings.Fields("-json -requests 43 -max-context 150 "+flags)...).report()
-			if r.PromptTokens != one.PromptTokens || r.GeneratedTokens != one.GeneratedTokens || len(r.Waiting) != len(one.Waiting) ||
-				(r.Speculation == nil) != (one.Speculation == nil) || (r.SplitPasses > 0) != (one.SplitPasses > 0) || r.Graphs.Captures != one.Graphs.Captures {
+			if r.PromptTokens != one.PromptTokens || r.GeneratedTokens != one.GeneratedTokens ||
+				len(r.Waiting) != len(one.Waiting) ||
+				(r.Speculation == nil) != (one.Speculation == nil) || (r.SplitPasses > 0) != (one.SplitPasses > 0) ||
+				r.Graphs.Captures != one.Graphs.Captures {
 				t.Errorf("as processes %+v, as goroutines %+v", r, one)
 			}
 		})
@@ -149,15 +164,16 @@ func TestProcessesTable(t *testing.T) {
 	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
 		t.Errorf("exit %d, stderr %q", exit, &p.stderr)
 	}
-	for _, want := range []string{"requests     9      9 finished\n", "guesses ", "\n  rank 1 ", "\ncheck: 9 of 9 requests agree with the reference\n"} {
+	for _, want := range []string{"requests     9      9 finished\n", "guesses ", "\n  rank 1 ",
+		"\ncheck: 9 of 9 requests agree with the reference\n"} {
 		if !strings.Contains(p.stdout.String(), want) {
 			t.Errorf("no %q in\n%s", want, &p.stdout)
 		}
 	}
 }
 
-// TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The same command serves the
-// rest, and everything agrees.
+// TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The
+// same command serves the rest, and everything agrees.
 func TestProcessesInterrupted(t *testing.T) {
 	results := filepath.Join(t.TempDir(), "results")
 	args := []string{"-processes", "-dp", "3", "-json", "-results", results, "-speed", "2"}
@@ -178,19 +194,23 @@ func TestProcessesInterrupted(t *testing.T) {
 		t.Errorf("%d results written, %d requests finished", written, r.Finished)
 	}
 	again := start(t, append(args, "-check", "-speed", "0")...).report()
-	if again.Interrupted || again.Finished != 400 || again.Resumed != r.Finished || *again.Check != (checkReport{400, 400}) {
+	if again.Interrupted || again.Finished != 400 || again.Resumed != r.Finished ||
+		*again.Check != (checkReport{400, 400}) {
 		t.Errorf("%+v, check %+v, want %d resumed", again, again.Check, r.Finished)
 	}
-	if again.GeneratedTokens == 0 || again.GeneratedTokens+r.GeneratedTokens < start(t, "-json").report().GeneratedTokens {
+	if again.GeneratedTokens == 0 ||
+		again.GeneratedTokens+r.GeneratedTokens < start(t, "-json").report().GeneratedTokens {
 		t.Errorf("%d tokens and then %d: not all were generated", r.GeneratedTokens, again.GeneratedTokens)
 	}
 	p = start(t, append(args, "-check", "-speed", "0", "-max-context", "10")...)
-	if exit := p.wait(); exit != 1 || !strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
+	if exit := p.wait(); exit != 1 ||
+		!strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
 		t.Errorf("files of another run: exit %d, stderr %q", exit, &p.stderr)
 	}
 }
 
-// TestProcessesJoin: a process that is told to stop before all are there says so, and one that waits in vain whom it misses.
+// TestProcessesJoin: a process that is told to stop before all are there says so, and one that
+// waits in vain whom it misses.
 func TestProcessesJoin(t *testing.T) {
 	nats, err := startServer()
 	if err != nil {
@@ -199,19 +219,32 @@ func TestProcessesJoin(t *testing.T) {
 	defer nats.Shutdown()
 	url := nats.ClientURL()
 	exit, out, errs := runServe(t, "-nats", url, "-dp", "3", "-rank", "1", "-join-timeout", "200ms")
-	if exit != 1 || out != "" || !strings.Contains(errs, "group serve-") || !strings.Contains(errs, "missing: ranks [0 2]") || !strings.Contains(errs, "-join-timeout 200ms") {
+	if exit != 1 || out != "" || !strings.Contains(errs, "group serve-") ||
+		!strings.Contains(errs, "missing: ranks [0 2]") || !strings.Contains(errs, "-join-timeout 200ms") {
 		t.Errorf("exit %d, stdout %q, stderr %q", exit, out, errs)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	exit = run(ctx, []string{"-nats", url, "-dp", "3", "-rank", "1"}, &stdout, &stderr)
-	if exit != 0 || stderr.Len() > 0 || !strings.Contains(stdout.String(), "0 finished, interrupted\n") || !strings.HasPrefix(stdout.String(), "requests  133") {
+	if exit != 0 || stderr.Len() > 0 || !strings.Contains(stdout.String(), "0 finished, interrupted\n") ||
+		!strings.HasPrefix(stdout.String(), "requests  133") {
 		t.Errorf("exit %d, stderr %q, stdout %s", exit, &stderr, &stdout)
 	}
 	began := time.Now()
-	exit, _, errs = runServe(t, "-nats", "nats://127.0.0.1:1", "-dp", "3", "-rank", "1", "-join-timeout", "300ms")
-	if exit != 1 || !strings.Contains(errs, "-nats nats://127.0.0.1:1: nats: no servers available") || time.Since(began) < 300*time.Millisecond {
+	exit, _, errs = runServe(
+		t,
+		"-nats",
+		"nats://127.0.0.1:1",
+		"-dp",
+		"3",
+		"-rank",
+		"1",
+		"-join-timeout",
+		"300ms",
+	)
+	if exit != 1 || !strings.Contains(errs, "-nats nats://127.0.0.1:1: nats: no servers available") ||
+		time.Since(began) < 300*time.Millisecond {
 		t.Errorf("no server: exit %d, stderr %q", exit, errs)
 	}
 	exit, _, errs = runServe(t, "-nats", url, "-dp", "1", "-rank", "0", "-nats-creds", "no-such-file")
@@ -220,8 +253,8 @@ func TestProcessesJoin(t *testing.T) {
 	}
 }
 
-// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it was. The others wait for
-// it, and nothing is served twice.
+// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
+// was. The others wait for it, and nothing is served twice.
 func TestProcessesRejoin(t *testing.T) {
 	nats, err := startServer()
 	if err != nil {
@@ -230,7 +263,15 @@ func TestProcessesRejoin(t *testing.T) {
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
 	args := func(rank int) []string {
-		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -spec 1 -json -check -exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20", nats.ClientURL(), rank, results, rank))
+		return strings.Fields(
+			fmt.Sprintf(
+				"-nats %s -rank %d -dp 3 -spec 1 -json -check -exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20",
+				nats.ClientURL(),
+				rank,
+				results,
+				rank,
+			),
+		)
 	}
 	ranks := make([]*program, 3)
 	for rank := range ranks {
@@ -247,26 +288,36 @@ func TestProcessesRejoin(t *testing.T) {
 	for rank, p := range ranks {
 		r := p.report()
 		own := len(share(make([]engine.Request, 400), rank, 3))
-		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{own, own}) || len(r.Waiting) != 1 || r.Waiting[0].Rank != rank {
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{own, own}) || len(r.Waiting) != 1 ||
+			r.Waiting[0].Rank != rank {
 			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
 		}
 		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
-			t.Errorf("rank %d: %d resumed, %d failed steps; rank 1 had written %d", rank, r.Resumed, r.FailedSteps, written)
+			t.Errorf("rank %d: %d resumed, %d failed steps; rank 1 had written %d", rank, r.Resumed, r.FailedSteps,
+				written)
 		}
 	}
 }
 
-// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are traces in common.
+// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are
+// traces in common.
 func TestProcessesTelemetry(t *testing.T) {
 	c, endpoint := startCollector(t)
-	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint).report()
+	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp",
+		endpoint).report()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.names["request"] != 5 || c.names["warm-up"] != 3 || c.names["fwd.forward"] <= 3*r.Steps || c.names["fwd.coordinate"] != 3*r.Steps || c.names["fwd.forward.duration"] == 0 {
+	passes := c.names["fwd.forward"] / 3
+	if c.names["request"] != 5 || c.names["warm-up"] != 3 || passes <= r.Steps ||
+		c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 3 ranks", c.names, r.Steps)
 	}
-	// The warm-ups of the ranks are traces of their own, as the requests are.
-	if want := r.Steps + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
+	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
+	if got, want := c.names["fwd.coordinate"], 3*(passes+2); got != want {
+		t.Errorf("%d exchanges of 3 ranks with %d passes each, want %d", got, passes, want)
+	}
+	// The warm-ups of the ranks are traces of their own, as the requests and the last exchange are.
+	if want := r.Steps + 1 + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
 		t.Errorf("%d traces of %d instances, want %d of 3", len(c.traces), len(c.instances), want)
 	}
 }
@@ -303,8 +354,11 @@ func TestBadRankFlags(t *testing.T) {
 // TestMergeReports: what all ranks do together counts once, what each does for itself adds up.
 func TestMergeReports(t *testing.T) {
 	a := report{
-		Requests: 1, Finished: 2, Resumed: 3, Seconds: 4, Steps: 5, FailedSteps: 6, Tokens: 17, PromptTokens: 8, GeneratedTokens: 9, TokensPerSecond: 4.25,
-		Passes: map[string]int{"exact": 10}, Modes: map[string]int{"FULL": 11, "NONE": 12}, DummyPasses: 13, SplitPasses: 14, DraftPasses: 15,
+		Requests: 1, Finished: 2, Resumed: 3, Seconds: 4, Steps: 5, FailedSteps: 6, Tokens: 17,
+		PromptTokens: 8, GeneratedTokens: 9, TokensPerSecond: 4.25,
+		Passes: map[string]int{
+			"exact": 10,
+		}, Modes: map[string]int{"FULL": 11, "NONE": 12}, DummyPasses: 13, SplitPasses: 14, DraftPasses: 15,
 		Graphs: graphReport{WarmUp: 16, Captures: 17, Replays: 18}, Padding: paddingReport{Graph: 19, DP: 20},
 		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}},
 	}
@@ -316,8 +370,13 @@ func TestMergeReports(t *testing.T) {
 	c := b
 	c.Requests, c.Interrupted, c.Waiting = 100, false, nil
 	want := &report{
-		Requests: 102, Finished: 6, Resumed: 9, Interrupted: true, Seconds: 4, Steps: 50, FailedSteps: 60, Tokens: 51, PromptTokens: 24, GeneratedTokens: 27, TokensPerSecond: 12.75,
-		Passes: map[string]int{"exact": 12, "dp_rank": 4}, Modes: map[string]int{"FULL": 11, "NONE": 18}, DummyPasses: 39, SplitPasses: 42, DraftPasses: 45,
+		Requests: 102, Finished: 6, Resumed: 9, Interrupted: true, Seconds: 4,
+		Steps: 50, FailedSteps: 60, Tokens: 51,
+		PromptTokens: 24, GeneratedTokens: 27, TokensPerSecond: 12.75,
+		Passes: map[string]int{
+			"exact":   12,
+			"dp_rank": 4,
+		}, Modes: map[string]int{"FULL": 11, "NONE": 18}, DummyPasses: 39, SplitPasses: 42, DraftPasses: 45,
 		Graphs: graphReport{WarmUp: 16, Captures: 51, Replays: 54}, Padding: paddingReport{Graph: 57, DP: 60},
 		Speculation: &specReport{Proposed: 60, Accepted: 62}, Check: &checkReport{Requests: 64, Agreed: 66},
 		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}, {Rank: 1, Votes: 24}},

@@ -48,7 +48,8 @@ func line(what string, done, total int, note string) string {
 	if total > 0 {
 		full = width * done / total
 	}
-	s := fmt.Sprintf("%-8s [%s%s] %d/%d requests", what, strings.Repeat("#", full), strings.Repeat(".", width-full), done, total)
+	s := fmt.Sprintf("%-8s [%s%s] %d/%d requests", what, strings.Repeat("#", full),
+		strings.Repeat(".", width-full), done, total)
 	if note != "" {
 		s += ", " + note
 	}

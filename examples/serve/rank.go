@@ -37,25 +37,50 @@ type rankOptions struct {
 }
 
 func (o *rankOptions) define(flags *flag.FlagSet) {
-	flags.BoolVar(&o.processes, "processes", false, "run each rank as a process of its own, connected by a NATS server in this one")
-	flags.StringVar(&o.nats, "nats", "", "be one rank of several processes that are connected by the NATS server at this `URL`")
-	flags.IntVar(&o.rank, "rank", 0, "with -nats: be rank `R` of -dp, and serve every request i with i mod -dp = R")
-	flags.StringVar(&o.group, "group", "serve", "with -nats or -processes: `name` of the run, the same for all its ranks and for no other run on the server")
-	flags.StringVar(&o.results, "results", "", "with -nats or -processes: add each finished request to this `file`, and serve only what it lacks; with -processes, rank R has file.R")
-	flags.DurationVar(&o.exchangeTimeout, "exchange-timeout", 30*time.Second, "with -nats or -processes: how long a rank waits in a step for the others")
-	flags.DurationVar(&o.rejoin, "rejoin", 0, "with -nats or -processes: for how long after a failed step the ranks try again (0: a failed step ends the run)")
-	flags.DurationVar(&o.joinTimeout, "join-timeout", time.Minute, "with -nats or -processes: how long a rank waits at the start for the others")
-	flags.StringVar(&o.natsCreds, "nats-creds", "", "with -nats: `file` with the user's credentials, a JWT and its seed (a name and password go into the URL)")
-	flags.StringVar(&o.natsCA, "nats-ca", "", "with -nats: PEM `file` with the authorities that may vouch for the server")
-	flags.StringVar(&o.natsCert, "nats-cert", "", "with -nats and -nats-key: PEM `file` with the certificate of this process")
-	flags.StringVar(&o.natsKey, "nats-key", "", "with -nats and -nats-cert: PEM `file` with the key of the certificate")
+	flags.BoolVar(&o.processes, "processes", false,
+		"run each rank as a process of its own, connected by a NATS server in this one")
+	flags.StringVar(&o.nats, "nats", "",
+		"be one rank of several processes that are connected by the NATS server at this `URL`")
+	flags.IntVar(&o.rank, "rank", 0,
+		"with -nats: be rank `R` of -dp, and serve every request i with i mod -dp = R")
+	flags.StringVar(
+		&o.group,
+		"group",
+		"serve",
+		"with -nats or -processes: `name` of the run, the same for all its ranks and no other run",
+	)
+	flags.StringVar(
+		&o.results,
+		"results",
+		"",
+		"with -nats or -processes: add each finished request to this `file`, and serve only what it lacks; "+
+			"with -processes, rank R has file.R",
+	)
+	flags.DurationVar(&o.exchangeTimeout, "exchange-timeout", 30*time.Second,
+		"with -nats or -processes: how long a rank waits in a step for the others")
+	flags.DurationVar(
+		&o.rejoin,
+		"rejoin",
+		0,
+		"with -nats or -processes: how long the ranks try again after a failed step (0: it ends the run)",
+	)
+	flags.DurationVar(&o.joinTimeout, "join-timeout", time.Minute,
+		"with -nats or -processes: how long a rank waits at the start for the others")
+	flags.StringVar(&o.natsCreds, "nats-creds", "",
+		"with -nats: `file` with the user's credentials, a JWT and its seed (a name and password go into the URL)")
+	flags.StringVar(&o.natsCA, "nats-ca", "",
+		"with -nats: PEM `file` with the authorities that may vouch for the server")
+	flags.StringVar(&o.natsCert, "nats-cert", "",
+		"with -nats and -nats-key: PEM `file` with the certificate of this process")
+	flags.StringVar(&o.natsKey, "nats-key", "",
+		"with -nats and -nats-cert: PEM `file` with the key of the certificate")
 }
 
 // groupName is what NATS has as a part of a subject.
 var groupName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,64}$`)
 
-// validate checks the flags, each by itself and against those that it needs or excludes. Values are given for the flags that
-// are not left to their defaults.
+// validate checks the flags, each by itself and against those that it needs or excludes. Values are
+// given for the flags that are not left to their defaults.
 func (o *rankOptions) validate(dp int, values map[string]string, bad func(format string, args ...any)) {
 	given := func(name string) bool { _, ok := values[name]; return ok }
 	for _, name := range []string{"group", "results", "exchange-timeout", "rejoin", "join-timeout"} {
@@ -93,7 +118,8 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	}
 }
 
-// stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop together, some steps later.
+// stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop
+// together, some steps later.
 const stopGrace = 5 * time.Second
 
 // share returns the requests of a rank.
@@ -105,8 +131,16 @@ func share(requests []engine.Request, rank, ranks int) []engine.Request {
 	return own
 }
 
-// serveRank serves this rank's requests, together with the other ranks. What the results file has already is not served again.
-func serveRank(ctx context.Context, o *options, config engine.Config, weights *model.Weights, requests []engine.Request, stderr io.Writer) (out outcome, err error) {
+// serveRank serves this rank's requests, together with the other ranks. What the results file has
+// already is not served again.
+func serveRank(
+	ctx context.Context,
+	o *options,
+	config engine.Config,
+	weights *model.Weights,
+	requests []engine.Request,
+	stderr io.Writer,
+) (out outcome, err error) {
 	out = outcome{requests: requests, results: make([]engine.Result, len(requests))}
 	groups, err := joinGroups(ctx, o)
 	if err != nil {
@@ -126,7 +160,8 @@ func serveRank(ctx context.Context, o *options, config engine.Config, weights *m
 	}
 	results := file.earlier
 	out.resumed = len(results)
-	rest := slices.DeleteFunc(slices.Clone(requests), func(r engine.Request) bool { return results[r.ID].Finished })
+	rest := slices.DeleteFunc(slices.Clone(requests),
+		func(r engine.Request) bool { return results[r.ID].Finished })
 	served, stats, err := runEngine(ctx, config, weights, rest, stderr)
 	out.stats = stats
 	for _, r := range served {
@@ -138,7 +173,7 @@ func serveRank(ctx context.Context, o *options, config engine.Config, weights *m
 	return out, err
 }
 
-// groups are what connects this rank with the others: a group for each model, and one to stop together.
+// groups are what connects this rank with the others: a group for each model.
 type groups struct {
 	conn    *nats.Conn
 	process engine.Process
@@ -147,7 +182,8 @@ type groups struct {
 
 // joinGroups returns when all ranks are there. Its error names those which are missing.
 func joinGroups(ctx context.Context, o *options) (*groups, error) {
-	ctx, cancel := context.WithTimeoutCause(ctx, o.joinTimeout, fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
+	ctx, cancel := context.WithTimeoutCause(ctx, o.joinTimeout,
+		fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
 	defer cancel()
 	conn, err := natsdp.Connect(ctx, o.nats, o.credentials()...)
 	if err != nil {
@@ -172,9 +208,9 @@ func withoutPasswords(urls string) string {
 	return strings.Join(list, ",")
 }
 
-// join joins all groups at once, since each waits for the others. The first error ends that.
+// join joins all groups concurrently, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
-	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target, "finish": &g.process.Finish}
+	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target}
 	if o.spec > 0 {
 		coordinators["draft"] = &g.process.Draft
 	}
@@ -183,7 +219,8 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	var failed error
 	for name, to := range coordinators {
 		wg.Go(func() {
-			c, err := natsdp.Join(ctx, natsdp.Config{Group: o.group + "-" + name, Rank: o.rank, Size: o.dp}, natsdp.WithConn(g.conn))
+			c, err := natsdp.Join(ctx, natsdp.Config{Group: o.group + "-" + name, Rank: o.rank, Size: o.dp},
+				natsdp.WithConn(g.conn))
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {
@@ -201,7 +238,8 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	return failed
 }
 
-// close takes this rank out of its groups. Each stays, for a moment, until the others have its last vote.
+// close takes this rank out of its groups. Each stays, for a moment, until the others have its last
+// vote.
 func (g *groups) close() {
 	var wg sync.WaitGroup
 	for _, c := range g.joined {
@@ -226,7 +264,7 @@ func (o *options) credentials() (opts []nats.Option) {
 	return opts
 }
 
-// instance tells the telemetry of a rank from that of the others; "" where there is one process.
+// instance tells the telemetry of a rank from that of the others; it is "" if there is one process.
 func (o *options) instance() string {
 	if o.nats == "" {
 		return ""

@@ -111,7 +111,15 @@ func newReport(o *outcome, interrupted bool) *report {
 		r.Speculation = &specReport{Proposed: s.ProposedTokens, Accepted: s.AcceptedTokens}
 	}
 	for _, w := range s.Ranks {
-		r.Waiting = append(r.Waiting, rankReport{Rank: w.Rank, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds()})
+		r.Waiting = append(
+			r.Waiting,
+			rankReport{
+				Rank:    w.Rank,
+				Votes:   w.Votes.Seconds(),
+				Experts: w.Experts.Seconds(),
+				Forward: w.Forward.Seconds(),
+			},
+		)
 	}
 	return r
 }
@@ -128,7 +136,8 @@ func mergeReports(ranks []*report) *report {
 	return all
 }
 
-// add adds a rank's report. All ranks take the same steps at the same time; what else there is, each has for itself.
+// add adds a rank's report. All ranks take the same steps at the same time; what else there is,
+// each has for itself.
 func (r *report) add(rank *report) {
 	r.Interrupted = r.Interrupted || rank.Interrupted
 	r.Seconds = max(r.Seconds, rank.Seconds)
@@ -203,9 +212,11 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 	printCounts(t, r.Modes, modeMeaning)
 	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
 	printCounts(t, r.Passes, reasonMeaning)
-	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp), r.Graphs.Replays)
+	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp),
+		r.Graphs.Replays)
 	if s := r.Speculation; s != nil {
-		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted, r.DraftPasses)
+		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted,
+			r.DraftPasses)
 	}
 	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
 	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)
@@ -235,12 +246,14 @@ var modeMeaning = map[string]string{
 
 // reasonMeaning explains the reasons that this engine can have.
 var reasonMeaning = map[string]string{
-	"exact":     "full graph of a decode batch",
-	"relaxed":   "graph for any batch of the size",
-	"disabled":  "no graphs at all",
-	"no_key":    "no graph for such a batch",
-	"too_large": "larger than any graph",
-	"dp_rank":   "another rank had no such graph",
+	"exact":         "full graph of a decode batch",
+	"relaxed":       "graph for any batch of the size",
+	"disabled":      "no graphs at all",
+	"no_key":        "no graph for such a batch",
+	"too_large":     "larger than any graph",
+	"dp_rank":       "another rank had no such graph",
+	"full_excluded": "idle, in a step without full graphs",
+	"ubatch":        "the pass is split into microbatches",
 }
 
 func seconds(s float64) time.Duration {

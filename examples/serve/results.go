@@ -12,8 +12,9 @@ import (
 	"github.com/forwardctx/fwd/examples/engine"
 )
 
-// resultsFile keeps what a rank has finished, one JSON object a line, so that a process which ends in whatever way has lost
-// nothing of it: the one that is started in its place reads the file and serves the rest.
+// resultsFile keeps what a rank has finished, one JSON object a line, so that a process which ends
+// in whatever way has lost nothing of it: the one that is started in its place reads the file and
+// serves the rest.
 type resultsFile struct {
 	file     *os.File
 	requests map[int]*engine.Request
@@ -28,9 +29,9 @@ type resultLine struct {
 	Logits  []float64 `json:"logits"` // that the last token was sampled from; as text they come back bit for bit
 }
 
-// openResults reads the file at path and opens it to add to it; one that isn't there is made. A last line without an end is of
-// a process that was killed while it wrote, and is cut off. Any line that is not a result of one of requests is an error: the
-// file belongs to another run.
+// openResults reads the file at path and opens it to add to it; one that isn't there is made. A
+// last line without an end is of a process that was killed while it wrote, and is cut off. Any line
+// that is not a result of one of requests is an error: the file belongs to another run.
 func openResults(path string, requests []engine.Request) (_ *resultsFile, err error) {
 	r := &resultsFile{requests: map[int]*engine.Request{}, earlier: map[int]engine.Result{}}
 	for i := range requests {
@@ -75,10 +76,12 @@ func (r *resultsFile) take(text []byte) error {
 	}
 	request := r.requests[line.ID]
 	if request == nil {
-		return fmt.Errorf("request %d is none of the %d that this rank serves in this run", line.ID, len(r.requests))
+		return fmt.Errorf("request %d is none of the %d that this rank serves in this run", line.ID,
+			len(r.requests))
 	}
 	if want := fingerprint(request); line.Request != want {
-		return fmt.Errorf("request %d is another than in this run, its fingerprint is %q, not %q", line.ID, line.Request, want)
+		return fmt.Errorf("request %d is another than in this run, its fingerprint is %q, not %q", line.ID,
+			line.Request, want)
 	}
 	if len(line.Tokens) != request.MaxTokens {
 		return fmt.Errorf("request %d has %d tokens, want %d", line.ID, len(line.Tokens), request.MaxTokens)
@@ -99,7 +102,9 @@ func fingerprint(r *engine.Request) string {
 
 // add writes a result, in one piece.
 func (r *resultsFile) add(result engine.Result) error {
-	line, err := json.Marshal(resultLine{result.ID, fingerprint(r.requests[result.ID]), result.Tokens, result.Logits})
+	line, err := json.Marshal(
+		resultLine{result.ID, fingerprint(r.requests[result.ID]), result.Tokens, result.Logits},
+	)
 	if err != nil {
 		return fmt.Errorf("results: request %d: %w", result.ID, err)
 	}

@@ -1,3 +1,5 @@
+// Files of results: what is read back, and what is refused.
+
 package main
 
 import (
@@ -79,8 +81,8 @@ func TestResults(t *testing.T) {
 	file.close()
 }
 
-// TestResultsTorn: wherever a process was killed in its last line, the lines before are there, and the next one has a line to
-// itself.
+// TestResultsTorn: wherever a process was killed in its last line, the lines before are there, and
+// the next one has a line to itself.
 func TestResultsTorn(t *testing.T) {
 	requests, results := resultRequests()
 	path, text := writeResults(t, requests, results[0], results[1])
@@ -123,10 +125,13 @@ func TestResultsForeign(t *testing.T) {
 		requests   []engine.Request
 		want       string
 	}{
-		{"a request of another rank", text, requests[:1], "line 2: request 5 is none of the 1 that this rank serves in this run"},
-		{"another request", text, []engine.Request{requests[0], other}, "line 2: request 5 is another than in this run, its fingerprint is \"" + fingerprint(&requests[1])},
+		{"a request of another rank", text, requests[:1],
+			"line 2: request 5 is none of the 1 that this rank serves in this run"},
+		{"another request", text, []engine.Request{requests[0], other},
+			"line 2: request 5 is another than in this run, its fingerprint is \"" + fingerprint(&requests[1])},
 		{"twice", lines[0] + lines[1] + lines[0], requests, "line 3: request 1 is there twice"},
-		{"too few tokens", strings.Replace(text, "[7,8]", "[7]", 1), requests, "line 1: request 1 has 1 tokens, want 2"},
+		{"too few tokens", strings.Replace(text, "[7,8]", "[7]", 1), requests,
+			"line 1: request 1 has 1 tokens, want 2"},
 		{"no JSON", lines[0] + "\n", requests, "line 2: no result: "},
 		{"other JSON", "{\"steps\":5}\n", requests, "line 1: no result: json: unknown field \"steps\""},
 	} {
@@ -135,7 +140,8 @@ func TestResultsForeign(t *testing.T) {
 			if err := os.WriteFile(path, []byte(torn), 0o600); err != nil {
 				t.Fatal(err)
 			}
-			if _, err := openResults(path, c.requests); err == nil || !strings.Contains(err.Error(), "results "+path+": "+c.want) {
+			if _, err := openResults(path, c.requests); err == nil ||
+				!strings.Contains(err.Error(), "results "+path+": "+c.want) {
 				t.Errorf("%v, want %q", err, c.want)
 			}
 			if got := readText(t, path); got != torn {
@@ -143,7 +149,8 @@ func TestResultsForeign(t *testing.T) {
 			}
 		})
 	}
-	if _, err := openResults(t.TempDir(), requests); err == nil || !strings.HasPrefix(err.Error(), "results: open ") {
+	if _, err := openResults(t.TempDir(), requests); err == nil ||
+		!strings.HasPrefix(err.Error(), "results: open ") {
 		t.Errorf("a directory: %v", err)
 	}
 }

@@ -17,10 +17,12 @@ import (
 	"go.opentelemetry.io/otel/sdk/trace"
 )
 
-// shutdownTimeout bounds how long the program stays to deliver the last spans, to a collector that may not be there.
+// shutdownTimeout bounds how long the program stays to deliver the last spans, to a collector that
+// may not be there.
 const shutdownTimeout = 5 * time.Second
 
-// telemetry exports traces and metrics. It never holds up a pass: spans go into a queue, and what doesn't fit is dropped.
+// telemetry exports traces and metrics. It never holds up a pass: spans go into a queue, and what
+// doesn't fit is dropped.
 type telemetry struct {
 	traces  *trace.TracerProvider
 	metrics *metric.MeterProvider
@@ -30,9 +32,11 @@ type telemetry struct {
 	last   error
 }
 
-// startTelemetry sends what this instance of the service emits to an endpoint. An empty instance is the only one.
+// startTelemetry sends what this instance of the service emits to an endpoint. An empty instance is
+// the only one.
 func startTelemetry(ctx context.Context, endpoint, instance string) (*telemetry, error) {
-	// Exporters connect when they have something to send. Their context must outlive an interrupted run.
+	// Exporters connect when they have something to send. Their context must outlive an interrupted
+	// run.
 	ctx = context.WithoutCancel(ctx)
 	spans, err := otlptracegrpc.New(ctx, otlptracegrpc.WithEndpoint(endpoint), otlptracegrpc.WithInsecure())
 	if err != nil {
@@ -51,8 +55,11 @@ func startTelemetry(ctx context.Context, endpoint, instance string) (*telemetry,
 		return nil, errors.Join(err, spans.Shutdown(ctx), metrics.Shutdown(ctx))
 	}
 	t := &telemetry{
-		traces:  trace.NewTracerProvider(trace.WithBatcher(spans), trace.WithResource(res)),
-		metrics: metric.NewMeterProvider(metric.WithReader(metric.NewPeriodicReader(metrics, metric.WithInterval(5*time.Second))), metric.WithResource(res)),
+		traces: trace.NewTracerProvider(trace.WithBatcher(spans), trace.WithResource(res)),
+		metrics: metric.NewMeterProvider(
+			metric.WithReader(metric.NewPeriodicReader(metrics, metric.WithInterval(5*time.Second))),
+			metric.WithResource(res),
+		),
 	}
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(t.handle)) // the default one would print into the progress bar
 	return t, nil
@@ -81,6 +88,7 @@ func (t *telemetry) stop(stderr io.Writer) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if t.failed > 0 {
-		fmt.Fprintf(stderr, "serve: telemetry is incomplete, %d exports failed, the last with: %v\n", t.failed, t.last)
+		fmt.Fprintf(stderr, "serve: telemetry is incomplete, %d exports failed, the last with: %v\n", t.failed,
+			t.last)
 	}
 }

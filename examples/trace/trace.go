@@ -1,5 +1,5 @@
-// Package trace reads request traces: CSV files with a header and the columns TIMESTAMP, ContextTokens and GeneratedTokens, as
-// the Azure LLM inference traces have them.
+// Package trace reads request traces: CSV files with a header and the columns TIMESTAMP,
+// ContextTokens and GeneratedTokens, as the Azure LLM inference traces have them.
 package trace
 
 import (
@@ -30,7 +30,8 @@ type Row struct {
 	GeneratedTokens int
 }
 
-// MaxTokens is the most that a row may have in either column. It keeps a damaged row from taking all memory.
+// MaxTokens is the most that a row may have in either column. It keeps a damaged row from taking
+// all memory.
 const MaxTokens = 1 << 20
 
 // Default returns the small trace that is part of the program.
@@ -42,8 +43,8 @@ func Default() []Row {
 	return rows
 }
 
-// Read returns the rows of a trace by time. Columns may come in any order, and others beside them. An error about a row says
-// its line.
+// Read returns the rows of a trace by time. Columns may come in any order, and others beside them.
+// An error about a row says its line.
 func Read(r io.Reader) ([]Row, error) {
 	in := csv.NewReader(r)
 	in.TrimLeadingSpace = true
@@ -57,7 +58,8 @@ func Read(r io.Reader) ([]Row, error) {
 	var columns [3]int
 	for i, name := range []string{"TIMESTAMP", "ContextTokens", "GeneratedTokens"} {
 		columns[i] = slices.IndexFunc(header, func(h string) bool {
-			return strings.EqualFold(strings.TrimSpace(strings.TrimPrefix(h, "\ufeff")), name) // some tools write a byte order mark
+			return strings.EqualFold(strings.TrimSpace(strings.TrimPrefix(h, "\ufeff")),
+				name) // some tools write a byte order mark
 		})
 		if columns[i] < 0 {
 			return nil, fmt.Errorf("line 1: no column %s in %q", name, header)
@@ -104,15 +106,15 @@ func parse(record []string, columns [3]int) (row Row, column int, err error) {
 
 // inLine puts the line of a syntax error first, as in all other errors.
 func inLine(err error) error {
-	if syntax, ok := errors.AsType[*csv.ParseError](err); ok {
+	if syntax := (*csv.ParseError)(nil); errors.As(err, &syntax) {
 		return fmt.Errorf("line %d: %w", syntax.Line, syntax.Err)
 	}
 	return err
 }
 
-// Requests turns rows into requests, with contexts clipped to maxContext (0: not clipped). A trace says how long a prompt was
-// and not what was in it: the prompt's bytes are drawn from a generator seeded with the request's number, so every run
-// serves the same prompts.
+// Requests turns rows into requests, with contexts clipped to maxContext (0: not clipped). A trace
+// says how long a prompt was and not what was in it: the prompt's bytes are drawn from a generator
+// seeded with the request's number, so every run serves the same prompts.
 func Requests(rows []Row, maxContext int) []engine.Request {
 	requests := make([]engine.Request, len(rows))
 	for i, row := range rows {

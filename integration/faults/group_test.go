@@ -1,5 +1,7 @@
 //go:build unix
 
+// Helpers: the ranks of a run, what they should finish, and outages of one rank.
+
 package faults
 
 import (
@@ -35,7 +37,7 @@ const (
 
 var requests = trace.Requests(trace.Default()[:numRequests], maxContext)
 
-// answers returns what the requests come to when each is computed alone.
+// answers returns the results of the requests when each is computed alone.
 var answers = sync.OnceValues(func() ([]engine.Result, error) {
 	weights, err := model.NewWeights(model.DefaultConfig())
 	if err != nil {
@@ -52,7 +54,7 @@ var answers = sync.OnceValues(func() ([]engine.Result, error) {
 	return results, nil
 })
 
-// group is the ranks of one run of serve.
+// group is one run of serve: its ranks are processes.
 type group struct {
 	*testing.T
 	name     string
@@ -101,15 +103,18 @@ func (g *group) start(rank int) {
 // startAs starts a process as a rank, which adds its results to a file.
 func (g *group) startAs(rank int, url, file string) *process {
 	g.Helper()
-	args := strings.Fields(fmt.Sprintf("-nats %s -group %s -dp %d -rank %d -results %s -max-context %d -requests %d -speed %d",
+	args := strings.Fields(fmt.Sprintf(
+		"-nats %s -group %s -dp %d -rank %d -results %s -max-context %d -requests %d -speed %d",
 		url, g.name, len(g.ranks), rank, file, maxContext, g.requests, speed))
 	return start(g.T, fmt.Sprintf("rank %d", rank), g.command(rank, append(args, g.flags...)...))
 }
 
-// own returns how many requests are a rank's: every one whose number is the rank, modulo the number of ranks.
+// own returns how many requests a rank has: every one whose number is the rank, modulo the number
+// of ranks.
 func (g *group) own(rank int) int { return (g.requests - rank + len(g.ranks) - 1) / len(g.ranks) }
 
-// copyLines copies the whole lines of a file. What comes after them is of a process that was stopped while it wrote.
+// copyLines copies the whole lines of a file. A process that was stopped while it wrote may have
+// left a part of a line after them.
 func copyLines(t *testing.T, from, to string) {
 	t.Helper()
 	text, err := os.ReadFile(from)
@@ -144,7 +149,8 @@ func (g *group) finished() (n int) {
 func (g *group) reach(part float64) {
 	g.Helper()
 	n := int(part * float64(g.requests))
-	eventually(g.T, fmt.Sprintf("%d of %d requests are finished", n, g.requests), func() bool { return g.finished() >= n })
+	what := fmt.Sprintf("%d of %d requests are finished", n, g.requests)
+	eventually(g.T, what, func() bool { return g.finished() >= n })
 	g.amid()
 }
 
@@ -155,7 +161,7 @@ func (g *group) goOn() {
 	eventually(g.T, "the ranks go on", func() bool { return g.finished() > before })
 }
 
-// amid makes sure that a fault hits the run, and not what is left of it.
+// amid checks that the run is not over yet, so that the fault hits it.
 func (g *group) amid() {
 	g.Helper()
 	if n := g.finished(); n == g.requests {
@@ -163,7 +169,8 @@ func (g *group) amid() {
 	}
 }
 
-// standStill makes sure that a fault keeps the ranks from finishing anything, for so long, and that there is something left to do.
+// standStill checks that a fault keeps the ranks from finishing anything for so long, and that
+// there is something left to do.
 func (g *group) standStill(d time.Duration) {
 	g.Helper()
 	time.Sleep(200 * time.Millisecond) // what is under way comes to its end
@@ -175,8 +182,8 @@ func (g *group) standStill(d time.Duration) {
 	g.amid()
 }
 
-// complete waits for the end of a run that nothing could stop: all ranks end well, and every request is finished, by its own
-// rank, once, and as it should be.
+// complete waits for the end of a run that nothing could stop. It checks that all ranks end well,
+// and that each request was finished once, by its own rank, with the right answer.
 func (g *group) complete() []report {
 	g.Helper()
 	reports := make([]report, len(g.ranks))
@@ -194,10 +201,14 @@ func (g *group) complete() []report {
 	return reports
 }
 
-// outages puts ranks out of reach, one after the other, in two runs: for less time than the ranks wait for each other, which costs
-// no step, and for longer, which costs steps, and all go on afterwards. prepare returns a run that has not started, and what puts
-// one of its ranks out of reach and brings it back.
-func outages(t *testing.T, shortly, long time.Duration, prepare func(t *testing.T, flags string) (g *group, down, up func(rank int))) {
+// prepare returns a run that has not started, and functions that put one of its ranks out of reach
+// and bring it back.
+type prepare func(t *testing.T, flags string) (g *group, down, up func(rank int))
+
+// outages puts ranks out of reach, one after the other, in two runs. In the first they are away for
+// less time than the ranks wait for each other, which costs no step. In the second they are away
+// for longer, which costs steps, and all go on afterwards.
+func outages(t *testing.T, shortly, long time.Duration, prepare prepare) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name, flags string
@@ -222,28 +233,38 @@ func outages(t *testing.T, shortly, long time.Duration, prepare func(t *testing.
 	}
 }
 
-// unharmed waits for the end of a run in which no step failed: all ranks took the same ones.
+// unharmed waits for the end of a run in which no step failed. All ranks took the same steps, and
+// none of them had anything to warn of.
 func (g *group) unharmed() {
 	g.Helper()
 	reports := g.complete()
 	for rank, r := range reports {
-		if r.FailedSteps != 0 || r.Steps != reports[0].Steps || r.Resumed != 0 {
-			g.Errorf("rank %d: %+v, want no failed step, and %d steps", rank, r, reports[0].Steps)
+		if r.FailedSteps != 0 || r.Steps != reports[0].Steps || r.Resumed != 0 || len(r.warnings) > 0 {
+			g.Errorf("rank %d: %+v, want no failed step, %d steps and no warnings", rank, r, reports[0].Steps)
 		}
 	}
 }
 
-// harmed waits for the end of a run in which steps failed, for all ranks, and no rank was started again.
+// harmed waits for the end of a run in which steps failed on all ranks, and no rank was started
+// again. Rank 0 warns of each exchange that failed; the others would only repeat it.
 func (g *group) harmed() {
 	g.Helper()
 	for rank, r := range g.complete() {
 		if r.FailedSteps == 0 || r.Resumed != 0 {
 			g.Errorf("rank %d: %+v, want failed steps", rank, r)
 		}
+		want := 0
+		if rank == 0 {
+			want = r.FailedSteps
+		}
+		if failed := r.warned("exchange of votes failed"); failed != want {
+			g.Errorf("rank %d warns of %d failed exchanges, and had %d: %q", rank, failed, r.FailedSteps, r.warnings)
+		}
 	}
 }
 
-// check returns how many results are in a rank's file. All of them are right, of the rank's own requests, and there once.
+// check returns how many results are in a rank's file. It checks that they are right, of the rank's
+// own requests, and there once.
 func (g *group) check(rank int, file string) int {
 	g.Helper()
 	text, err := os.ReadFile(file)
@@ -258,7 +279,8 @@ func (g *group) check(rank int, file string) int {
 	for line := range bytes.Lines(text) {
 		var got engine.Result
 		err := json.Unmarshal(line, &got)
-		if err != nil || got.ID < 0 || got.ID >= g.requests || got.ID%len(g.ranks) != rank || seen[got.ID] {
+		own := got.ID >= 0 && got.ID < g.requests && got.ID%len(g.ranks) == rank
+		if err != nil || !own || seen[got.ID] {
 			g.Fatalf("rank %d: %v in line %d, request %d: %.80s", rank, err, len(seen)+1, got.ID, line)
 		}
 		seen[got.ID] = true
@@ -269,7 +291,8 @@ func (g *group) check(rank int, file string) int {
 	return len(seen)
 }
 
-// same reports whether two answers have the same tokens, and the same last logits but for rounding.
+// same reports whether two answers have the same tokens and, apart from rounding, the same last
+// logits.
 func same(got, want engine.Result) bool {
 	tolerance := 1e-9 * floats.Norm(want.Logits, math.Inf(1))
 	return slices.Equal(got.Tokens, want.Tokens) && len(got.Logits) == len(want.Logits) &&

@@ -1,7 +1,10 @@
 //go:build unix
 
-// Package faults holds what the ranks of a run must survive when they are processes: that some of them die, stand still or are
-// taken for dead, and that what connects them breaks, is slow, or has others on it.
+// Package faults tests what the ranks of a run must survive when they are processes: some of them
+// die, stand still or are taken for dead, and the network between them breaks, is slow, or has
+// strangers in it.
+//
+// This file builds serve, cleans up after earlier runs of the tests, and waits.
 package faults
 
 import (
@@ -20,7 +23,7 @@ import (
 	"time"
 )
 
-// patience is how long anything may take that must happen.
+// patience is how long a test waits for something that must happen.
 const patience = time.Minute
 
 // binary is serve.
@@ -57,20 +60,22 @@ func testMain(m *testing.M) int {
 	return m.Run()
 }
 
-// raceDetector says whether these tests were built with the race detector, as serve is to be.
+// raceDetector says whether these tests were built with the race detector. serve is built like
+// them.
 func raceDetector() string {
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
-		return "true"
-	}
-	return "false"
+	info, ok := debug.ReadBuildInfo()
+	race := debug.BuildSetting{Key: "-race", Value: "true"}
+	return strconv.FormatBool(ok && slices.Contains(info.Settings, race))
 }
 
-// ownPrefix begins the names of what the kernel does not remove when a process dies: directories and network namespaces.
+// ownPrefix begins the names of things that the kernel does not remove when a process dies:
+// directories and network namespaces.
 const ownPrefix = "fwd-faults-"
 
 func ownName(pid int) string { return ownPrefix + strconv.Itoa(pid) }
 
-// isStale reports whether a name is of a process that has died. Before the tests that includes one that had the id of this one.
+// isStale reports whether a name belongs to a process that has died. Before the tests begin, that
+// includes a process that had the same id as this one.
 func isStale(name string) bool {
 	rest, own := strings.CutPrefix(name, ownPrefix)
 	text, _, _ := strings.Cut(rest, "-")
@@ -78,7 +83,7 @@ func isStale(name string) bool {
 	return own && err == nil && (pid == os.Getpid() || errors.Is(syscall.Kill(pid, 0), syscall.ESRCH))
 }
 
-// removeStale removes what earlier runs of these tests have left that were killed.
+// removeStale removes what earlier runs of these tests left behind when they were killed.
 func removeStale() {
 	names, _ := fs.Glob(os.DirFS(os.TempDir()), ownPrefix+"*")
 	for _, name := range names {
@@ -89,7 +94,7 @@ func removeStale() {
 	removeStaleNamespaces()
 }
 
-// eventually waits until something is so.
+// eventually waits until so returns true.
 func eventually(t *testing.T, what string, so func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(patience); !so(); time.Sleep(5 * time.Millisecond) {

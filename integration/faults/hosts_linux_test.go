@@ -1,3 +1,5 @@
+// Tests with ranks on two hosts, which are network namespaces.
+
 package faults
 
 import (
@@ -9,7 +11,7 @@ import (
 	"time"
 )
 
-// hosts are two network namespaces with a link between them, which is all that two hosts have in common.
+// hosts are two network namespaces with a link between them. Two hosts have no more in common.
 type hosts struct {
 	*testing.T
 	names [2]string
@@ -33,7 +35,8 @@ func newHosts(t *testing.T) *hosts {
 		t.Cleanup(func() { h.ip("netns", "delete", name) })
 		h.names[i] = name
 	}
-	h.ip("link", "add", "name", device, "netns", h.names[0], "type", "veth", "peer", "name", device, "netns", h.names[1])
+	h.ip("link", "add", "name", device, "netns", h.names[0],
+		"type", "veth", "peer", "name", device, "netns", h.names[1])
 	for i, name := range h.names {
 		h.ip("-n", name, "address", "add", address(i)+"/24", "dev", device)
 		h.ip("-n", name, "link", "set", "lo", "up")
@@ -42,7 +45,8 @@ func newHosts(t *testing.T) *hosts {
 	return h
 }
 
-// needNamespaces skips a test where there can be no network namespaces. There are some wherever CI is true.
+// needNamespaces skips a test if there can be no network namespaces. If CI is true, the test fails
+// instead.
 func needNamespaces(t *testing.T) {
 	t.Helper()
 	_, err := exec.LookPath("ip")
@@ -55,7 +59,7 @@ func needNamespaces(t *testing.T) {
 	}
 }
 
-// ip calls the command of that name.
+// ip runs the command ip.
 func (h *hosts) ip(args ...string) {
 	h.Helper()
 	if out, err := exec.Command("ip", args...).CombinedOutput(); err != nil {
@@ -93,14 +97,17 @@ func removeStaleNamespaces() {
 	}
 }
 
-// TestHosts: a link between two hosts that is down for less time than the ranks wait in a step costs no step. One that is down for
-// longer costs steps, and both ranks go on afterwards. No connection is closed meanwhile: nothing comes through.
+// TestHosts: if the link between two hosts is down for less time than the ranks wait in a step, no
+// step is lost. If it is down for longer, steps are lost, and both ranks go on afterwards. No
+// connection is closed meanwhile, but nothing comes through.
 func TestHosts(t *testing.T) {
 	outages(t, time.Second, 3*time.Second, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
 		h := newHosts(t)
 		url := h.startServer()
 		g = newGroup(t, 2, func(int) string { return url }, flags)
-		g.command = func(rank int, args ...string) *exec.Cmd { return h.command(rank, append([]string{binary}, args...)...) }
+		g.command = func(rank int, args ...string) *exec.Cmd {
+			return h.command(rank, append([]string{binary}, args...)...)
+		}
 		set := func(state string) func(rank int) {
 			return func(rank int) { h.ip("-n", h.names[rank], "link", "set", device, state) }
 		}

@@ -1,5 +1,7 @@
 //go:build unix
 
+// Tests with ranks that die.
+
 package faults
 
 import (
@@ -9,8 +11,8 @@ import (
 	"time"
 )
 
-// TestKilled: a rank that dies ends the run once the others have waited for it as long as they may. They say who is missing, and
-// what any of them has finished is kept.
+// TestKilled: a rank that dies ends the run after the others have waited for it as long as they
+// may. They say who is missing, and keep what they have finished.
 func TestKilled(t *testing.T) {
 	t.Parallel()
 	const timeout = 2 * time.Second
@@ -48,8 +50,8 @@ func TestKilled(t *testing.T) {
 	}
 }
 
-// TestKilledAndRestarted: ranks that die and are started again by the same command go on where they were, and the others with
-// them. Each element of killed is the ranks that die together.
+// TestKilledAndRestarted: ranks that die and are started again with the same command go on where
+// they were, and the others go on with them. Each element of killed is the ranks that die together.
 func TestKilledAndRestarted(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

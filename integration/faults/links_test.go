@@ -1,5 +1,7 @@
 //go:build unix
 
+// Tests with links to the server that break or are slow.
+
 package faults
 
 import (
@@ -13,7 +15,7 @@ import (
 	"github.com/rs/zerolog"
 )
 
-// link is what a rank reaches the server through.
+// link is a proxy through which a rank reaches the server.
 type link struct {
 	*testing.T
 	*toxiproxy.Proxy
@@ -40,7 +42,7 @@ func through(links []link) func(rank int) string {
 	return func(rank int) string { return "nats://" + links[rank].Listen }
 }
 
-// poison makes a link bad in both directions, in one of toxiproxy's ways, until the function that it returns is called.
+// poison makes a link bad in both directions, in one of toxiproxy's ways, until heal is called.
 func (l link) poison(toxic, attributes string) (heal func()) {
 	l.Helper()
 	var names []string
@@ -62,10 +64,10 @@ func (l link) poison(toxic, attributes string) (heal func()) {
 	}
 }
 
-// TestLinkCut: a connection that is closed, and can't be made again for a while, costs no step where the ranks wait for longer
-// than that. Else it costs steps, and all go on afterwards.
+// TestLinkCut: if a connection is closed, and can't be made again for less time than the ranks wait
+// in a step, no step is lost. Otherwise steps are lost, and all ranks go on afterwards.
 func TestLinkCut(t *testing.T) {
-	outages(t, 500*time.Millisecond, 2500*time.Millisecond, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+	cut := func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
 		links := newLinks(t, 3)
 		down = func(rank int) { links[rank].Stop() }
 		up = func(rank int) {
@@ -74,10 +76,12 @@ func TestLinkCut(t *testing.T) {
 			}
 		}
 		return newGroup(t, len(links), through(links), flags), down, up
-	})
+	}
+	outages(t, 500*time.Millisecond, 2500*time.Millisecond, cut)
 }
 
-// TestLinkReset: connections that are reset whenever something goes through them, again and again, cost no step.
+// TestLinkReset: connections that are reset again and again, whenever something goes through them,
+// cost no step.
 func TestLinkReset(t *testing.T) {
 	t.Parallel()
 	links := newLinks(t, 3)
@@ -93,7 +97,8 @@ func TestLinkReset(t *testing.T) {
 	g.unharmed()
 }
 
-// TestLinkSlow: links with a delay of 100 ms in both directions, or of 5 KB/s, make all steps slow, and no step fails.
+// TestLinkSlow: links with a delay of 100 ms in both directions, or of 5 KB/s, make all steps slow,
+// and no step fails.
 func TestLinkSlow(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

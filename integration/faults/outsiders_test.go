@@ -1,5 +1,7 @@
 //go:build unix
 
+// Tests with processes that are no ranks of the run.
+
 package faults
 
 import (
@@ -15,36 +17,36 @@ import (
 
 const password = "nobody-prints-this"
 
-// users returns a user for each rank of a run, who may do what a rank has to, and one who may do anything elsewhere.
+// users returns a user for each rank of a run, who may do what a rank must do, and one who may do
+// anything elsewhere.
 func users(g *group) []*server.User {
 	all := []*server.User{{Username: "elsewhere", Password: password, Permissions: &server.Permissions{
 		Publish:   &server.SubjectPermission{Allow: []string{"elsewhere.>"}},
 		Subscribe: &server.SubjectPermission{Allow: []string{"elsewhere.>"}},
 	}}}
 	for rank := range g.ranks {
-		var publish, subscribe []string
-		for _, name := range []string{"target", "finish"} {
-			base := fmt.Sprintf("%s.%s-%s", natsdp.DefaultSubjectPrefix, g.name, name)
-			publish = append(publish, fmt.Sprintf("%s.*.%d", base, rank))
-			subscribe = append(subscribe, base+".all.*", fmt.Sprintf("%s.%d.*", base, rank))
+		base := fmt.Sprintf("%s.%s-target", natsdp.DefaultSubjectPrefix, g.name)
+		permissions := &server.Permissions{
+			Publish:   &server.SubjectPermission{Allow: []string{fmt.Sprintf("%s.*.%d", base, rank)}},
+			Subscribe: &server.SubjectPermission{Allow: []string{base + ".all.*", fmt.Sprintf("%s.%d.*", base, rank)}},
 		}
-		all = append(all, &server.User{Username: fmt.Sprint("rank", rank), Password: password, Permissions: &server.Permissions{
-			Publish:   &server.SubjectPermission{Allow: publish},
-			Subscribe: &server.SubjectPermission{Allow: subscribe},
-		}})
+		all = append(all, &server.User{
+			Username: fmt.Sprint("rank", rank), Password: password, Permissions: permissions,
+		})
 	}
 	return all
 }
 
-// TestOutsiders: whoever wants to be a rank and may not, or not any more, is told so and changes nothing for those who are, and
-// neither does one who sends what is not allowed.
+// TestOutsiders: a process that may not be a rank, or is too late to be one, is told so. It changes
+// nothing for the ranks, and neither does one that sends messages it may not send.
 func TestOutsiders(t *testing.T) {
 	t.Parallel()
 	opts := serverOptions()
 	as := func(user string) string {
 		return fmt.Sprintf("nats://%s@127.0.0.1:%d", user, opts.Port)
 	}
-	g := newGroup(t, 3, func(rank int) string { return as(fmt.Sprintf("rank%d:%s", rank, password)) }, "-exchange-timeout 30s")
+	url := func(rank int) string { return as(fmt.Sprintf("rank%d:%s", rank, password)) }
+	g := newGroup(t, 3, url, "-exchange-timeout 30s")
 	opts.Users = users(g)
 	opts.Port = portOf(startServer(t, opts))
 	g.startAll()
@@ -58,8 +60,9 @@ func TestOutsiders(t *testing.T) {
 		{"elsewhere:" + password, "Permissions Violation"},
 		{"rank1:" + password, "another process has this rank"},
 	} {
-		p := g.startAs(1, as(tt.user), g.files[1]) // which it does not come to open
-		if exit, text := p.wait(), p.stderr.String(); exit != 1 || !strings.Contains(text, tt.want) || strings.Contains(text, password) {
+		p := g.startAs(1, as(tt.user), g.files[1]) // it ends before it opens the file
+		exit, text := p.wait(), p.stderr.String()
+		if exit != 1 || !strings.Contains(text, tt.want) || strings.Contains(text, password) {
 			t.Errorf("as %q: exit %d, stderr %q; want 1 and %q", tt.user, exit, text, tt.want)
 		}
 		g.amid()
@@ -67,10 +70,12 @@ func TestOutsiders(t *testing.T) {
 	g.unharmed()
 }
 
-// flood sends what looks like messages of rank 1 to everyone, as a user who may not, until the function that it returns is called.
+// flood sends what looks like messages of rank 1 to everyone, as a user who may not do so, until
+// stop is called.
 func (g *group) flood(url string) (stop func()) {
 	g.Helper()
-	conn, err := nats.Connect(url, nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {})) // the default one prints
+	quiet := nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}) // the default one prints
+	conn, err := nats.Connect(url, quiet)
 	if err != nil {
 		g.Fatal(err)
 	}

@@ -1,3 +1,5 @@
+// Helpers for processes that only Linux has.
+
 package faults
 
 import (
@@ -5,8 +7,8 @@ import (
 	"syscall"
 )
 
-// onItsOwn keeps the signals of a terminal away from a process, and makes the kernel kill it when this one dies, by a timeout of
-// the tests for one.
+// onItsOwn keeps the signals of a terminal away from a process. It also makes the kernel kill the
+// process when this one dies, for example by a timeout of the tests.
 func onItsOwn(c *exec.Cmd) {
 	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 }

@@ -1,5 +1,7 @@
 //go:build unix && !linux
 
+// Stands for helpers that only Linux has.
+
 package faults
 
 import (

@@ -1,5 +1,7 @@
 //go:build unix
 
+// Helpers: processes, what they print and how they end.
+
 package faults
 
 import (
@@ -10,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -25,7 +28,7 @@ type process struct {
 	exited         chan struct{}
 }
 
-// start starts a program, which does not outlive the test.
+// start starts a program that must end before the test does.
 func start(t *testing.T, name string, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{T: t, name: name, cmd: cmd, exited: make(chan struct{})}
@@ -50,7 +53,7 @@ func start(t *testing.T, name string, cmd *exec.Cmd) *process {
 	return p
 }
 
-// clear makes sure that a process has ended, with all in its group. A test that has not failed leaves none.
+// clear ends a process and those in its group. If the test has not failed, there must be none left.
 func (p *process) clear() {
 	select {
 	case <-p.exited:
@@ -96,7 +99,7 @@ func (p *process) kill() {
 	}
 }
 
-// report is what serve prints.
+// report is what serve prints, and what it warned of.
 type report struct {
 	Requests    int
 	Finished    int
@@ -104,30 +107,57 @@ type report struct {
 	Steps       int
 	FailedSteps int `json:"failed_steps"`
 	Check       struct{ Requests, Agreed int }
+
+	warnings []string
+}
+
+// warned returns how many warnings have this message.
+func (r *report) warned(message string) (n int) {
+	for _, w := range r.warnings {
+		if strings.Contains(w, "msg="+strconv.Quote(message)) {
+			n++
+		}
+	}
+	return n
+}
+
+// said returns what a process has written to stderr: the warnings of its log, and everything else.
+func (p *process) said() (warnings []string, rest string) {
+	for line := range strings.Lines(p.stderr.String()) {
+		if strings.HasPrefix(line, "time=") && strings.Contains(line, " level=WARN ") {
+			warnings = append(warnings, line)
+		} else {
+			rest += line
+		}
+	}
+	return warnings, rest
 }
 
 // report returns what a rank has printed, once it has ended well.
 func (p *process) report() report {
 	p.Helper()
 	exit := p.wait()
-	var r report
-	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || p.stderr.Len() > 0 {
+	warnings, rest := p.said()
+	r := report{warnings: warnings}
+	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil || exit != 0 || rest != "" {
 		p.Fatalf("%s: exit %d, stderr %q, %v in stdout %q", p.name, exit, &p.stderr, err, &p.stdout)
 	}
 	return r
 }
 
-// failure returns what a rank says that has ended with an error, and how many requests it had finished by then.
+// failure returns the error with which a rank has ended, and how many requests it had finished by
+// then.
 func (p *process) failure() (text string, finished int) {
 	p.Helper()
 	exit := p.wait()
-	text = p.stderr.String()
+	_, text = p.said()
 	if exit != 1 || p.stdout.Len() > 0 || strings.Count(text, "\n") != 1 {
 		p.Errorf("%s: exit %d, stderr %q, stdout %q; want 1 and one line", p.name, exit, text, &p.stdout)
 	}
 	var steps, requests int
 	progress := text[max(0, strings.LastIndexByte(text, '(')):]
-	if _, err := fmt.Sscanf(progress, "(after %d steps, %d of %d requests finished)", &steps, &finished, &requests); err != nil {
+	const format = "(after %d steps, %d of %d requests finished)"
+	if _, err := fmt.Sscanf(progress, format, &steps, &finished, &requests); err != nil {
 		p.Errorf("%s does not say how far it got: %v in %q", p.name, err, text)
 	}
 	return text, finished

@@ -1,5 +1,7 @@
 //go:build unix
 
+// Helpers that run a NATS server, and a test in which it goes away.
+
 package faults
 
 import (
@@ -13,7 +15,7 @@ import (
 	"github.com/nats-io/nats-server/v2/server"
 )
 
-// serverOptions are those of a server on a free port of the loopback interface.
+// serverOptions returns the options of a server on a free port of the loopback interface.
 func serverOptions() *server.Options {
 	return &server.Options{Host: "127.0.0.1", Port: server.RANDOM_PORT, NoSigs: true, NoLog: true}
 }
@@ -45,10 +47,11 @@ func at(s *server.Server) func(rank int) string {
 	return func(int) string { return s.ClientURL() }
 }
 
-// asServer is an environment variable that makes the test binary a NATS server at this address, for other hosts than this one.
+// asServer is an environment variable that makes the test binary a NATS server at this address, so
+// that one can run on another host.
 const asServer = "FAULTS_NATS_SERVER"
 
-// serveNATS is a NATS server until it is killed.
+// serveNATS runs a NATS server until the process is killed.
 func serveNATS(address string) {
 	host, text, err := net.SplitHostPort(address)
 	if err != nil {
@@ -67,7 +70,8 @@ func serveNATS(address string) {
 	os.Exit(0)
 }
 
-// TestServerRestarted: a server that is gone for less time than the ranks wait in a step costs no step.
+// TestServerRestarted: if the server is gone for less time than the ranks wait in a step, no step
+// is lost.
 func TestServerRestarted(t *testing.T) {
 	t.Parallel()
 	opts := serverOptions()

@@ -1,5 +1,7 @@
 //go:build unix
 
+// Tests with ranks that stand still.
+
 package faults
 
 import (
@@ -10,20 +12,21 @@ import (
 	"time"
 )
 
-// TestStopped: a rank that stands still for less time than the others wait for it costs no step. One that stands still for
-// longer costs steps, and all go on with it afterwards.
+// TestStopped: if a rank stands still for less time than the others wait for it, no step is lost.
+// If it stands still for longer, steps are lost, and all go on with it afterwards.
 func TestStopped(t *testing.T) {
-	outages(t, 500*time.Millisecond, 2500*time.Millisecond, func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+	stop := func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
 		g = newGroup(t, 3, at(startServer(t, serverOptions())), flags)
 		down = func(rank int) { g.ranks[rank].signal(syscall.SIGSTOP) }
 		up = func(rank int) { g.ranks[rank].signal(syscall.SIGCONT) }
 		return g, down, up
-	})
+	}
+	outages(t, 500*time.Millisecond, 2500*time.Millisecond, stop)
 }
 
-// TestTakenOver: a rank that stands still is thought dead, and another process takes its place. When it goes on it learns that,
-// and ends; the others don't notice. Each of the two has a results file of its own, since the first one may yet write what it
-// had in hand.
+// TestTakenOver: a rank that stands still is taken for dead, and another process takes its place.
+// When the first one goes on, it learns that and ends; the others don't notice. Each of the two has
+// a results file of its own, since the first one may still write what it had finished.
 func TestTakenOver(t *testing.T) {
 	t.Parallel()
 	for _, rank := range []int{0, 2} {
@@ -50,8 +53,10 @@ func TestTakenOver(t *testing.T) {
 			if n := g.check(rank, oldFile); n != finished {
 				t.Errorf("the first rank %d has %d results, and says %d", rank, n, finished)
 			}
-			if r := g.complete()[rank]; r.Resumed != resumed || r.FailedSteps != 0 {
-				t.Errorf("rank %d: %+v, want %d resumed and no failed step", rank, r, resumed)
+			// The new process asks for a warm-up while the others ask for a step. That exchange fails, and
+			// then all of them warm up together.
+			if r := g.complete()[rank]; r.Resumed != resumed || r.FailedSteps > 1 {
+				t.Errorf("rank %d: %+v, want %d resumed and at most one failed step", rank, r, resumed)
 			}
 		})
 	}

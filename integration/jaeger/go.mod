@@ -1,6 +1,6 @@
 module github.com/forwardctx/fwd/integration/jaeger
 
-go 1.26.0
+go 1.24.6
 
 tool github.com/jaegertracing/jaeger/cmd/jaeger
 

@@ -1,10 +1,12 @@
-// Command jaeger builds the Jaeger that this module pins, the program that users run, and prints where the binary is. The
-// binary is kept in a cache outside the tree, one for each Go version and go.sum: the first build takes minutes and about
-// 4 GiB of memory, later ones nothing. With arguments it also runs the binary with them:
+// Command jaeger builds the Jaeger that this module pins, the program that users run, and prints
+// where the binary is. It keeps the binary in a cache outside the tree, one for each Go version and
+// go.sum. The first build takes minutes and about 4 GiB of memory, later ones nothing. If there are
+// arguments, it runs the binary with them instead of printing where it is:
 //
 //	go -C integration/jaeger run . --config ../jaeger.yaml
 //
-// FWD_JAEGER names a binary to use as it is, without building; FWD_JAEGER_CACHE the folder of the cache.
+// FWD_JAEGER names a binary to use without building one. FWD_JAEGER_CACHE names the folder of the
+// cache.
 package main
 
 import (
@@ -40,7 +42,7 @@ func main() {
 	if err := command.Start(); err != nil {
 		log.Fatal(err)
 	}
-	go func() { // Jaeger ends in order, and this program after it
+	go func() { // Jaeger shuts down, and this program ends after it
 		for s := range signals {
 			_ = command.Process.Signal(s) // it may have ended
 		}
@@ -50,7 +52,8 @@ func main() {
 	}
 }
 
-// build returns the binary, built if it must be. It reads this module in the current directory.
+// build returns the binary, and builds it if there is none yet. It expects this module in the
+// current directory.
 func build() (string, error) {
 	if binary := os.Getenv("FWD_JAEGER"); binary != "" {
 		return binary, nil
@@ -68,7 +71,8 @@ func build() (string, error) {
 		return "", fmt.Errorf("the current directory is not this module's: %w", err)
 	}
 	version := strings.Fields(runtime.Version())[0]
-	folder := filepath.Join(cache, fmt.Sprintf("%s-%s-%s-%.8x", version, runtime.GOOS, runtime.GOARCH, sha256.Sum256(sums)))
+	name := fmt.Sprintf("%s-%s-%s-%.8x", version, runtime.GOOS, runtime.GOARCH, sha256.Sum256(sums))
+	folder := filepath.Join(cache, name)
 	binary := filepath.Join(folder, "jaeger")
 	if _, err := os.Stat(binary); !errors.Is(err, fs.ErrNotExist) {
 		return binary, err
@@ -77,7 +81,8 @@ func build() (string, error) {
 		return "", err
 	}
 
-	// Under another name until it is whole: a build may be interrupted, or run twice at once.
+	// The file has another name until it is whole: a build may be interrupted, or two may run at a
+	// time.
 	part, err := os.CreateTemp(folder, "part-*")
 	if err != nil {
 		return "", err
@@ -87,7 +92,8 @@ func build() (string, error) {
 		return "", err
 	}
 	log.Printf("building Jaeger into %s, for some minutes", folder)
-	command := exec.Command("go", "build", "-ldflags=-s -w", "-o", part.Name(), "github.com/jaegertracing/jaeger/cmd/jaeger")
+	command := exec.Command("go", "build", "-ldflags=-s -w", "-o", part.Name(),
+		"github.com/jaegertracing/jaeger/cmd/jaeger")
 	command.Stderr = os.Stderr
 	if err := command.Run(); err != nil {
 		return "", fmt.Errorf("go build: %w", err)

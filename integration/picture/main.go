@@ -1,11 +1,11 @@
-// Picture draws a step of the example engine on four data-parallel ranks: how long they wait for each
-// other's votes, and the graph modes, tokens and padding of their passes. It records the step from a
-// run of the engine:
+// Picture draws a step of the example engine on four data-parallel ranks: how long they wait for
+// each other's votes, and the graph modes, tokens and padding of their passes. It records the step
+// from a run of the engine:
 //
 //	go -C integration run ./picture -o ../testdata/step.svg
 //
-// The recording is kept beside the picture, in a file whose name ends in .json instead of .svg. It can
-// be drawn again:
+// The recording is kept beside the picture, in a file whose name ends in .json instead of .svg. It
+// can be drawn again:
 //
 //	go -C integration run ./picture -from ../testdata/step.json -o ../testdata/step.svg
 package main

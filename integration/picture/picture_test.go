@@ -75,9 +75,10 @@ func isOfRank(s *timeline.Span) bool {
 	return s.Kind() == timeline.Coordinate || s.Kind() == timeline.Forward
 }
 
-// structure returns a line for each exchange and each pass of a step, and one line for all other spans
-// of a kind: how many of those there are may depend on time. A line says which parent and which
-// attributes a span has, without the values of these.
+// structure returns a line for each exchange and each pass of a step, and one line for all other
+// spans of a kind: how many of those there are may depend on time. A line says which parent and
+// which attributes a span has, without the values of these. It leaves out the time that a pass
+// waited, which a pass that never waited doesn't have.
 func structure(spans []timeline.Span) []string {
 	byID := map[string]*timeline.Span{}
 	for i := range spans {
@@ -101,7 +102,9 @@ func structure(spans []timeline.Span) []string {
 		}
 		line := name(s) + " below " + parent
 		for _, key := range slices.Sorted(maps.Keys(s.Attributes)) {
-			line += fmt.Sprintf(", %s %T", key, s.Attributes[key])
+			if key != timeline.WaitTime {
+				line += fmt.Sprintf(", %s %T", key, s.Attributes[key])
+			}
 		}
 		if isOfRank(s) || !slices.Contains(lines, line) {
 			lines = append(lines, line)
@@ -158,7 +161,8 @@ func TestEncode(t *testing.T) {
 	}
 }
 
-// TestBadInput: files that can't be read or drawn are errors that name them, and nothing is written.
+// TestBadInput: files that can't be read or drawn are errors that name them, and nothing is
+// written.
 func TestBadInput(t *testing.T) {
 	dir := t.TempDir()
 	bad := filepath.Join(dir, "bad.json")

@@ -103,9 +103,9 @@ func plain(recorded []sdktrace.ReadOnlySpan) []timeline.Span {
 	return spans
 }
 
-// showsAll reports whether a step has everything that the picture should show: all ranks, one of them
-// idle, some of them lowered by another one, and padding of both kinds. Nothing of this depends on
-// time, so every run has such steps.
+// showsAll reports whether a step has everything that the picture should show: all ranks, one of
+// them idle, some of them lowered by another one, and padding of both kinds. Nothing of this
+// depends on time, so every run has such steps.
 func showsAll(spans []timeline.Span) bool {
 	count := map[string]int{}
 	for i := range spans {
@@ -132,13 +132,26 @@ func showsAll(spans []timeline.Span) bool {
 		count[timeline.GraphPadding] > 0 && count[timeline.DPPadding] > 1
 }
 
-// clarity rises with the share of a step in which ranks waited for the last vote. It falls with the
-// time that they waited afterwards: by then they only waited for a processor.
+// clarity rises with the share of a step in which ranks waited for the last vote, as long as there
+// is room in the picture to write on the passes. It falls with the time that ranks waited after the
+// last vote: by then they only waited for a processor. A rank that is idle should not be the last
+// one.
 func clarity(spans []timeline.Span) float64 {
-	var last, end float64
+	var last, end, shortest float64
+	idle := false // the last rank is
 	for i := range spans {
-		if end = max(end, spans[i].End); spans[i].Kind() == timeline.Coordinate {
-			last = max(last, spans[i].Start)
+		s := &spans[i]
+		end = max(end, s.End)
+		switch {
+		case s.Kind() == timeline.Coordinate:
+			last = max(last, s.Start)
+		case s.Kind() == timeline.Forward:
+			if d := s.Duration(); shortest == 0 || d < shortest {
+				shortest = d
+			}
+			rank, _ := s.Int(timeline.Rank)
+			by, _ := spans[0].Int(timeline.LastRank)
+			idle = idle || s.IsDummy() && rank == by
 		}
 	}
 	var score float64
@@ -146,6 +159,10 @@ func clarity(spans []timeline.Span) float64 {
 		if s := &spans[i]; s.Kind() == timeline.Coordinate {
 			score += (last - s.Start) - 2*(s.End-last)
 		}
+	}
+	score -= 4 * ranks * max(0.6*end-shortest, 0)
+	if idle {
+		score -= end
 	}
 	return score / end
 }

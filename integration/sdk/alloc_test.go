@@ -1,10 +1,12 @@
-// This file counts what a pass allocates while it is recorded. The counts without the SDK are in the root.
+// This file counts what a pass allocates while it is recorded. The counts without the SDK are in
+// the root.
 
 package sdk_test
 
 import (
 	"context"
 	"testing"
+	"time"
 
 	"github.com/forwardctx/fwd"
 )
@@ -16,19 +18,44 @@ func TestAllocsRun(t *testing.T) {
 	}
 	const most = 5
 	ctx, pass := context.Background(), decodePass()
-	three := []fwd.Middleware{through, through, through}
-	for name, mw := range map[string][]fwd.Middleware{"": nil, " with 3 middlewares": three} {
-		r, err := fwd.New(fwd.Config{Name: "target"}, append(recording(), fwd.WithMiddleware(mw...))...)
+	for name, opts := range map[string][]fwd.Option{
+		"":                    nil,
+		" with 3 middlewares": {fwd.WithMiddleware(through, through, through)},
+		" with an observer":   {fwd.WithObserver(func(context.Context, *fwd.Record) {})},
+	} {
+		r, err := fwd.New(fwd.Config{Name: "target"}, append(recording(), opts...)...)
 		if err != nil {
 			t.Fatal(err)
 		}
-		got := testing.AllocsPerRun(200, func() {
+		wantAllocs(t, "Run"+name, most, func() {
 			if err := r.Run(ctx, pass, nothing); err != nil {
 				t.Error(err)
 			}
 		})
-		if got > most {
-			t.Errorf("Run%s allocates %v times, want at most %v", name, got, most)
+	}
+}
+
+// Metrics alone cost a pass nothing more than its context.
+func TestAllocsMetrics(t *testing.T) {
+	skipUnderRace(t)
+	r, err := fwd.New(fwd.Config{Name: "target"}, recording()[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, pass := context.Background(), decodePass()
+	wantAllocs(t, "Run with metrics alone", 1, func() {
+		if err := r.Run(ctx, pass, func(ctx context.Context) error {
+			fwd.Waited(ctx, 1, time.Time{})
+			return nil
+		}); err != nil {
+			t.Error(err)
 		}
+	})
+}
+
+func wantAllocs(t *testing.T, name string, most float64, f func()) {
+	t.Helper()
+	if got := testing.AllocsPerRun(200, f); got > most {
+		t.Errorf("%s allocates %v times, want at most %v", name, got, most)
 	}
 }

@@ -1,12 +1,16 @@
-// This file measures what a pass costs while it is recorded. The benchmarks without the SDK are in the root.
+// This file measures what a pass costs while it is recorded. The benchmarks without the SDK are in
+// the root.
 
 package sdk_test
 
 import (
 	"context"
 	"testing"
+	"time"
 
 	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/metric"
+	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 
@@ -21,8 +25,9 @@ var (
 	sinkForward *fwd.ForwardContext
 )
 
-// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and a bare span with the same
-// attributes. Its results go with those of the root's benchmark of this name.
+// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and the same telemetry
+// by hand: a span with the same attributes and the same measurements. Its results go with those of
+// the root's benchmark of this name.
 func BenchmarkRun(b *testing.B) {
 	ctx, pass := context.Background(), decodePass()
 	forward := func(ctx context.Context) error {
@@ -48,18 +53,56 @@ func BenchmarkRun(b *testing.B) {
 			}
 		}
 	})
-	tracer := sdktrace.NewTracerProvider().Tracer("bare")
-	b.Run("by=span/provider=sdk", func(b *testing.B) {
+	hand := newByHand(b)
+	b.Run("by=hand/provider=sdk", func(b *testing.B) {
 		b.ReportAllocs()
 		for b.Loop() {
-			bareSpan(ctx, tracer, &pass)
+			hand.run(ctx, &pass)
 		}
 	})
 }
 
-// bareSpan is a span with the attributes that a Runner's pass has.
-func bareSpan(ctx context.Context, tracer trace.Tracer, p *fwd.Pass) {
-	ctx, span := tracer.Start(ctx, "forward")
+// byHand is the telemetry of a pass as one would write it with the SDK alone, with all options made
+// beforehand.
+type byHand struct {
+	tracer           trace.Tracer
+	duration         metric.Float64Histogram
+	tokens           metric.Int64Histogram
+	padding          metric.Int64Counter
+	durations, sizes []metric.RecordOption
+	kinds            []metric.AddOption
+}
+
+func newByHand(b *testing.B) *byHand {
+	b.Helper()
+	meter := sdkmetric.NewMeterProvider(sdkmetric.WithReader(sdkmetric.NewManualReader())).Meter("bare")
+	h := &byHand{tracer: sdktrace.NewTracerProvider().Tracer("bare")}
+	var errs [3]error
+	h.duration, errs[0] = meter.Float64Histogram("duration")
+	h.tokens, errs[1] = meter.Int64Histogram("tokens")
+	h.padding, errs[2] = meter.Int64Counter("padding")
+	for _, err := range errs {
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	name, mode := attribute.String("name", "target"), attribute.String("mode", "FULL")
+	dummy := attribute.Bool("dummy", false)
+	set := func(attrs ...attribute.KeyValue) metric.MeasurementOption {
+		return metric.WithAttributeSet(attribute.NewSet(attrs...))
+	}
+	h.durations = []metric.RecordOption{
+		set(name, mode, dummy, attribute.String("reason", "exact"), attribute.Int("bucket", 16)),
+	}
+	h.sizes = []metric.RecordOption{set(name, mode, dummy)}
+	h.kinds = []metric.AddOption{set(name, dummy, attribute.String("kind", "graph"))}
+	return h
+}
+
+// run is a span with the attributes, and the measurements, of a Runner's pass.
+func (h *byHand) run(ctx context.Context, p *fwd.Pass) {
+	began := time.Now()
+	ctx, span := h.tracer.Start(ctx, "forward")
 	defer span.End()
 	if span.IsRecording() {
 		span.SetAttributes(
@@ -68,14 +111,17 @@ func bareSpan(ctx context.Context, tracer trace.Tracer, p *fwd.Pass) {
 			attribute.Int("fwd.num_tokens_unpadded", p.NumTokensUnpadded),
 			attribute.Int("fwd.num_reqs", p.NumReqs),
 			attribute.Int("fwd.batch.num_reqs", p.Batch.NumReqs),
-			attribute.Int("fwd.virtual_engine", p.VirtualEngine),
+			attribute.Bool("fwd.batch.uniform", p.Batch.Uniform),
 			attribute.Int("fwd.padding.graph", p.NumTokensGraph-p.NumTokensUnpadded),
 			attribute.Int("fwd.padding.dp", p.NumTokens-p.NumTokensGraph),
+			attribute.Float64("fwd.padding.ratio", float64(p.NumTokens-p.NumTokensUnpadded)/float64(p.NumTokens)),
 			attribute.String("fwd.graph.mode", p.GraphMode.String()),
 			attribute.String("fwd.graph.reason", p.Reason.String()),
-			attribute.Bool("fwd.batch.uniform", p.Batch.Uniform),
 			attribute.Bool("fwd.dummy", p.Dummy),
 		)
 	}
-	sinkContext = ctx
+	sinkContext = context.WithValue(ctx, benchKey{}, p)
+	h.duration.Record(ctx, time.Since(began).Seconds(), h.durations...)
+	h.tokens.Record(ctx, int64(p.NumTokensUnpadded), h.sizes...)
+	h.padding.Add(ctx, int64(p.NumTokensGraph-p.NumTokensUnpadded), h.kinds...)
 }

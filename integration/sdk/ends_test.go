@@ -1,4 +1,5 @@
-// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end from Start.
+// This file tests how passes and exchanges end: with errors and panics, cancelled, or by the end
+// from Start.
 
 package sdk_test
 
@@ -87,6 +88,7 @@ func TestFailedCoordinateSpan(t *testing.T) {
 				s := o.only(t, "fwd.coordinate")
 				wantAttrs(t, s, attrs{
 					"fwd.step": 1, "fwd.dp.rank": rank, "fwd.dp.size": 2, "error.type": "rank_missing",
+					"fwd.dp.missing_ranks": []int{1 - rank},
 				})
 				if s.Status().Code != codes.Error || s.Status().Description == "" {
 					t.Errorf("status %v, want an error", s.Status())
@@ -95,7 +97,8 @@ func TestFailedCoordinateSpan(t *testing.T) {
 					t.Errorf("parent %v, links %v, want the caller's span and no links", s.Parent().SpanID(), s.Links())
 				}
 				got := o.onlyPoint(t, "fwd.coordinate.duration") // recorded although the context is cancelled
-				if diff := cmp.Diff(attrs{"error.type": "rank_missing"}, got.Attrs); diff != "" || got.Count != 1 {
+				want := attrs{"error.type": "rank_missing", "fwd.dp.rank": rank}
+				if diff := cmp.Diff(want, got.Attrs); diff != "" || got.Count != 1 {
 					t.Errorf("fwd.coordinate.duration has %d values, want 1 (-want +got):\n%s", got.Count, diff)
 				}
 				if n := len(o.ended("fwd.forward")) + len(o.points(t, "fwd.forward.duration")); n > 0 {
@@ -174,12 +177,8 @@ func TestPanicInUBatch(t *testing.T) {
 	value := new(int)
 	message := fmt.Sprint(value)
 	o := newTelemetry()
-	pass := fwd.Pass{NumTokens: 2, UBatches: []fwd.UBatchSlice{
-		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 1}},
-		{Requests: fwd.Range{Start: 1, Stop: 2}, Tokens: fwd.Range{Start: 1, Stop: 2}},
-	}}
 	got := recovered(func() {
-		o.run(t, pass, func(ctx context.Context) error {
+		o.run(t, twoTokens(), func(ctx context.Context) error {
 			return fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
 				if i == 1 {
 					panic(value)

@@ -1,4 +1,5 @@
-// This file has the helpers that several files share: the telemetry of a test, comparisons, a clock, passes.
+// This file has the helpers that several files share: the telemetry of a test, comparisons, a
+// clock, passes.
 
 package sdk_test
 
@@ -26,10 +27,10 @@ import (
 // The instrumentation scope, as backends show it.
 const (
 	scopeName    = "github.com/forwardctx/fwd"
-	scopeVersion = "0.1.0"
+	scopeVersion = "0.1.0-dev"
 )
 
-// attrs is an attribute set by key. Its whole numbers are ints.
+// attrs is an attribute set by key. Its whole numbers are ints, in lists too.
 type attrs = map[string]any
 
 // telemetry collects everything that Runners with its options emit.
@@ -136,6 +137,10 @@ func (o *telemetry) points(t *testing.T, name string) (points []point) {
 				for _, p := range data.DataPoints {
 					points = append(points, point{attrsOf(p.Attributes.ToSlice()), 0, float64(p.Value)})
 				}
+			case metricdata.Sum[float64]:
+				for _, p := range data.DataPoints {
+					points = append(points, point{attrsOf(p.Attributes.ToSlice()), 0, p.Value})
+				}
 			}
 		}
 	}
@@ -158,6 +163,7 @@ func (o *telemetry) onlyPoint(t *testing.T, name string) point {
 
 func (o *telemetry) wantPoints(t *testing.T, name string, want ...point) {
 	t.Helper()
+	slices.SortFunc(want, byText)
 	if diff := cmp.Diff(want, o.points(t, name)); diff != "" {
 		t.Errorf("%s (-want +got):\n%s", name, diff)
 	}
@@ -166,8 +172,17 @@ func (o *telemetry) wantPoints(t *testing.T, name string, want ...point) {
 func attrsOf(kvs []attribute.KeyValue) attrs {
 	m := attrs{}
 	for _, kv := range kvs {
-		if m[string(kv.Key)] = kv.Value.AsInterface(); kv.Value.Type() == attribute.INT64 {
+		switch kv.Value.Type() {
+		case attribute.INT64:
 			m[string(kv.Key)] = int(kv.Value.AsInt64())
+		case attribute.INT64SLICE:
+			var list []int
+			for _, n := range kv.Value.AsInt64Slice() {
+				list = append(list, int(n))
+			}
+			m[string(kv.Key)] = list
+		default:
+			m[string(kv.Key)] = kv.Value.AsInterface()
 		}
 	}
 	return m
@@ -196,9 +211,16 @@ func with(base attrs, kvs ...any) attrs {
 
 // plainForward has the attributes of a pass of one token that sets nothing else.
 var plainForward = attrs{
-	"fwd.num_tokens": 1, "fwd.num_tokens_unpadded": 1, "fwd.virtual_engine": 0,
-	"fwd.padding.graph": 0, "fwd.padding.dp": 0,
-	"fwd.graph.mode": "NONE", "fwd.graph.reason": "unknown", "fwd.dummy": false,
+	"fwd.num_tokens": 1, "fwd.num_tokens_unpadded": 1,
+	"fwd.graph.mode": "NONE", "fwd.graph.reason": "disabled", "fwd.dummy": false,
+}
+
+// twoTokens is a pass of two tokens in two microbatches.
+func twoTokens() fwd.Pass {
+	return fwd.Pass{NumTokens: 2, UBatches: []fwd.UBatchSlice{
+		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 1}},
+		{Requests: fwd.Range{Start: 1, Stop: 2}, Tokens: fwd.Range{Start: 1, Stop: 2}},
+	}}
 }
 
 // simClock is a clock that stands still until advance.
@@ -292,7 +314,8 @@ func decodePass() fwd.Pass {
 	}
 }
 
-// recording returns options for telemetry that is recorded and not read, as allocations and time are counted.
+// recording returns options for telemetry that is recorded and not read, as allocations and time
+// are counted.
 func recording() []fwd.Option {
 	return []fwd.Option{
 		fwd.WithTracerProvider(sdktrace.NewTracerProvider()),

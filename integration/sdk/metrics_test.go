@@ -7,7 +7,6 @@ import (
 	"errors"
 	"math"
 	"reflect"
-	"slices"
 	"testing"
 	"time"
 
@@ -23,7 +22,11 @@ func TestMetricDefinitions(t *testing.T) {
 	o := newTelemetry()
 	r := o.runner(t, fwd.Config{Name: "m", Parallel: fwd.ParallelConfig{DataParallelSize: 1}})
 	pass := fwd.Pass{NumTokens: 4, NumTokensUnpadded: 1, NumTokensGraph: 2}
-	if err := r.Run(context.Background(), pass, nothing); err != nil {
+	waits := func(ctx context.Context) error {
+		fwd.Waited(ctx, 0, time.Now().Add(-time.Second))
+		return nil
+	}
+	if err := r.Run(context.Background(), pass, waits); err != nil {
 		t.Fatal(err)
 	}
 	two := o.runner(t, ofTwo(0), fwd.WithCoordinator(localGroup(t, 2)[0]))
@@ -35,16 +38,21 @@ func TestMetricDefinitions(t *testing.T) {
 		Monotonic  bool
 		Bounds     []float64
 	}
-	var bounds []float64
-	for k := range 14 {
-		bounds = append(bounds, 0.0005*math.Pow(2, float64(k)))
+	seconds, tokens := make([]float64, 24), make([]float64, 21)
+	for k := range seconds {
+		seconds[k] = 0.00001 * math.Pow(2, float64(k)) // to 84 s
+	}
+	for k := range tokens {
+		tokens[k] = math.Pow(2, float64(k)) // to 1,048,576
 	}
 	want := map[string]definition{
-		"fwd.forward.duration":    {"metricdata.Histogram[float64]", "s", false, bounds},
-		"fwd.forward.tokens":      {"metricdata.Histogram[int64]", "{token}", false, nil},
+		"fwd.forward.duration":    {"metricdata.Histogram[float64]", "s", false, seconds},
+		"fwd.forward.tokens":      {"metricdata.Histogram[int64]", "{token}", false, tokens},
 		"fwd.padding":             {"metricdata.Sum[int64]", "{token}", true, nil},
-		"fwd.coordinate.duration": {"metricdata.Histogram[float64]", "s", false, bounds},
+		"fwd.coordinate.duration": {"metricdata.Histogram[float64]", "s", false, seconds},
 		"fwd.graph.events":        {"metricdata.Sum[int64]", "{event}", true, nil},
+		"fwd.forward.active":      {"metricdata.Sum[int64]", "{pass}", false, nil},
+		"fwd.wait.time":           {"metricdata.Sum[float64]", "s", true, nil},
 	}
 	got := map[string]definition{}
 	scopes := o.scopes(t)
@@ -56,7 +64,11 @@ func TestMetricDefinitions(t *testing.T) {
 		switch data := m.Data.(type) {
 		case metricdata.Histogram[float64]:
 			d.Bounds = data.DataPoints[0].Bounds
+		case metricdata.Histogram[int64]:
+			d.Bounds = data.DataPoints[0].Bounds
 		case metricdata.Sum[int64]:
+			d.Monotonic = data.IsMonotonic
+		case metricdata.Sum[float64]:
 			d.Monotonic = data.IsMonotonic
 		}
 		got[m.Name] = d
@@ -90,8 +102,9 @@ func TestMetricValues(t *testing.T) {
 	}, nil)
 	run(r, 2*time.Second, fwd.Pass{NumTokens: 1}, fwd.ErrLayer)
 	run(anonymous, 4*time.Second, fwd.Pass{NumTokens: 1}, nil)
+	run(r, 8*time.Second, fwd.Pass{NumTokens: 8, Phase: "prefill"}, nil)
 	eager := attrs{
-		"fwd.name": "target", "fwd.graph.mode": "NONE", "fwd.graph.reason": "unknown",
+		"fwd.name": "target", "fwd.graph.mode": "NONE", "fwd.graph.reason": "disabled",
 		"fwd.batch.bucket": 8, "fwd.dummy": false,
 	}
 	want := []point{
@@ -99,16 +112,22 @@ func TestMetricValues(t *testing.T) {
 		{with(eager, "fwd.graph.mode", "FULL", "fwd.graph.reason", "exact", "fwd.dummy", true), 1, 1},
 		{with(eager, "fwd.batch.bucket", 1, "error.type", "layer"), 1, 2},
 		{with(eager, "fwd.batch.bucket", 1, "fwd.name", nil), 1, 4},
+		{with(eager, "fwd.phase", "prefill"), 1, 8},
 	}
-	slices.SortFunc(want, byText)
 	o.wantPoints(t, "fwd.forward.duration", want...)
+	tokens := attrs{"fwd.name": "target", "fwd.graph.mode": "NONE", "fwd.dummy": false}
 	o.wantPoints(t, "fwd.forward.tokens",
-		point{attrs{"fwd.graph.mode": "NONE", "fwd.dummy": false}, 4, 3 + 7 + 1 + 1},
-		point{attrs{"fwd.graph.mode": "FULL", "fwd.dummy": true}, 1, 2})
+		point{tokens, 4, 3 + 7 + 1 + 8},
+		point{with(tokens, "fwd.name", nil), 1, 1},
+		point{with(tokens, "fwd.graph.mode", "FULL", "fwd.dummy", true), 1, 2})
+	padding := attrs{"fwd.name": "target", "fwd.padding.kind": "graph", "fwd.dummy": false}
 	o.wantPoints(t, "fwd.padding",
-		point{attrs{"fwd.padding.kind": "dp"}, 0, 4},
-		point{attrs{"fwd.padding.kind": "graph"}, 0, 2 + 2})
-	o.wantPoints(t, "fwd.graph.events", point{attrs{"fwd.graph.event": "eager"}, 0, 4})
+		point{padding, 0, 2},
+		point{with(padding, "fwd.dummy", true), 0, 2},
+		point{with(padding, "fwd.dummy", true, "fwd.padding.kind", "dp"), 0, 4})
+	o.wantPoints(t, "fwd.graph.events",
+		point{attrs{"fwd.name": "target", "fwd.graph.event": "eager"}, 0, 4},
+		point{attrs{"fwd.graph.event": "eager"}, 0, 1})
 }
 
 func TestBatchBucket(t *testing.T) {
@@ -158,19 +177,13 @@ func TestBatchBucket(t *testing.T) {
 	}
 }
 
-type replay fwd.ForwardFunc
-
-func (r replay) Replay(ctx context.Context) error { return r(ctx) }
-
 func TestGraphEvents(t *testing.T) {
 	t.Parallel()
 	o := newTelemetry()
 	r := o.runner(t, fwd.Config{})
 	refuse := errors.New("no capture")
 	var captureErr error
-	capture := func(_ context.Context, _ fwd.BatchDescriptor, forward fwd.ForwardFunc) (fwd.Graph, error) {
-		return replay(forward), captureErr
-	}
+	capture := func(context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error) { return nothing, captureErr }
 	cache, err := fwd.NewGraphCache(fwd.GraphFull, nothing, capture)
 	if err != nil {
 		t.Fatal(err)

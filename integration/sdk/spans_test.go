@@ -45,6 +45,10 @@ func TestForwardSpanAttributes(t *testing.T) {
 			"virtual engine", fwd.Config{}, fwd.Pass{NumTokens: 1, VirtualEngine: 3},
 			with(plainForward, "fwd.virtual_engine", 3),
 		},
+		{
+			"phase", fwd.Config{}, fwd.Pass{NumTokens: 1, Phase: "verify"},
+			with(plainForward, "fwd.phase", "verify"),
+		},
 		{"requests", fwd.Config{}, fwd.Pass{NumTokens: 1, NumReqs: 1}, with(plainForward, "fwd.num_reqs", 1)},
 		{
 			"descriptor with adapters", fwd.Config{},
@@ -53,7 +57,8 @@ func TestForwardSpanAttributes(t *testing.T) {
 				Batch: fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true, HasLoRA: true, NumActiveLoRAs: 2},
 			},
 			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 5, "fwd.num_reqs", 5,
-				"fwd.padding.graph", 3, "fwd.graph.mode", "FULL", "fwd.graph.reason", "exact",
+				"fwd.padding.graph", 3, "fwd.padding.dp", 0, "fwd.padding.ratio", 0.375,
+				"fwd.graph.mode", "FULL", "fwd.graph.reason", "exact",
 				"fwd.batch.num_reqs", 8, "fwd.batch.uniform", true, "fwd.batch.num_active_loras", 2),
 		},
 		{
@@ -72,12 +77,22 @@ func TestForwardSpanAttributes(t *testing.T) {
 				GraphMode: fwd.GraphFull, Reason: fwd.ReasonRelaxed,
 			},
 			with(plainForward, "fwd.num_tokens", 24, "fwd.num_tokens_unpadded", 5,
-				"fwd.padding.graph", 3, "fwd.padding.dp", 16,
+				"fwd.padding.graph", 3, "fwd.padding.dp", 16, "fwd.padding.ratio", 19.0/24,
 				"fwd.graph.mode", "FULL", "fwd.graph.reason", "relaxed", "fwd.batch.uniform", false),
 		},
 		{
 			"microbatches", fwd.Config{}, fwd.Pass{NumTokens: 8, UBatches: halves},
 			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 8, "fwd.ubatches", 2),
+		},
+		{
+			"microbatches, which use no graph", fwd.Config{},
+			fwd.Pass{NumTokens: 8, UBatches: halves, GraphMode: fwd.GraphFull, Reason: fwd.ReasonExact},
+			with(plainForward, "fwd.num_tokens", 8, "fwd.num_tokens_unpadded", 8, "fwd.ubatches", 2,
+				"fwd.graph.reason", "ubatch", "fwd.batch.uniform", false),
+		},
+		{
+			"graph of nobody's choice", fwd.Config{}, fwd.Pass{NumTokens: 1, GraphMode: fwd.GraphFull},
+			with(plainForward, "fwd.graph.mode", "FULL", "fwd.graph.reason", "unplanned", "fwd.batch.uniform", false),
 		},
 	} {
 		t.Run(test.name, func(t *testing.T) { t.Parallel(); checkForwardSpan(t, test) })
@@ -88,6 +103,7 @@ func TestForwardSpanOfRank(t *testing.T) {
 	t.Parallel()
 	dense := ofTwo(1)
 	dense.Parallel.Dense = true
+	unsized := fwd.Config{Parallel: fwd.ParallelConfig{DataParallelRank: 7, Dense: true}}
 	for _, test := range []forwardCase{
 		{
 			"counts across ranks", ofTwo(1), fwd.Pass{NumTokens: 1, NumTokensAcrossDP: vec(7, 1)},
@@ -110,6 +126,10 @@ func TestForwardSpanOfRank(t *testing.T) {
 			},
 			with(plainForward, "fwd.num_tokens", 7, "fwd.num_tokens_unpadded", 7, "fwd.dp.rank", 1, "fwd.dp.size", 2,
 				"fwd.dp.max_tokens", 7, "fwd.step", 9, "fwd.dp.max_tokens_rank", 1),
+		},
+		{
+			"dense model of unknown size", unsized, fwd.Pass{NumTokens: 1},
+			with(plainForward, "fwd.dp.rank", 7),
 		},
 		{
 			"dense model", dense, fwd.Pass{NumTokens: 1},
@@ -149,8 +169,10 @@ func checkForwardSpan(t *testing.T, test forwardCase) {
 	}
 }
 
-func TestCoordinateSpan(t *testing.T) {
-	t.Parallel()
+// twoSteps plans and runs two steps of two ranks. In the first the mode is FULL on both; in the
+// second rank 0 is eager and so lowers it.
+func twoSteps(t *testing.T) []*telemetry {
+	t.Helper()
 	group := localGroup(t, 2)
 	os := []*telemetry{newTelemetry(), newTelemetry()}
 	together(2, func(rank int) {
@@ -158,7 +180,7 @@ func TestCoordinateSpan(t *testing.T) {
 		cfg.Name = "target"
 		r := os[rank].runner(t, cfg,
 			fwd.WithCoordinator(group[rank]), fwd.WithDispatcher(dispatcher(t, fwd.GraphFull)))
-		for _, eager := range []bool{false, true} { // step 1: FULL on both; step 2: rank 0 lowers
+		for _, eager := range []bool{false, true} {
 			pass, err := r.Plan(context.Background(), fwd.Schedule{
 				NumScheduledTokens: [][]int{{3}, {5, 1}}[rank], Eager: eager && rank == 0,
 			})
@@ -171,49 +193,138 @@ func TestCoordinateSpan(t *testing.T) {
 			}
 		}
 	})
-	for rank, o := range os {
-		base := attrs{"fwd.step": 1, "fwd.dp.rank": rank, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 1}
+	return os
+}
+
+func TestCoordinateSpan(t *testing.T) {
+	t.Parallel()
+	for rank, o := range twoSteps(t) {
 		spans := o.ended("fwd.coordinate")
 		if len(spans) != 2 {
 			t.Fatalf("rank %d: %d coordinate spans, want 2", rank, len(spans))
 		}
-		wantAttrs(t, spans[0], base)
-		wantAttrs(t, spans[1], with(base, "fwd.step", 2, "fwd.dp.lowest_mode_rank", 0))
-		for _, s := range spans {
-			scope := s.InstrumentationScope()
-			if s.SpanKind() != trace.SpanKindInternal || scope.Name != scopeName || scope.Version != scopeVersion {
-				t.Errorf("rank %d: kind %v, scope %v", rank, s.SpanKind(), scope)
+		for i, s := range spans {
+			got := attrsOf(s.Attributes())
+			if last := got["fwd.dp.last_rank"]; last != 0 && last != 1 { // whoever it was
+				t.Errorf("rank %d: fwd.dp.last_rank is %v, want 0 or 1", rank, last)
+			}
+			want := attrs{
+				"fwd.step": 1 + i, "fwd.dp.rank": rank, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 1,
+				"fwd.dp.last_rank": got["fwd.dp.last_rank"],
+			}
+			if i == 1 {
+				want["fwd.dp.lowest_mode_rank"] = 0
+			}
+			wantAttrs(t, s, want)
+			if scope := s.InstrumentationScope(); scope.Name != scopeName || scope.Version != scopeVersion {
+				t.Errorf("rank %d: scope %v", rank, scope)
 			}
 		}
-		if got := o.onlyPoint(t, "fwd.coordinate.duration"); len(got.Attrs) != 0 || got.Count != 2 {
-			t.Errorf("rank %d: fwd.coordinate.duration %v, want 2 without attributes", rank, got)
+		got := o.onlyPoint(t, "fwd.coordinate.duration")
+		want := attrs{"fwd.name": "target", "fwd.dp.rank": rank}
+		if diff := cmp.Diff(want, got.Attrs); diff != "" || got.Count != 2 {
+			t.Errorf("rank %d: fwd.coordinate.duration has %d values, want 2 (-want +got):\n%s", rank, got.Count, diff)
 		}
+	}
+}
+
+func TestForwardSpanOfPlan(t *testing.T) {
+	t.Parallel()
+	os := twoSteps(t)
+	for rank, o := range os {
 		forward := o.ended("fwd.forward")
 		if len(forward) != 2 {
 			t.Fatalf("rank %d: %d forward spans, want 2", rank, len(forward))
 		}
 		unpadded, graph := []int{3, 6}[rank], []int{4, 8}[rank]
-		base = attrs{
-			"fwd.name": "target", "fwd.num_tokens": 8, "fwd.num_tokens_unpadded": unpadded,
-			"fwd.num_reqs": rank + 1, "fwd.virtual_engine": 0, "fwd.step": 1,
+		base := attrs{
+			"fwd.name": "target", "fwd.phase": "mixed", "fwd.num_tokens": 8, "fwd.num_tokens_unpadded": unpadded,
+			"fwd.num_reqs": rank + 1, "fwd.step": 1,
 			"fwd.dp.rank": rank, "fwd.dp.size": 2, "fwd.dp.max_tokens": 8, "fwd.dp.max_tokens_rank": 1,
 			"fwd.padding.graph": graph - unpadded, "fwd.padding.dp": 8 - graph,
-			"fwd.graph.mode": "FULL", "fwd.graph.reason": "relaxed", "fwd.batch.uniform": false, "fwd.dummy": false,
+			"fwd.padding.ratio": float64(8-unpadded) / 8,
+			"fwd.graph.mode":    "FULL", "fwd.graph.reason": "relaxed", "fwd.batch.uniform": false, "fwd.dummy": false,
 		}
 		wantAttrs(t, forward[0], base)
-		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use now.
+		// Rank 0 is eager and has no padding. Rank 1 keeps the padding for the graph that it can't use
+		// now.
 		reason, eagerTokens := "disabled", 3
 		if rank == 1 {
 			reason, eagerTokens = "dp_rank", 8
 		}
 		wantAttrs(t, forward[1], with(base, "fwd.step", 2, "fwd.num_tokens", eagerTokens,
 			"fwd.padding.graph", eagerTokens-unpadded, "fwd.padding.dp", 0,
-			"fwd.graph.mode", "NONE", "fwd.graph.reason", reason, "fwd.dp.lowest_mode_rank", 0))
+			"fwd.padding.ratio", float64(eagerTokens-unpadded)/float64(eagerTokens),
+			"fwd.graph.mode", "NONE", "fwd.graph.reason", reason,
+			"fwd.dp.lowest_mode_rank", 0, "fwd.dp.lowest_mode_ranks", []int{0}))
 	}
-	graph := point{attrs{"fwd.padding.kind": "graph"}, 0, 1}
-	os[0].wantPoints(t, "fwd.padding", point{attrs{"fwd.padding.kind": "dp"}, 0, 4}, graph)
-	graph.Sum = 4
-	os[1].wantPoints(t, "fwd.padding", graph)
+	kind := func(rank int, kind string, sum float64) point {
+		return point{attrs{
+			"fwd.name": "target", "fwd.dp.rank": rank, "fwd.dummy": false, "fwd.padding.kind": kind,
+		}, 0, sum}
+	}
+	os[0].wantPoints(t, "fwd.padding", kind(0, "dp", 4), kind(0, "graph", 1))
+	os[1].wantPoints(t, "fwd.padding", kind(1, "graph", 4))
+}
+
+// TestRanksOnForwardSpan has ten ranks of which nine lower the mode and others that are idle.
+func TestRanksOnForwardSpan(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct {
+		name   string
+		votes  func(rank int) fwd.Vote
+		idle   any
+		lowest any
+	}{
+		{"all the same", func(int) fwd.Vote { return fwd.Vote{GraphMode: fwd.GraphFull} }, nil, nil},
+		{
+			"nine lower the mode", func(rank int) fwd.Vote {
+				if rank == 3 {
+					return fwd.Vote{GraphMode: fwd.GraphFull}
+				}
+				return fwd.Vote{}
+			}, nil, []int{0, 1, 2, 4, 5, 6, 7, 8}, // the first eight of nine
+		},
+		{
+			"idle ranks lower nothing", func(rank int) fwd.Vote {
+				return fwd.Vote{GraphMode: fwd.GraphFull, Idle: rank > 3}
+			}, 6, nil,
+		},
+		{
+			"idle ranks in a lower mode", func(rank int) fwd.Vote {
+				if rank == 0 {
+					return fwd.Vote{GraphMode: fwd.GraphFull}
+				}
+				return fwd.Vote{Idle: rank > 1}
+			}, 8, []int{1},
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			votes := make([]fwd.Vote, 10)
+			for rank := range votes {
+				votes[rank] = test.votes(rank)
+				votes[rank].NumTokens, votes[rank].NumTokensPadded = 4, 4
+			}
+			a, err := fwd.Agree(votes, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			o := newTelemetry()
+			cfg := fwd.Config{Parallel: fwd.ParallelConfig{DataParallelSize: 10}}
+			pass := fwd.Pass{NumTokens: 4, GraphMode: a.GraphMode, Agreement: &a}
+			if err := o.runner(t, cfg).Run(context.Background(), pass, nothing); err != nil {
+				t.Fatal(err)
+			}
+			got := attrsOf(o.only(t, "fwd.forward").Attributes())
+			if diff := cmp.Diff(test.idle, got["fwd.idle_ranks"]); diff != "" {
+				t.Errorf("fwd.idle_ranks (-want +got):\n%s", diff)
+			}
+			if diff := cmp.Diff(test.lowest, got["fwd.dp.lowest_mode_ranks"]); diff != "" {
+				t.Errorf("fwd.dp.lowest_mode_ranks (-want +got):\n%s", diff)
+			}
+		})
+	}
 }
 
 func TestUBatchSpans(t *testing.T) {
@@ -325,10 +436,7 @@ func TestLinks(t *testing.T) {
 func TestNothingOutsideARunner(t *testing.T) {
 	t.Parallel()
 	o := newTelemetry()
-	split := []fwd.UBatchSlice{
-		{Requests: fwd.Range{Start: 0, Stop: 1}, Tokens: fwd.Range{Start: 0, Stop: 1}},
-		{Requests: fwd.Range{Start: 1, Stop: 2}, Tokens: fwd.Range{Start: 1, Stop: 2}},
-	}
+	split := twoTokens().UBatches
 	halves := func(ctx context.Context) error {
 		return fwd.RunUBatches(ctx, func(context.Context, int) error { return nil })
 	}

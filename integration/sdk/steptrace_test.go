@@ -4,6 +4,7 @@ package sdk_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 
@@ -14,10 +15,11 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// stepRanks runs one step of a group, each rank under a span of its own caller, and returns the callers.
+// stepRanks runs one step of a group, each rank under a span of its own caller, which must end on
+// every rank with this error. It returns the callers.
 func stepRanks(
 	t *testing.T, os []*telemetry, option func(rank int) bool,
-	caller func(ctx context.Context, rank int) context.Context,
+	caller func(ctx context.Context, rank int) context.Context, want error,
 ) []trace.SpanContext {
 	t.Helper()
 	group, callers := localGroup(t, len(os)), make([]trace.SpanContext, len(os))
@@ -34,8 +36,8 @@ func stepRanks(
 		if err == nil {
 			err = r.Run(ctx, pass, nothing)
 		}
-		if err != nil {
-			t.Error(err)
+		if !errors.Is(err, want) {
+			t.Errorf("rank %d: %v, want %v", rank, err, want)
 		}
 	})
 	return callers
@@ -82,7 +84,7 @@ func TestStepTrace(t *testing.T) {
 	t.Run("one trace", func(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
-		callers := stepRanks(t, os, always, started(o))
+		callers := stepRanks(t, os, always, started(o), nil)
 		root := o.ofRank(t, "fwd.coordinate", 0)
 		wantTrace(t, root, callers[0])
 		for rank := range 3 {
@@ -95,7 +97,7 @@ func TestStepTrace(t *testing.T) {
 	t.Run("no callers", func(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
-		stepRanks(t, os, always, func(ctx context.Context, _ int) context.Context { return ctx })
+		stepRanks(t, os, always, func(ctx context.Context, _ int) context.Context { return ctx }, nil)
 		root := o.ofRank(t, "fwd.coordinate", 0)
 		wantTrace(t, root, trace.SpanContext{})
 		for rank := range 3 {
@@ -105,37 +107,32 @@ func TestStepTrace(t *testing.T) {
 	})
 }
 
-// TestStepTraceOption has ranks without the option.
+// TestStepTraceOption has ranks without the option. Either all have it or none.
 func TestStepTraceOption(t *testing.T) {
 	t.Parallel()
 	t.Run("no rank", func(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
-		callers := stepRanks(t, os, func(int) bool { return false }, started(o))
+		callers := stepRanks(t, os, func(int) bool { return false }, started(o), nil)
 		for rank := range 3 {
 			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), callers[rank])
 			wantTrace(t, o.ofRank(t, "fwd.forward", rank), callers[rank])
 		}
 	})
-	t.Run("not rank 1", func(t *testing.T) {
-		t.Parallel()
-		o, os := shared()
-		callers := stepRanks(t, os, func(rank int) bool { return rank != 1 }, started(o))
-		root := o.ofRank(t, "fwd.coordinate", 0)
-		wantTrace(t, o.ofRank(t, "fwd.coordinate", 1), callers[1])
-		wantTrace(t, o.ofRank(t, "fwd.forward", 1), callers[1])
-		wantTrace(t, o.ofRank(t, "fwd.coordinate", 2), root.SpanContext(), callers[2])
-		wantTrace(t, o.ofRank(t, "fwd.forward", 2), root.SpanContext(), callers[2])
-	})
-	t.Run("not rank 0", func(t *testing.T) {
-		t.Parallel()
-		o, os := shared()
-		callers := stepRanks(t, os, func(rank int) bool { return rank != 0 }, started(o))
-		for rank := range 3 {
-			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), callers[rank])
-			wantTrace(t, o.ofRank(t, "fwd.forward", rank), callers[rank])
-		}
-	})
+	for without := range 3 {
+		t.Run(fmt.Sprint("not rank ", without), func(t *testing.T) {
+			t.Parallel()
+			o, os := shared()
+			option := func(rank int) bool { return rank != without }
+			callers := stepRanks(t, os, option, started(o), fwd.ErrInvalid)
+			for rank := range 3 { // a step that fails has no trace of its own
+				wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), callers[rank])
+			}
+			if n := len(o.ended("fwd.forward")); n > 0 {
+				t.Errorf("%d passes ran, want none", n)
+			}
+		})
+	}
 }
 
 // TestStepTraceSampling checks that rank 0 alone decides whether a step is sampled.
@@ -150,7 +147,7 @@ func TestStepTraceSampling(t *testing.T) {
 				ctx, _ = o.tracer.Start(ctx, "caller")
 			}
 			return ctx
-		})
+		}, nil)
 		if n := len(o.spans.Ended()) + len(never.spans.Ended()); n > 0 {
 			t.Errorf("%d spans were recorded, want none", n)
 		}
@@ -165,7 +162,7 @@ func TestStepTraceSampling(t *testing.T) {
 			return trace.ContextWithSpanContext(ctx, trace.NewSpanContext(trace.SpanContextConfig{
 				TraceID: trace.TraceID{byte(rank)}, SpanID: trace.SpanID{byte(rank)},
 			}))
-		})
+		}, nil)
 		if c, f := len(o.ended("fwd.coordinate")), len(o.ended("fwd.forward")); c != 3 || f != 3 {
 			t.Errorf("%d coordinate spans and %d forward spans were recorded, want 3 of each", c, f)
 		}

@@ -42,9 +42,9 @@ var modeColours = map[string]string{
 	"NONE":      "#8a4a84",
 }
 
-// SVG draws a step from the spans of its trace, in any order. Spans of unknown kinds become thin bars
-// with their names. It returns an error if there are no spans, if two spans have the same id, if a
-// span ends before it starts or is its own ancestor, and if the whole step takes no time.
+// SVG draws a step from the spans of its trace, in any order. Spans of unknown kinds become thin
+// bars with their names. It returns an error if there are no spans, if two spans have the same id,
+// if a span ends before it starts or is its own ancestor, and if the whole step takes no time.
 func SVG(spans []Span) ([]byte, error) {
 	st, err := newStep(spans)
 	if err != nil {
@@ -179,8 +179,8 @@ func (p *picture) group(g group) {
 	p.y += groupGap
 }
 
-// name returns what stands beside a row. The bar of a span of a known kind says itself what it is one
-// of.
+// name returns what stands beside a row. The bar of a span of a known kind says itself what it is
+// one of.
 func (r *row) name() string {
 	if r.thin {
 		return r.spans[0].Name
@@ -208,9 +208,8 @@ func (p *picture) bar(s *Span, r row) {
 		switch {
 		case needs+pad <= w:
 			p.text(x+pad, baseline, textSize, c.text, "start", "", text)
-			duration := milliseconds(s.Duration())
-			if s.Kind() != Coordinate && needs+pad+3*pad+textWidth(duration, textSize) <= w {
-				p.text(x+w-pad, baseline, textSize, c.text, "end", "", duration)
+			if s.Kind() != Coordinate {
+				p.durationIn(s, x+w-pad, baseline, w-needs-4*pad, c)
 			}
 		case x+w+needs <= right:
 			p.text(x+w+pad, baseline, textSize, ink, "start", "", text)
@@ -220,6 +219,17 @@ func (p *picture) bar(s *Span, r row) {
 			continue
 		}
 		return
+	}
+}
+
+// durationIn writes a span's duration at the end of its bar, with as much of it as there is room
+// for.
+func (p *picture) durationIn(s *Span, x, baseline, room float64, c colour) {
+	for _, text := range durations(s) {
+		if textWidth(text, textSize) <= room {
+			p.text(x, baseline, textSize, c.text, "end", "", text)
+			return
+		}
 	}
 }
 

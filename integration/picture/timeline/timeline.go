@@ -32,6 +32,7 @@ const (
 const (
 	Rank           = "fwd.dp.rank"
 	Step           = "fwd.step"
+	Phase          = "fwd.phase"
 	Mode           = "fwd.graph.mode"
 	Reason         = "fwd.graph.reason"
 	Dummy          = "fwd.dummy"
@@ -41,14 +42,17 @@ const (
 	DPPadding      = "fwd.padding.dp"
 	MaxTokensRank  = "fwd.dp.max_tokens_rank"
 	LowestModeRank = "fwd.dp.lowest_mode_rank"
+	LastRank       = "fwd.dp.last_rank" // whose vote came last
+	IdleRanks      = "fwd.idle_ranks"   // how many
+	WaitTime       = "fwd.wait_time"    // seconds that a pass waited for other ranks
 	UBatchIndex    = "fwd.ubatch.index"
 )
 
 // Attributes returns the keys of all attributes that the picture shows.
 func Attributes() []string {
 	return []string{
-		Rank, Step, Mode, Reason, Dummy, Tokens, Unpadded, GraphPadding, DPPadding,
-		MaxTokensRank, LowestModeRank, UBatchIndex,
+		Rank, Step, Phase, Mode, Reason, Dummy, Tokens, Unpadded, GraphPadding, DPPadding,
+		MaxTokensRank, LowestModeRank, LastRank, IdleRanks, WaitTime, UBatchIndex,
 	}
 }
 
@@ -80,6 +84,12 @@ func (s *Span) Text(key string) string {
 	return text
 }
 
+// Waited returns how many microseconds a pass says it waited for other ranks.
+func (s *Span) Waited() float64 {
+	seconds, _ := s.Attributes[WaitTime].(float64)
+	return seconds * 1e6
+}
+
 // IsDummy reports whether the span is the pass of a rank that had nothing to do.
 func (s *Span) IsDummy() bool {
 	dummy, _ := s.Attributes[Dummy].(bool)
@@ -89,8 +99,8 @@ func (s *Span) IsDummy() bool {
 // noRank is the rank of spans that are not of any.
 const noRank = -1
 
-// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name that
-// don't overlap.
+// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name
+// that don't overlap.
 type row struct {
 	depth int
 	thin  bool
@@ -217,11 +227,19 @@ func (st *step) ofKind(kind string) (spans []*Span) {
 	return spans
 }
 
-// lastVote returns the exchange that began last, if ranks were waiting for it then.
+// lastVote returns the exchange of the rank that voted last, if other ranks waited for it: the one
+// that the exchanges name, or else the one that began last.
 func (st *step) lastVote() *Span {
 	exchanges := st.ofKind(Coordinate)
 	if len(exchanges) < 2 {
 		return nil
+	}
+	if last, ok := exchanges[0].Int(LastRank); ok {
+		for _, s := range exchanges {
+			if rank, ok := s.Int(Rank); ok && rank == last {
+				return s
+			}
+		}
 	}
 	return exchanges[len(exchanges)-1]
 }

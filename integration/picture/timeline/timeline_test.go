@@ -27,6 +27,14 @@ func newSteps() map[string][]Span {
 			{ID: "c0", Name: Coordinate, Start: 100, End: 900, Attributes: attrs{Rank: 0, Step: 7}},
 			{ID: "c1", Parent: "c0", Name: Coordinate, Start: 899, End: 901, Attributes: attrs{Rank: 1}},
 		},
+		"waits": { // the clock of rank 1 is late, so its exchange seems to begin last
+			{ID: "c0", Name: Coordinate, Start: 50, End: 100, Attributes: attrs{Rank: 0, LastRank: 0}},
+			{ID: "c1", Parent: "c0", Name: Coordinate, Start: 90, End: 140, Attributes: attrs{Rank: 1, LastRank: 0}},
+			{ID: "f0", Parent: "c0", Name: Forward, Start: 100, End: 900,
+				Attributes: attrs{Rank: 0, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2}},
+			{ID: "f1", Parent: "c0", Name: Forward, Start: 140, End: 900,
+				Attributes: attrs{Rank: 1, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2, WaitTime: 0.0005}},
+		},
 		"a root of no rank": {
 			{ID: "root", Parent: "elsewhere", Name: "fwd.step NONE", End: 5500, Attributes: attrs{Step: 8}},
 		},
@@ -64,8 +72,8 @@ func newSteps() map[string][]Span {
 	return steps
 }
 
-// mark is a text of a picture. While it is being read, width is the size of its font and text is its
-// anchor.
+// mark is a text of a picture. While it is being read, width is the size of its font and text is
+// its anchor.
 type mark struct {
 	x, y, width float64
 	text        string
@@ -170,6 +178,11 @@ func TestWords(t *testing.T) {
 		"a root of no rank": {
 			"Step 8: 5.50 ms on 4 ranks", ">fwd.step NONE<", "<title>fwd.wait &lt;rows&gt;, 0.90 ms",
 		},
+		"waits": {
+			"Rank 0 votes last, and the others wait for its vote. Inside their passes the ranks wait",
+			"Rank 1: waits 50 µs for votes; FULL exact, 2 tokens, 0.76 ms, of which 0.50 ms waiting for rows.",
+			">0.76 ms, of which 0.50 ms waiting for rows<",
+		},
 		"many ranks": {
 			"A step: 70.0 ms on 40 ranks", "9 ranks are idle", "dummy pass, A_MODE_OF_THE_FUTURE",
 		},
@@ -204,8 +217,8 @@ func TestDamaged(t *testing.T) {
 	}
 }
 
-// TestRows: rows stand by rank, children are indented below their parents, and thin bars share a row
-// as long as they have the same name and don't overlap.
+// TestRows: rows stand by rank, children are indented below their parents, and thin bars share a
+// row as long as they have the same name and don't overlap.
 func TestRows(t *testing.T) {
 	got := map[string]string{}
 	for name, spans := range map[string][]Span{

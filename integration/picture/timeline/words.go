@@ -2,6 +2,7 @@ package timeline
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -12,6 +13,9 @@ func (st *step) explanation() (sentences []string) {
 		if rank, ok := last.Int(Rank); ok {
 			add("Rank %d votes last, and the others wait for its vote.", rank)
 		}
+	}
+	if slices.ContainsFunc(st.spans, func(s Span) bool { return s.Waited() > 0 }) {
+		add("Inside their passes the ranks wait for each other too.")
 	}
 	var lowered, padded *Span
 	var idle []int // ranks
@@ -77,7 +81,7 @@ func (st *step) description() string {
 				}
 				label := strings.ReplaceAll(labels(s)[0], gap, ", ")
 				if s.Kind() != Coordinate {
-					label += ", " + milliseconds(s.Duration())
+					label += ", " + durations(s)[0]
 				}
 				does = append(does, label)
 			}
@@ -123,6 +127,16 @@ func tokens(s *Span) string {
 		text += fmt.Sprintf(", %d padding", graph+dp)
 	}
 	return text
+}
+
+// durations returns what is to be written about the time that a span took, the longest text first.
+func durations(s *Span) []string {
+	all := milliseconds(s.Duration())
+	if waited := s.Waited(); waited > 0 {
+		wait := milliseconds(waited)
+		return []string{all + ", of which " + wait + " waiting for rows", all + ", " + wait + " waiting", all}
+	}
+	return []string{all}
 }
 
 func plural(n int, what string) string {

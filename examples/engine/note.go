@@ -1,0 +1,89 @@
+package engine
+
+import (
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// note is what a rank tells the others with each vote, beside what fwd needs: whether it has
+// anything left to do, and when. All ranks see the notes of all, so all of them decide the same
+// about the step: to run it, to sleep before the next one, or to stop. No exchange of their own is
+// needed for that.
+//
+// This is what the word Vote.Note means in this engine:
+//
+//	bit  0       stop: this rank was interrupted
+//	bit  1       unfinished: this rank has requests that are waiting or running
+//	bits 2 to 63 idle: for how many milliseconds from now this rank has nothing to do, rounded up
+type note struct {
+	stop       bool
+	unfinished bool
+	idle       time.Duration
+}
+
+// word returns the note as it is sent.
+func (n note) word() uint64 {
+	word := uint64((n.idle+time.Millisecond-1)/time.Millisecond) << 2
+	if n.stop {
+		word |= 1
+	}
+	if n.unfinished {
+		word |= 2
+	}
+	return word
+}
+
+// readNote is the reverse of word.
+func readNote(word uint64) note {
+	return note{
+		stop:       word&1 != 0,
+		unfinished: word&2 != 0,
+		idle:       time.Duration(word>>2) * time.Millisecond,
+	}
+}
+
+// notes are those of all ranks, in rank order.
+type notes []note
+
+// notesOf returns the notes of the ranks that have agreed on a step. A rank that is alone has no
+// agreement, and its own note is the only one.
+func notesOf(a *fwd.Agreement, own note) notes {
+	if a == nil {
+		return notes{own}
+	}
+	all := make(notes, len(a.Votes))
+	for rank, v := range a.Votes {
+		all[rank] = readNote(v.Note)
+	}
+	return all
+}
+
+// stopping returns the first rank that was interrupted, or -1.
+func (all notes) stopping() int {
+	for rank, n := range all {
+		if n.stop {
+			return rank
+		}
+	}
+	return -1
+}
+
+// unfinished reports whether any rank has requests left.
+func (all notes) unfinished() bool {
+	for _, n := range all {
+		if n.unfinished {
+			return true
+		}
+	}
+	return false
+}
+
+// idle returns for how long no rank has anything to do.
+func (all notes) idle() time.Duration {
+	least := all[0].idle
+	for _, n := range all {
+		least = min(least, n.idle)
+	}
+	return least
+}

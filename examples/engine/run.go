@@ -1,0 +1,150 @@
+package engine
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// run is one call of [Engine.Run]: its ranks, and what they serve.
+type run struct {
+	engine    *Engine
+	results   []Result    // in the order of the requests
+	sequences []*sequence // by arrival
+	ranks     []*rank
+}
+
+func (e *Engine) newRun(requests []Request) (*run, error) {
+	numBlocks, err := e.admit(requests)
+	if err != nil {
+		return nil, err
+	}
+	r := &run{engine: e, results: make([]Result, len(requests))}
+	for i := range requests {
+		r.results[i].ID = requests[i].ID
+		r.sequences = append(r.sequences, &sequence{request: &requests[i], result: &r.results[i]})
+	}
+	slices.SortStableFunc(r.sequences, func(a, b *sequence) int {
+		return cmp.Compare(e.arrival(a.request), e.arrival(b.request))
+	})
+	r.ranks, err = e.newRanks(r.sequences, numBlocks)
+	return r, err
+}
+
+// supervise lets all ranks serve until they stop, and returns the error of the first one that
+// failed.
+//
+// Steps don't run under ctx itself: if it ended in the middle of a step, some ranks would have
+// exchanged rows and others not. Instead, each rank tells the others of the interrupt with its next
+// vote, so that all of them stop after the same step.
+func (r *run) supervise(ctx context.Context) error {
+	steps, fail := context.WithCancelCause(context.WithoutCancel(ctx))
+	defer fail(nil)
+	defer r.limit(ctx, fail)()
+	var serving sync.WaitGroup
+	for _, rank := range r.ranks {
+		serving.Go(func() {
+			if err := rank.serve(steps, ctx.Done()); err != nil {
+				// This ends the exchanges of the others. The first error stays.
+				fail(fmt.Errorf("rank %d: %w", rank.rank, err))
+			}
+		})
+	}
+	serving.Wait()
+	err := context.Cause(steps)
+	if isRankError(err) && r.engine.config.Process != nil && ctx.Err() != nil {
+		return context.Cause(ctx) // whoever is missing was interrupted, as this rank was
+	}
+	return err
+}
+
+// limit gives up on a step that has not ended StopGrace after ctx did, until stop is called.
+func (r *run) limit(ctx context.Context, fail context.CancelCauseFunc) (stop func()) {
+	served := make(chan struct{})
+	var watching sync.WaitGroup
+	watching.Go(func() {
+		select {
+		case <-served:
+			return
+		case <-ctx.Done():
+		}
+		timer := time.NewTimer(r.engine.config.StopGrace)
+		defer timer.Stop()
+		select {
+		case <-served:
+		case <-timer.C:
+			fail(context.Cause(ctx))
+		}
+	})
+	return func() {
+		close(served)
+		watching.Wait()
+	}
+}
+
+// end returns the figures of a run that is over.
+func (r *run) end() Stats {
+	for _, s := range r.sequences {
+		s.endSpan()
+	}
+	return collect(r.ranks, len(r.results))
+}
+
+// newRanks builds the ranks of this process and deals the requests out to them, in turn.
+func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error) {
+	cfg := &e.config
+	first, count := cfg.here()
+	ranks := make([]*rank, count)
+	for d := range count {
+		r := &rank{
+			rank:   first + d,
+			engine: e,
+			scheduler: &scheduler{
+				blocks:  newBlockAllocator(numBlocks, cfg.BlockSize),
+				budget:  cfg.MaxNumBatchedTokens,
+				maxSeqs: cfg.MaxNumSeqs,
+				drafts:  cfg.NumSpeculativeTokens,
+			},
+			figures: newFigures(),
+		}
+		for i := d; i < len(sequences); i += count {
+			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
+		}
+		ranks[d] = r
+	}
+	if err := e.place(ranks, e.target, numBlocks, cfg.Coordinators); err != nil || e.draft == nil {
+		return ranks, err
+	}
+	return ranks, e.place(ranks, e.draft, numBlocks, cfg.DraftCoordinators)
+}
+
+// place puts a model on the ranks of this process, which share its experts. All ranks of it agree
+// among themselves; the ranks of another model have nothing to do with it.
+func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators []fwd.Coordinator) error {
+	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
+	if coordinators == nil {
+		var err error
+		if coordinators, err = fwd.NewLocalGroup(size); err != nil {
+			return err
+		}
+	}
+	group := newExpertGroup(len(ranks) * sp)
+	group.first, group.total = ranks[0].rank*sp, size*sp
+	for i, r := range ranks {
+		on, observe := &r.target, r.figures.observe
+		if b == e.draft {
+			on, observe = &r.draft, r.figures.observeDraft
+		}
+		var err error
+		*on, err = newInstance(b, &e.config, r.rank, numBlocks, coordinators[i], group, observe)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}

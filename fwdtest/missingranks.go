@@ -1,0 +1,161 @@
+package fwdtest
+
+import (
+	"context"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// misser is a coordinator that names the ranks whose votes it waits for.
+type misser interface{ Missing() []int }
+
+// missingGroup returns a group whose coordinators have a method Missing. It skips the check if they
+// have none.
+func (s suite) missingGroup(t *testing.T, size int) *group {
+	t.Helper()
+	g := s.group(t, size)
+	for _, c := range g.ranks {
+		if _, ok := c.(misser); !ok {
+			t.Skipf("%T has no method Missing() []int", c)
+		}
+	}
+	return g
+}
+
+// missing returns the ranks that one names, which it must do immediately.
+func (g *group) missing(rank int) []int {
+	g.Helper()
+	named := make(chan []int, 1)
+	go func() { named <- g.ranks[rank].(misser).Missing() }()
+	select {
+	case ranks := <-named:
+		return ranks
+	case <-time.After(atOnce):
+		g.Fatalf("Missing of rank %d has not returned after %v", rank, atOnce)
+		return nil
+	}
+}
+
+// misses checks that the ranks in the open round name the others, and that the others name none.
+func (g *group) misses(here ...int) {
+	g.Helper()
+	for rank := range g.ranks {
+		var want []int
+		if slices.Contains(here, rank) {
+			want = g.except(here...)
+		}
+		got := slices.Clone(g.missing(rank)) // a clone of nil is nil, and the order does not matter
+		slices.Sort(got)
+		if !slices.Equal(got, want) || (got == nil) != (want == nil) {
+			g.Errorf("rank %d names %#v as missing, want %#v: ranks %v are in the round", rank, got, want, here)
+		}
+	}
+}
+
+// missingNoneOpen checks that nobody names a rank when no exchange is open, whatever was before.
+func (s suite) missingNoneOpen(t *testing.T) {
+	g := s.missingGroup(t, 3)
+	g.misses()
+	for range 3 {
+		g.together()
+		g.misses()
+	}
+	g.breakStep(0, 1)
+	g.misses()
+	g.together()
+	g.restart(1)
+	g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, 1)
+	g.misses()
+	g.send(t.Context(), 0, fwd.Vote{Step: g.step + 1, NumReqs: -1}).refused(fwd.ErrInvalid)
+	g.again(g.step)
+	g.misses()
+	g.together()
+}
+
+// missingWaiting checks that the ranks which have come name exactly those which have not, in
+// whatever order they come.
+func (s suite) missingWaiting(t *testing.T) {
+	groups := map[int]*group{3: s.missingGroup(t, 3), 4: s.missingGroup(t, 4)}
+	for _, order := range arrivalOrders() {
+		g := groups[len(order)]
+		var calls []*call
+		for i, rank := range order {
+			calls = append(calls, g.begin(t.Context(), rank)...)
+			if i < len(order)-1 {
+				g.pause()
+				g.misses(order[:i+1]...)
+			}
+		}
+		g.agree(calls)
+		g.misses()
+	}
+}
+
+// missingAfterBrokenSteps checks that a round which opens after broken ones begins anew: ranks that
+// were in those are missing until they come again, and a late rank counts as any other.
+func (s suite) missingAfterBrokenSteps(t *testing.T) {
+	g := s.missingGroup(t, 4)
+	g.together()
+	g.breakStep(0, 1)
+	for _, first := range []int{0, 2, 1, 3} {
+		ctx, cancel := context.WithCancel(t.Context())
+		calls := g.begin(ctx, first)
+		g.pause()
+		g.misses(first)
+		second := (first + 1) % 4
+		calls = append(calls, g.begin(t.Context(), second)...)
+		g.pause()
+		if first == 0 {
+			g.again(g.step + 1) // which does not disturb the round
+		}
+		g.misses(first, second)
+		cancel()
+		g.fail(calls, fwd.ErrRankMissing, g.except(first, second)...)
+		g.misses()
+	}
+	g.together()
+	g.misses()
+}
+
+// missingAnyTime lets several goroutines ask while the group takes steps as fast as it can. Nobody
+// can say which ranks are missing at that moment, but no rank waits for itself, nor for nobody.
+func (s suite) missingAnyTime(t *testing.T) {
+	g := s.missingGroup(t, 4)
+	stop := make(chan struct{})
+	var asking sync.WaitGroup
+	for range 2 {
+		asking.Go(func() {
+			for g.plausible() {
+				select {
+				case <-stop:
+					return
+				case <-time.After(50 * time.Microsecond):
+				}
+			}
+		})
+	}
+	g.takeAll(s.many(1000), noPause)
+	close(stop)
+	asking.Wait()
+	g.misses()
+}
+
+// plausible reports whether the ranks that each rank names can be missing.
+func (g *group) plausible() bool {
+	for rank, c := range g.ranks {
+		named := c.(misser).Missing()
+		sorted := slices.Clone(named)
+		slices.Sort(sorted)
+		distinct := len(slices.Compact(sorted)) == len(named)
+		valid := !slices.ContainsFunc(named, func(r int) bool { return r < 0 || r >= len(g.ranks) || r == rank })
+		if named != nil && len(named) == 0 || !distinct || !valid {
+			g.Errorf("rank %d names %#v as missing while steps are taken", rank, named)
+			return false
+		}
+	}
+	return true
+}

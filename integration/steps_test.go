@@ -1,0 +1,298 @@
+// Tests of the traces of steps: which spans they have, how these hang together, and how they are
+// found.
+
+package integration
+
+import (
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/examples/engine"
+	"github.com/google/go-cmp/cmp"
+)
+
+// checkTrees checks that every span has ended, not before it began, that its parent is there, and
+// that a microbatch lies in its pass.
+func checkTrees(t *testing.T, spans []Span) {
+	t.Helper()
+	byID := map[string]*Span{}
+	for i := range spans {
+		byID[spans[i].SpanID] = &spans[i]
+	}
+	if len(byID) != len(spans) {
+		t.Errorf("%d spans have %d ids", len(spans), len(byID))
+	}
+	for _, s := range spans {
+		parent := byID[s.ParentSpanID]
+		switch {
+		case s.Start.IsZero() || s.End.Before(s.Start):
+			t.Errorf("%s lasts from %v to %v", s.Name, s.Start, s.End)
+		case s.ParentSpanID == "":
+		case parent == nil || parent.TraceID != s.TraceID:
+			t.Errorf("%s has no parent %s in its trace", s.Name, s.ParentSpanID)
+		case s.Name != "fwd.ubatch":
+		case parent.Name != "fwd.forward" || s.Start.Before(parent.Start) || s.End.After(parent.End):
+			t.Errorf("%s from %v to %v is not inside of %s from %v to %v",
+				s.Name, s.Start, s.End, parent.Name, parent.Start, parent.End)
+		}
+	}
+}
+
+// checkStep checks that a trace without callers' spans is a step of all ranks: rank 0's
+// fwd.coordinate is the root, and the other ranks' and all passes are its children.
+func checkStep(t *testing.T, spans []Span) {
+	t.Helper()
+	checkChildren(t, spans, "fwd.coordinate", "fwd.forward")
+}
+
+// checkChildren checks that a trace has rank 0's fwd.coordinate as its root, and as its children
+// the other spans of each rank with these names.
+func checkChildren(t *testing.T, spans []Span, names ...string) {
+	t.Helper()
+	var root string
+	for _, s := range spans {
+		if s.ParentSpanID != "" {
+			continue
+		}
+		if root != "" || s.Name != "fwd.coordinate" || s.Attributes["fwd.dp.rank"] != int64(0) {
+			t.Errorf("trace %s has the root %s of rank %v, beside %q",
+				s.TraceID, s.Name, s.Attributes["fwd.dp.rank"], root)
+		}
+		root = s.SpanID
+	}
+	found := map[string]int{}
+	for _, s := range spans {
+		if s.ParentSpanID == root || s.SpanID == root {
+			found[fmt.Sprint(s.Name, " ", s.Attributes["fwd.dp.rank"])]++
+		}
+	}
+	want := map[string]int{}
+	for rank := range ranks {
+		for _, name := range names {
+			want[fmt.Sprint(name, " ", rank)] = 1
+		}
+	}
+	if diff := cmp.Diff(want, found); diff != "" {
+		t.Errorf("rank 0's coordinate span and its children in trace %s (-want +got):\n%s",
+			spans[0].TraceID, diff)
+	}
+}
+
+// TestNesting: with the callers' spans, a step is below rank 0's caller, and each rank's spans are
+// linked to that of their own caller.
+func TestNesting(t *testing.T) {
+	s := newService(t, "grpc")
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{},
+		fwd.ParallelConfig{NumUBatches: 2, PrefillUBatchThreshold: 2})
+	g.tracer = s.provider.Tracer("engine")
+	g.takeAll(t, onAll(tokens(8)))
+	spans := s.spans(t)
+	checkTrees(t, spans)
+	names := map[string]string{} // by id
+	for _, s := range spans {
+		rank, ok := s.Attributes["fwd.dp.rank"]
+		if !ok {
+			rank = s.Attributes["rank"] // of engine.step; a microbatch has none
+		}
+		names[s.SpanID] = fmt.Sprint(s.Name, " ", rank)
+	}
+	got := map[string][]string{} // what a span's parent and links are
+	for _, s := range spans {
+		place := names[s.ParentSpanID]
+		for _, l := range s.Links {
+			place += " linked to " + names[l.SpanID]
+		}
+		got[names[s.SpanID]] = append(got[names[s.SpanID]], place)
+	}
+	want := map[string][]string{
+		"fwd.coordinate 0": {"engine.step 0"},
+		"fwd.ubatch <nil>": nil,
+	}
+	for rank := range ranks {
+		linked := fmt.Sprint("fwd.coordinate 0 linked to engine.step ", rank)
+		pass := fmt.Sprint("fwd.forward ", rank)
+		want[fmt.Sprint("engine.step ", rank)] = []string{""}
+		want[pass] = []string{linked}
+		if rank > 0 {
+			want[fmt.Sprint("fwd.coordinate ", rank)] = []string{linked}
+		}
+		want["fwd.ubatch <nil>"] = append(want["fwd.ubatch <nil>"], pass, pass)
+	}
+	slices.Sort(got["fwd.ubatch <nil>"])
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("parents and links (-want +got):\n%s", diff)
+	}
+	if n := len(byTrace(spans)); n != ranks {
+		t.Errorf("%d traces, want the step's, and those of %d other callers", n, ranks-1)
+	}
+}
+
+// TestIdle: where every rank is idle, there is an exchange and nobody runs.
+func TestIdle(t *testing.T) {
+	s := newService(t, "grpc")
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{}, fwd.ParallelConfig{})
+	g.takeAll(t, make([]fwd.Schedule, ranks))
+	g.takeAll(t, onAll(tokens(1)))
+	traces := byTrace(s.spans(t))
+	if len(traces) != 2 {
+		t.Errorf("%d traces of 2 steps", len(traces))
+	}
+	for _, spans := range traces {
+		if spans[0].Attributes["fwd.step"] == int64(1) {
+			checkChildren(t, spans, "fwd.coordinate")
+		} else {
+			checkStep(t, spans)
+		}
+	}
+}
+
+// passCounts are how many passes of the target model there were.
+type passCounts struct {
+	Steps, Split, Dummies int
+	Modes, Reasons        map[string]int
+}
+
+// countPasses counts the passes in the traces of steps, and checks their microbatches and how many
+// ranks they say are idle.
+func countPasses(t *testing.T, steps map[string][]Span) passCounts {
+	t.Helper()
+	counts := passCounts{Modes: map[string]int{}, Reasons: map[string]int{}, Steps: len(steps)}
+	for _, step := range steps {
+		checkStep(t, step)
+		dummies := 0
+		passes := named(step, "fwd.forward")
+		for _, pass := range passes {
+			counts.Modes[pass.Attributes["fwd.graph.mode"].(string)]++
+			counts.Reasons[pass.Attributes["fwd.graph.reason"].(string)]++
+			if pass.Attributes["fwd.dummy"].(bool) {
+				dummies++
+			}
+			if _, ok := pass.Attributes["fwd.ubatches"]; ok {
+				counts.Split++
+			}
+			checkMicrobatches(t, &pass, step)
+		}
+		counts.Dummies += dummies
+		for _, pass := range passes {
+			if idle, _ := pass.Attributes["fwd.idle_ranks"].(int64); int(idle) != dummies {
+				t.Errorf("step %v has %d dummy passes, rank %v says that %d ranks are idle",
+					pass.Attributes["fwd.step"], dummies, pass.Attributes["fwd.dp.rank"], idle)
+			}
+		}
+	}
+	return counts
+}
+
+// checkMicrobatches checks that a pass has the microbatches that it says.
+func checkMicrobatches(t *testing.T, pass *Span, step []Span) {
+	t.Helper()
+	parts := slices.DeleteFunc(named(step, "fwd.ubatch"), func(u Span) bool {
+		return u.ParentSpanID != pass.SpanID
+	})
+	switch n, split := pass.Attributes["fwd.ubatches"].(int64); {
+	case !split && len(parts) > 0:
+		t.Errorf("a pass that is not split has the spans of %d microbatches", len(parts))
+	case split && (n != 2 || len(parts) == 0 || len(parts)%2 != 0):
+		t.Errorf("a pass of %d microbatches has the spans of %d", n, len(parts))
+	case split && pass.Attributes["fwd.graph.mode"] != "NONE":
+		t.Errorf("a split pass says that it uses a graph: %v", pass.Attributes)
+	}
+}
+
+// countStats returns what the engine says about its passes.
+func countStats(stats *engine.Stats) passCounts {
+	counts := passCounts{
+		Modes: map[string]int{}, Reasons: map[string]int{},
+		Steps: stats.Steps, Split: stats.SplitPasses, Dummies: stats.DummyPasses,
+	}
+	for m, n := range stats.Modes {
+		counts.Modes[m.String()] = n
+	}
+	for r, n := range stats.Passes {
+		counts.Reasons[r.String()] = n
+	}
+	return counts
+}
+
+// TestSteps: what an engine does is in Jaeger, step by step: each is a trace of its own, and
+// nothing is missing or left open.
+func TestSteps(t *testing.T) {
+	for protocol := range protocols {
+		t.Run(protocol, func(t *testing.T) {
+			s := newService(t, protocol)
+			requests := newRequests(40, 60, 10)
+			_, stats := serve(t, s.config(), requests)
+			spans := s.spans(t)
+			checkTrees(t, spans)
+			if stats.SplitPasses == 0 || stats.DummyPasses == 0 {
+				t.Errorf("%+v: the requests should make some microbatches and dummy passes", stats)
+			}
+			steps := steps(spans)
+			if diff := cmp.Diff(countStats(&stats), countPasses(t, steps)); diff != "" {
+				t.Errorf("passes (-engine +jaeger):\n%s", diff)
+			}
+			linked := 0
+			kinds := map[string]int{}
+			for id, trace := range byTrace(spans) {
+				for _, s := range trace {
+					linked += len(s.Links)
+					if steps[id] == nil && s.ParentSpanID == "" {
+						kinds[s.Name]++
+					}
+				}
+				if steps[id] == nil && len(named(trace, "fwd.forward")) == 0 && trace[0].Name == "fwd.coordinate" {
+					checkChildren(t, trace, "fwd.coordinate")
+				}
+			}
+			if linked == 0 {
+				t.Error("no pass is linked to a request")
+			}
+			if kinds["fwd.coordinate"] == 0 {
+				t.Error("there is no exchange in which the ranks see that all is done")
+			}
+			delete(kinds, "fwd.coordinate")
+			if diff := cmp.Diff(map[string]int{"request": len(requests), "warm-up": ranks}, kinds); diff != "" {
+				t.Errorf("traces that are no steps (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+// TestFind: passes are found by their mode, reason, name and phase, and by whether they are
+// dummies, with a search for one tag.
+func TestFind(t *testing.T) {
+	s := newService(t, "grpc")
+	c := s.config()
+	c.NumSpeculativeTokens = 1 // by a draft model, which has a name
+	serve(t, c, newRequests(30, 90, 10))
+	spans := s.spans(t)
+	checkTrees(t, spans)
+	for key, values := range map[string][]string{
+		"fwd.graph.mode":   {"NONE", "PIECEWISE", "FULL"},
+		"fwd.graph.reason": {"exact", "relaxed", "too_large", "dp_rank", "ubatch"},
+		"fwd.name":         {"draft"},
+		"fwd.phase":        {"warmup", "decode", "mixed"},
+		"fwd.dummy":        {"true", "false"},
+	} {
+		for _, value := range values {
+			var want []string
+			for _, s := range spans {
+				if s.Name == "fwd.forward" && fmt.Sprint(s.Attributes[key]) == value {
+					want = append(want, s.TraceID)
+				}
+			}
+			slices.Sort(want)
+			want = slices.Compact(want)
+			found := s.find(t, map[string]string{key: value})
+			if diff := cmp.Diff(want, found); diff != "" || len(want) == 0 {
+				t.Errorf("%s=%s: %d traces have such a pass; the search (-want +got):\n%s",
+					key, value, len(want), diff)
+			}
+		}
+	}
+	if found := s.find(t, map[string]string{"fwd.graph.mode": "FULL", "fwd.dp.rank": "7"}); len(found) > 0 {
+		t.Errorf("%d traces of a rank that there isn't", len(found))
+	}
+}

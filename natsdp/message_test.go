@@ -1,0 +1,202 @@
+// This file tests messages as bytes: what is written comes back, and nothing else is read.
+
+package natsdp
+
+import (
+	"bytes"
+	"fmt"
+	"math"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// sampleSpan is a span context that came from another process.
+func sampleSpan() trace.SpanContext {
+	state, _ := trace.ParseTraceState("vendor=value,other=1")
+	return trace.NewSpanContext(trace.SpanContextConfig{
+		TraceID: trace.TraceID{1, 2}, SpanID: trace.SpanID{3},
+		TraceFlags: trace.FlagsSampled, TraceState: state, Remote: true,
+	})
+}
+
+// fullVote is a vote in which no field is zero.
+func fullVote() fwd.Vote {
+	return fwd.Vote{
+		Step: maxCounter, NumTokens: 1, NumTokensPadded: math.MaxInt32, NumReqs: 2, NumActiveLoRAs: math.MaxInt32,
+		Uniform: true, ExcludeFull: true, Eager: true, UBatch: true, Idle: true, WarmUp: true,
+		GraphMode: fwd.GraphFull, Note: math.MaxUint64, Config: math.MaxUint64 - 1, SpanContext: sampleSpan(),
+	}
+}
+
+// samples are messages of every kind.
+func samples() []message {
+	votes := []fwd.Vote{
+		fullVote(),
+		{Step: 10, NumReqs: math.MaxInt32, NumActiveLoRAs: 1},
+		{SpanContext: sampleSpan().WithTraceState(trace.TraceState{})},
+		{Uniform: true}, {ExcludeFull: true}, {Eager: true}, {UBatch: true}, {Idle: true}, {WarmUp: true},
+		{GraphMode: fwd.GraphPiecewise}, {Note: 1}, {Config: 1 << 63},
+	}
+	samples := []message{
+		{kind: kindHello}, {kind: kindClaim}, {kind: kindBye},
+		{kind: kindState},
+		{kind: kindState, holds: true, asker: 4, holder: 3},
+		{kind: kindState, contested: true},
+		{kind: kindState, claimed: true},
+		{kind: kindState, holds: true, claimed: true},
+		{kind: kindBroken, by: 2, lowest: 8, missing: []int{0, 2}},
+		{kind: kindBroken, missing: []int{1}},
+		{kind: kindVote, vote: fullVote(), complete: true},
+	}
+	for _, v := range votes {
+		samples = append(samples, message{kind: kindVote, vote: v})
+	}
+	for i := range samples {
+		m := &samples[i]
+		m.group, m.size, m.rank, m.epoch, m.round, m.step = hashGroup("sim"), 3, 1, 5, 7, 9
+	}
+	return samples
+}
+
+func TestMessages(t *testing.T) {
+	for _, want := range samples() {
+		got, err := decode(want.encode())
+		if err != nil {
+			t.Errorf("%+v: %v", want, err)
+		} else if !reflect.DeepEqual(got, want) {
+			t.Errorf("got %+v, want %+v", got, want)
+		}
+	}
+}
+
+// TestMessages shows that a fullVote comes back whole, so fullVote must have everything that a vote
+// has.
+func TestFullVote(t *testing.T) {
+	v := reflect.ValueOf(fullVote())
+	for i := range v.NumField() {
+		if v.Field(i).IsZero() {
+			t.Errorf("fullVote has no %s", v.Type().Field(i).Name)
+		}
+	}
+}
+
+func TestMessageSizes(t *testing.T) {
+	small := message{kind: kindVote, size: 2, round: 1}
+	if n := len(small.encode()); n != 87 {
+		t.Errorf("a vote has %d bytes, want 87", n)
+	}
+	large := message{kind: kindBroken, size: maxRanks, round: 1}
+	for rank := range maxRanks - 1 {
+		large.missing = append(large.missing, rank)
+	}
+	if b := large.encode(); len(b) > 1<<20 {
+		t.Errorf("the largest message has %d bytes, which is more than servers take", len(b))
+	} else if got, err := decode(b); err != nil || !reflect.DeepEqual(got, large) {
+		t.Errorf("the largest message does not come back: %v", err)
+	}
+}
+
+// A trace state that is too long is left out, and the rest of the vote comes.
+func TestLongTraceState(t *testing.T) {
+	state := trace.TraceState{}
+	for key := 'a'; key <= 'q'; key++ {
+		var err error
+		if state, err = state.Insert(string(key), strings.Repeat("x", 256)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := message{kind: kindVote, size: 2, round: 1, vote: fullVote()}
+	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(state)
+	got, err := decode(m.encode())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(trace.TraceState{})
+	if !reflect.DeepEqual(got, m) {
+		t.Errorf("got %+v, want %+v", got, m)
+	}
+}
+
+// damaged are messages that differ a little from good ones.
+func damaged() map[string][]byte {
+	bad := make(map[string][]byte)
+	for i, m := range samples() {
+		good := m.encode()
+		bad[fmt.Sprintf("sample %d, one byte less", i)] = good[:len(good)-1]
+		bad[fmt.Sprintf("sample %d, one byte more", i)] = append(slices.Clone(good), 0)
+		if m.kind == kindVote {
+			good[44+41] |= 1 // the upper byte of the flags
+			bad[fmt.Sprintf("sample %d, a flag that nobody knows", i)] = good
+		}
+	}
+	for what, spoil := range map[string]func(m *message){
+		"padded below tokens":   func(m *message) { m.vote.NumTokens = 2 },
+		"too many requests":     func(m *message) { m.vote.NumReqs = -1 },
+		"too many adapters":     func(m *message) { m.vote.NumActiveLoRAs = -1 },
+		"a composite mode":      func(m *message) { m.vote.GraphMode = fwd.GraphFullAndPiecewise },
+		"a step that overflows": func(m *message) { m.vote.Step = maxCounter + 1 },
+		"no round":              func(m *message) { m.round = 0 },
+		"a rank beyond size":    func(m *message) { m.rank = 3 },
+	} {
+		m := message{kind: kindVote, size: 3, round: 1, vote: fwd.Vote{NumTokens: 1, NumTokensPadded: 1}}
+		spoil(&m)
+		bad[what] = m.encode()
+	}
+	return bad
+}
+
+func TestDamaged(t *testing.T) {
+	for what, b := range damaged() {
+		if m, err := decode(b); err == nil {
+			t.Errorf("%s is read as %+v", what, m)
+		}
+	}
+}
+
+// version1 is the vote of rank 1 of 3 as the first version of the messages wrote it.
+func version1(group string) []byte {
+	m := message{kind: kindHello, group: hashGroup(group), size: 3, rank: 1, epoch: 1 << 61, round: 1, step: 0}
+	b := m.encode()
+	b[2], b[3] = 1, byte(kindVote)
+	return append(b, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0, 8, 2, 1) // step, tokens, padded, mode, flags
+}
+
+// Messages of other versions are told apart from damaged ones.
+func TestOtherVersions(t *testing.T) {
+	for _, v := range []byte{0, 1, 3, 255} {
+		b := version1("sim")
+		b[2] = v
+		if _, err := decode(b); err != versionError(v) {
+			t.Errorf("a message of version %d: %v, want %v", v, err, versionError(v))
+		}
+	}
+	want := "messages of version 1, this one speaks version 2; run the same natsdp everywhere"
+	if got := versionError(1).Error(); got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+}
+
+// What is read is what was written, bit by bit. Anything else is an error.
+func FuzzDecode(f *testing.F) {
+	for _, m := range samples() {
+		f.Add(m.encode())
+	}
+	for _, b := range damaged() {
+		f.Add(b)
+	}
+	f.Add(version1("sim"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		m, err := decode(data)
+		if err != nil {
+			return
+		}
+		if again := m.encode(); !bytes.Equal(again, data) {
+			t.Errorf("%x is read as %+v, which is written %x", data, m, again)
+		}
+	})
+}
