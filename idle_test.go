@@ -6,7 +6,6 @@ package fwd_test
 import (
 	"context"
 	"errors"
-	"sync"
 	"testing"
 	"time"
 
@@ -200,15 +199,12 @@ func TestAllIdle(t *testing.T) {
 	}
 	// Nothing is left behind: the next step is an ordinary one.
 	passes := planOf(t, runners, planBatch(1), fwd.Schedule{})
-	var wg sync.WaitGroup
 	for rank, r := range runners {
-		wg.Go(func() {
-			if err := r.Run(t.Context(), passes[rank], nothing); err != nil {
-				t.Errorf("rank %d: %v", rank, err)
-			}
-		})
+		if err := r.Run(t.Context(), passes[rank], nothing); err != nil {
+			t.Errorf("rank %d: %v", rank, err)
+		}
 	}
-	if wg.Wait(); len(recorder.Recent()) != 1 || passes[0].Agreement.Step != 4 {
+	if len(recorder.Recent()) != 1 || passes[0].Agreement.Step != 4 {
 		t.Errorf("step %d has the records %+v", passes[0].Agreement.Step, recorder.Recent())
 	}
 }
