@@ -140,9 +140,7 @@ func (r *Runner) draft(s *Schedule) (draft, error) {
 		p = append(p, err)
 	}
 	p.count("NumActiveLoRAs", s.NumActiveLoRAs)
-	if r.parallel.roundUp(min(sum, maxCount)) > maxCount {
-		p.addf("%d tokens rounded up to a multiple of %d are more than %d", sum, r.parallel.TokenMultiple, maxCount)
-	}
+	r.parallel.tooMany(&p, sum, "the schedule")
 	if err == nil && reqs == 0 && !r.parallel.coordinated() {
 		p.addf("nothing is scheduled, and no other rank waits for a dummy pass")
 	}
@@ -191,8 +189,9 @@ func (r *Runner) dispatch(v Vote) draft {
 		}
 	}
 	d := draft{reason: ReasonDisabled}
+	tokens, _ := r.parallel.roundUp(v.NumTokens) // checked before
 	d.query = DispatchQuery{
-		NumTokens: r.parallel.roundUp(v.NumTokens), NumReqs: v.NumReqs, UniformDecode: v.Uniform,
+		NumTokens: tokens, NumReqs: v.NumReqs, UniformDecode: v.Uniform,
 		NumActiveLoRAs: v.NumActiveLoRAs, ExcludeFull: v.ExcludeFull,
 	}
 	v.NumTokensPadded = d.query.NumTokens
@@ -231,11 +230,12 @@ func (r *Runner) planAgain(d *draft, s *Schedule) (Pass, error) {
 		if err != nil {
 			return Pass{}, err
 		}
-		again := r.dispatch(v)
-		if again.vote.NumTokensPadded > maxCount {
-			return Pass{}, invalidf("%d tokens of rank %d rounded up to a multiple of %d are more than %d",
-				v.NumTokens, i, r.parallel.TokenMultiple, maxCount)
+		var p problems
+		r.parallel.tooMany(&p, v.NumTokens, fmt.Sprintf("rank %d", i))
+		if err := p.err(); err != nil {
+			return Pass{}, err
 		}
+		again := r.dispatch(v)
 		if i == rank {
 			own = again
 		}

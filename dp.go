@@ -86,12 +86,25 @@ func (c ParallelConfig) check(p *problems) {
 // filled in.
 func (c ParallelConfig) coordinated() bool { return c.DataParallelSize > 1 && !c.Dense }
 
-// roundUp returns n rounded up to TokenMultiple. The defaults must be filled in.
-func (c ParallelConfig) roundUp(n int) int {
-	if c.TokenMultiple == 1 {
-		return n
+// roundUp returns n rounded up to TokenMultiple; ok is false if that is more than any count. The defaults
+// must be filled in.
+func (c ParallelConfig) roundUp(n int) (rounded int, ok bool) {
+	rest := n % c.TokenMultiple
+	switch {
+	case rest == 0:
+		return n, true
+	case n > maxCount-(c.TokenMultiple-rest): // an int may have 32 bits
+		return n, false
 	}
-	return ceilDiv(n, c.TokenMultiple) * c.TokenMultiple
+	return n + c.TokenMultiple - rest, true
+}
+
+// tooMany adds a problem if so many tokens can't be rounded up.
+func (c ParallelConfig) tooMany(p *problems, n int, whose string) {
+	if _, ok := c.roundUp(n); !ok {
+		p.addf("%d tokens of %s rounded up to a multiple of %d are more than %d",
+			n, whose, c.TokenMultiple, maxCount)
+	}
 }
 
 // Chapter 2: token counts across the ranks.

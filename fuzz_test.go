@@ -394,7 +394,7 @@ func naiveOdd(words []string) (odd []int) {
 }
 
 // naiveFault says what is wrong with votes that can be: nil, or the error and the ranks that it names.
-func naiveFault(votes []fwd.Vote) (err error, odd []int) {
+func naiveFault(votes []fwd.Vote) (odd []int, err error) {
 	highest := slices.MaxFunc(votes, func(v, w fwd.Vote) int { return int(v.Step) - int(w.Step) }).Step
 	configs, graphs := make([]string, len(votes)), make([]string, len(votes))
 	for rank, v := range votes {
@@ -409,13 +409,13 @@ func naiveFault(votes []fwd.Vote) (err error, odd []int) {
 		}
 	}
 	if len(odd) > 0 {
-		return fwd.ErrLockstep, odd
+		return odd, fwd.ErrLockstep
 	}
 	if odd := naiveOdd(configs); len(odd) > 0 {
-		return fwd.ErrInvalid, odd
+		return odd, fwd.ErrInvalid
 	}
 	if odd := naiveOdd(graphs); len(odd) > 0 {
-		return fwd.ErrLockstep, odd
+		return odd, fwd.ErrLockstep
 	}
 	return nil, nil
 }
@@ -517,7 +517,7 @@ func FuzzAgree(f *testing.F) {
 func fuzzAgree(t *testing.T, votes []fwd.Vote, n int) (fwd.Agreement, bool) {
 	t.Helper()
 	got, err := fwd.Agree(votes, n)
-	if wantErr, odd := naiveFault(votes); wantErr != nil {
+	if odd, wantErr := naiveFault(votes); wantErr != nil {
 		var rankErr *fwd.RankError
 		if !errors.As(err, &rankErr) || !errors.Is(err, wantErr) || !slices.Equal(rankErr.Ranks, odd) {
 			t.Errorf("%+v: %v, want %v of the ranks %v", votes, err, wantErr, odd)

@@ -498,6 +498,7 @@ func (r *Runner) setDispatcher(d *Dispatcher, p *problems) {
 	if d != nil {
 		d.checkMultiple(r.parallel.TokenMultiple, p)
 	}
+	r.parallel.tooMany(p, d.queryLen(), "a uniform decode request")
 	r.dispatcher = d
 	r.fingerprint = r.newFingerprint()
 }
