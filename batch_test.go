@@ -218,6 +218,23 @@ func TestUBatchForwardContext(t *testing.T) {
 	}
 }
 
+// A microbatch uses no graph, even if a forward context that somebody made by hand says that its pass does.
+func TestUBatchUsesNoGraph(t *testing.T) {
+	t.Parallel()
+	ctx := fwd.NewContext(t.Context(), &fwd.ForwardContext{
+		NumTokens: 4, GraphMode: fwd.GraphFull,
+		UBatches: planSlices([4]int{0, 1, 0, 2}, [4]int{1, 2, 2, 4}),
+	})
+	if err := fwd.RunUBatches(ctx, func(ctx context.Context, i int) error {
+		if mode := fwd.MustFromContext(ctx).GraphMode; mode != fwd.GraphNone {
+			t.Errorf("microbatch %d runs in mode %v, want NONE", i, mode)
+		}
+		return nil
+	}); err != nil {
+		t.Error(err)
+	}
+}
+
 // A microbatch is not split again.
 func TestRunUBatchesInUBatch(t *testing.T) {
 	t.Parallel()

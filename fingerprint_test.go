@@ -254,6 +254,10 @@ func TestConfigurationNotSaid(t *testing.T) {
 	if pass, err := r.Plan(t.Context(), planBatch(3)); err != nil || pass.NumTokens != 8 {
 		t.Errorf("%d tokens, %v; want 8", pass.NumTokens, err)
 	}
+	// A rank that could follow refuses too, since the other can't.
+	peer.Step, peer.NumActiveLoRAs = 3, 1
+	_, err = r.Plan(t.Context(), planBatch(3))
+	groupCheckError(t, 0, err, fwd.ErrInvalid, 3, 1)
 }
 
 // A Runner that WithGraphs returns goes on at the old one's step. All ranks change in the same step: if one

@@ -720,7 +720,8 @@ func TestWithMetadata(t *testing.T) {
 		both, err1 := fwd.WithMetadata(sized, fwd.AllLayers("inner"), fwd.AllLayers("inner"))
 		attn, err2 := fwd.WithMetadata(sized, map[string]any{"layer": "attn"}, nil)
 		none, err3 := fwd.WithMetadata(sized, nil, nil)
-		if err := errors.Join(err1, err2, err3); err != nil {
+		slots, err4 := fwd.WithMetadata(sized, nil, fwd.AllLayers("slots"))
+		if err := errors.Join(err1, err2, err3, err4); err != nil {
 			return err
 		}
 		passCheck(t, "both", both, "inner", 4, []int{2, 2}, -1)
@@ -731,6 +732,9 @@ func TestWithMetadata(t *testing.T) {
 		}
 		if got, err := fwd.SlotMapping[string](attn, "layer"); got != "outer" || err != nil {
 			t.Errorf("slot mapping %q, %v; want that of the pass", got, err)
+		}
+		if got, err := fwd.AttnMetadata[string](slots, "layer"); got != "outer" || err != nil {
+			t.Errorf("beside added slots: attention metadata %q, %v; want that of the pass", got, err)
 		}
 		if _, err := fwd.AttnMetadata[string](attn, "other"); !errors.Is(err, fwd.ErrLayer) {
 			t.Errorf("an entry of the map that was replaced is still there: %v", err)

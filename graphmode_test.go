@@ -774,6 +774,21 @@ func TestGraphCacheSkipCompiled(t *testing.T) {
 	}
 }
 
+// A split pass uses no graph, even if a forward context that somebody made by hand says so.
+func TestGraphCacheSplitPass(t *testing.T) {
+	t.Parallel()
+	var calls cacheCalls
+	c := cacheNew(t, fwd.GraphFull, calls.forward, calls.capture)
+	ctx := fwd.NewContext(t.Context(), &fwd.ForwardContext{
+		NumTokens: 4, GraphMode: fwd.GraphFull, Batch: fwd.BatchDescriptor{NumTokens: 4},
+		UBatches: planSlices([4]int{0, 1, 0, 2}, [4]int{1, 2, 2, 4}),
+	})
+	if err := c.Forward(ctx); err != nil {
+		t.Error(err)
+	}
+	calls.check(t, "split", 1, 0, 0)
+}
+
 // A descriptor that contradicts itself is no key, whoever made the context.
 func TestGraphCacheBadDescriptor(t *testing.T) {
 	t.Parallel()

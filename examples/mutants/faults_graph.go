@@ -81,10 +81,10 @@ var graphFaults = []fault{
 		new:  "range d.sizes {",
 	},
 	{
-		name: "gaps-apart", kind: graph, file: "graphmode.go",
-		what: "neighbouring gaps of the same kind are not one",
-		old:  "gaps[n-1].Tokens.Stop-1+step == next {",
-		new:  "gaps[n-1].Tokens.Stop+step == next {",
+		name: "gap-from-no-batch", kind: graph, file: "graphmode.go",
+		what: "a gap of decode batches begins with a token count that none can have",
+		old:  "\t\tnext = last + step\n",
+		new:  "\t\tnext = last + 1\n",
 	},
 	{
 		name: "decode-gaps-missed", kind: graph, file: "graphmode.go",

@@ -109,6 +109,10 @@ func TestWaited(t *testing.T) {
 		fwd.Waited(ctx, 2, began) // at the same time: waits that overlap add up
 		fwd.Waited(ctx, 2, clock.Now().Add(time.Hour))
 		return fwd.RunUBatches(ctx, func(ctx context.Context, _ int) error {
+			ctx, err := fwd.WithMetadata(ctx, fwd.AllLayers(1), nil) // which keeps the pass's telemetry
+			if err != nil {
+				return err
+			}
 			fwd.Waited(context.WithValue(ctx, benchKey{}, 0), 1, clock.Now().Add(-time.Microsecond))
 			return nil
 		})
@@ -140,6 +144,31 @@ func TestWaited(t *testing.T) {
 	if _, ok := attrsOf(o.ended("fwd.forward")[1].Attributes())["fwd.wait_time"]; ok {
 		t.Error("a pass without waits has fwd.wait_time")
 	}
+}
+
+// The rank that comes last has waited for nobody, and the other for it.
+func TestNobodyWaitsForItself(t *testing.T) {
+	t.Parallel()
+	group, os := localGroup(t, 2), []*telemetry{newTelemetry(), newTelemetry()}
+	runners := make([]*fwd.Runner, 2)
+	for rank, o := range os {
+		runners[rank] = o.runner(t, ofTwo(rank), fwd.WithCoordinator(group[rank]))
+	}
+	s := fwd.Schedule{NumScheduledTokens: []int{1}}
+	wait, err := runners[0].Begin(context.Background(), s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err1 := runners[1].Plan(context.Background(), s)
+	_, err0 := wait()
+	if err := errors.Join(err0, err1); err != nil {
+		t.Fatal(err)
+	}
+	want := attrs{"fwd.wait.kind": "coordinate", "fwd.dp.peer_rank": 1}
+	if got := os[0].onlyPoint(t, "fwd.wait.time").Attrs; !cmp.Equal(got, want) {
+		t.Errorf("rank 0 has waited with %v, want %v", got, want)
+	}
+	os[1].wantPoints(t, "fwd.wait.time")
 }
 
 // Every span and every attribute set of a Runner has the attributes of WithAttributes.

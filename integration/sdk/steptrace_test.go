@@ -107,6 +107,33 @@ func TestStepTrace(t *testing.T) {
 	})
 }
 
+// The span of a further pass over an agreement's batch stays under its caller's, since that pass has no
+// exchange of its own.
+func TestStepTraceOfReuse(t *testing.T) {
+	t.Parallel()
+	o, group, callers := newTelemetry(), localGroup(t, 2), make([]trace.SpanContext, 2)
+	together(2, func(rank int) {
+		r := o.runner(t, ofTwo(rank), fwd.WithCoordinator(group[rank]), fwd.WithStepTrace())
+		ctx := started(o)(context.Background(), rank)
+		callers[rank] = trace.SpanContextFromContext(ctx)
+		s := fwd.Schedule{NumScheduledTokens: []int{rank + 1}}
+		pass, err := r.Plan(ctx, s)
+		if err == nil {
+			s.Reuse = pass.Agreement
+			pass, err = r.Plan(ctx, s)
+		}
+		if err == nil {
+			err = r.Run(ctx, pass, nothing)
+		}
+		if err != nil {
+			t.Errorf("rank %d: %v", rank, err)
+		}
+	})
+	for rank, caller := range callers {
+		wantTrace(t, o.ofRank(t, "fwd.forward", rank), caller)
+	}
+}
+
 // TestStepTraceOption has ranks without the option. Either all have it or none.
 func TestStepTraceOption(t *testing.T) {
 	t.Parallel()
