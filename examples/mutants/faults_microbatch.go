@@ -84,7 +84,7 @@ var microbatchFaults = []fault{
 		name: "split-rounded-up", kind: microbatch, file: "batch.go",
 		what: "microbatches are larger than agreed, and the last may have nothing",
 		old:  "point := pass.NumTokens / n / r.parallel.TokenMultiple * r.parallel.TokenMultiple",
-		new:  "point := r.parallel.roundUp(ceilDiv(pass.NumTokens, n))",
+		new:  "point := ceilDiv(pass.NumTokens, n*r.parallel.TokenMultiple) * r.parallel.TokenMultiple",
 	},
 	{
 		name: "default-split-rounded-up", kind: microbatch, file: "batch.go",

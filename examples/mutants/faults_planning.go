@@ -17,8 +17,8 @@ var planningFaults = []fault{
 	{
 		name: "requests-forgotten-by-plan", kind: planning, file: "batch.go",
 		what: "the dispatcher is not told of the requests",
-		old:  "NumTokens: r.parallel.roundUp(v.NumTokens), NumReqs: v.NumReqs, UniformDecode",
-		new:  "NumTokens: r.parallel.roundUp(v.NumTokens), UniformDecode",
+		old:  "NumTokens: tokens, NumReqs: v.NumReqs, UniformDecode",
+		new:  "NumTokens: tokens, UniformDecode",
 	},
 	{
 		name: "empty-request-counts", kind: planning, file: "batch.go",
@@ -47,8 +47,8 @@ var planningFaults = []fault{
 	{
 		name: "tokens-not-rounded", kind: planning, file: "batch.go",
 		what: "the tokens of a pass are no multiple of TokenMultiple",
-		old:  "NumTokens: r.parallel.roundUp(v.NumTokens), NumReqs",
-		new:  "NumTokens: v.NumTokens, NumReqs",
+		old:  "tokens, _ := r.parallel.roundUp(v.NumTokens)",
+		new:  "tokens := v.NumTokens",
 	},
 	{
 		name: "rounding-voted", kind: planning, file: "batch.go",
@@ -60,7 +60,7 @@ var planningFaults = []fault{
 		name: "threshold-of-rounded-tokens", kind: planning, file: "batch.go",
 		what: "rounded tokens count for the threshold of microbatches",
 		old:  "sum >= threshold",
-		new:  "r.parallel.roundUp(sum) >= threshold",
+		new:  "ceilDiv(sum, r.parallel.TokenMultiple)*r.parallel.TokenMultiple >= threshold",
 	},
 	{
 		name: "multiple-unchecked", kind: planning, file: "graphmode.go",
