@@ -69,7 +69,7 @@ func names(lists ...[]string) string { return "^(" + strings.Join(slices.Concat(
 // newDetectors returns the detectors.
 func newDetectors(m modules) [numDetectors]detector {
 	test := []string{"test", "-c", "-ldflags=-s -w"}
-	const flags = " -test.failfast -test.timeout 30s"
+	const flags = " -test.failfast -test.timeout 20s"
 	const short = " -test.short" + flags
 	unit := detector{
 		module: m.root, dir: m.root, build: append(slices.Clone(test), "."),
@@ -113,7 +113,7 @@ var engineOrder = []int{byServe, byTelemetry}
 const (
 	buildTimeout = 5 * time.Minute
 	serveTimeout = 20 * time.Second // a run takes a fraction of a second where it works
-	testTimeout  = 40 * time.Second // above the timeout of the tests themselves, which say what hangs
+	testTimeout  = 30 * time.Second // above the timeout of the tests themselves, which say what hangs
 )
 
 // verdict is what one detector says of one fault.

@@ -73,7 +73,8 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 	flags.BoolVar(&o.verbose, "v", false, "print what each detector saw, and how long it took")
 	all := flags.Bool("all", false, "ask every detector, not only until one notices")
 	engine := flags.Bool("engine", false, "ask only serve and telemetry, about the faults that they must notice")
-	flags.IntVar(&o.jobs, "j", runtime.NumCPU(), "`faults` at a time")
+	// One more than there are processors, since those that hang use none.
+	flags.IntVar(&o.jobs, "j", runtime.NumCPU()+1, "`faults` at a time")
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
 	}
