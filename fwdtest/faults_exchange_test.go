@@ -48,7 +48,7 @@ var votesFaults = []fault{
 			last = votes
 			return mixed, err
 		}
-	}), `rank \d in step 2: .*(has Step 1, want 2|Step:1 )`,
+	}), `rank \d in step 2: .*(has Step 1, want 2|Step:1 |voted steps \[2.* 1\])`,
 		[]string{"Exchange/ArrivalOrder", "Load/BackToBack", "Load/Runners"}},
 	{"returns the last round again", inRanks(func() exchange {
 		var last []fwd.Vote
