@@ -115,7 +115,7 @@ var coordinationFaults = []fault{
 		new:  "",
 	},
 	{
-		name: "idle-lowers-mode", kind: coordination, file: "dp.go",
+		name: "idle-lowers-mode", kind: protocol, file: "dp.go",
 		what: "the dummy batch of an idle rank lowers the graph mode of the others",
 		old:  "\t\tif v.Idle {\n\t\t\tcontinue\n\t\t}\n",
 		new: `		if v.Idle {
@@ -127,13 +127,13 @@ var coordinationFaults = []fault{
 `,
 	},
 	{
-		name: "idle-forbids-microbatches", kind: coordination, file: "dp.go",
+		name: "idle-forbids-microbatches", kind: protocol, file: "dp.go",
 		what: "nobody splits while a rank is idle",
 		old:  "\t\tif v.Idle {\n\t\t\tcontinue\n\t\t}\n",
 		new:  "\t\tif v.Idle {\n\t\t\ta.UBatch = false\n\t\t\tcontinue\n\t\t}\n",
 	},
 	{
-		name: "idle-raises-padding", kind: coordination, file: "dp.go",
+		name: "idle-raises-padding", kind: protocol, file: "dp.go",
 		what: "busy ranks are padded to the dummy batch of an idle one",
 		old:  "\t\tif v.Idle {\n\t\t\tcontinue\n\t\t}\n",
 		new: `		if v.Idle {
@@ -143,13 +143,13 @@ var coordinationFaults = []fault{
 `,
 	},
 	{
-		name: "idle-counts-as-minimum", kind: coordination, file: "dp.go",
+		name: "idle-counts-as-minimum", kind: protocol, file: "dp.go",
 		what: "the few tokens of a dummy batch make the last microbatch look empty",
 		old:  "\t\tif v.Idle {\n\t\t\tcontinue\n\t\t}\n",
 		new:  "\t\tif v.Idle {\n\t\t\tminTokens = min(minTokens, v.NumTokens)\n\t\t\tcontinue\n\t\t}\n",
 	},
 	{
-		name: "idle-has-most-tokens", kind: coordination, file: "dp.go",
+		name: "idle-has-most-tokens", kind: protocol, file: "dp.go",
 		what: "an idle rank is named for the most tokens though the others are padded",
 		old:  "\t\tfor rank := range across {\n\t\t\tacross[rank] = float64(maxPadded)\n\t\t}\n",
 		new: `		for rank := range across {
@@ -161,7 +161,7 @@ var coordinationFaults = []fault{
 `,
 	},
 	{
-		name: "mode-of-idle-ranks", kind: coordination, file: "dp.go",
+		name: "mode-of-idle-ranks", kind: protocol, file: "dp.go",
 		what: "ranks that are all idle agree on the graph mode of rank 0's dummy batch",
 		old:  "\tif !a.Idle {\n\t\ta.GraphMode = votes[lowest].GraphMode\n\t}\n",
 		new:  "\ta.GraphMode = votes[lowest].GraphMode\n",

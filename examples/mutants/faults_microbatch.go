@@ -33,7 +33,7 @@ var microbatchFaults = []fault{
 		new:  "fc.NumTokensUnpadded",
 	},
 	{
-		name: "graph-mode-left", kind: microbatch, file: "batch.go",
+		name: "graph-mode-left", kind: inContext, file: "batch.go",
 		what: "a microbatch runs in the graph mode of the pass",
 		old:  "\tu.GraphMode = GraphNone\n",
 		new:  "",
@@ -45,7 +45,7 @@ var microbatchFaults = []fault{
 		new:  "",
 	},
 	{
-		name: "part-left", kind: microbatch, file: "batch.go",
+		name: "part-left", kind: inContext, file: "batch.go",
 		what: "a microbatch says that it covers the whole pass",
 		old:  "\tu.Part = part\n",
 		new:  "",
@@ -87,37 +87,37 @@ var microbatchFaults = []fault{
 		new:  "point := ceilDiv(pass.NumTokens, n*r.parallel.TokenMultiple) * r.parallel.TokenMultiple",
 	},
 	{
-		name: "default-split-rounded-up", kind: microbatch, file: "batch.go",
+		name: "default-split-rounded-up", kind: planning, file: "batch.go",
 		what: "the default split point is rounded up",
 		old:  "split = numTokensPadded / n",
 		new:  "split = ceilDiv(numTokensPadded, n)",
 	},
 	{
-		name: "split-not-at-a-multiple", kind: microbatch, file: "batch.go",
+		name: "split-not-at-a-multiple", kind: planning, file: "batch.go",
 		what: "a pass is split at a token that is no multiple of TokenMultiple",
 		old:  "point := pass.NumTokens / n / r.parallel.TokenMultiple * r.parallel.TokenMultiple",
 		new:  "point := pass.NumTokens / n",
 	},
 	{
-		name: "split-too-small", kind: microbatch, file: "batch.go",
+		name: "split-too-small", kind: planning, file: "batch.go",
 		what: "a pass with fewer tokens than one multiple each is split",
 		old:  "a.UBatch && tokens >= n*r.parallel.TokenMultiple {",
 		new:  "a.UBatch && tokens >= n {",
 	},
 	{
-		name: "split-with-empty-requests", kind: microbatch, file: "batch.go",
+		name: "split-with-empty-requests", kind: planning, file: "batch.go",
 		what: "the slices of a pass count requests without tokens",
 		old:  "slices.DeleteFunc(slices.Clone(d.lengths), func(n int) bool { return n == 0 })",
 		new:  "slices.Clone(d.lengths)",
 	},
 	{
-		name: "dummy-not-split", kind: microbatch, file: "batch.go",
+		name: "dummy-not-split", kind: planning, file: "batch.go",
 		what: "an idle rank can't split its dummy pass as the others do",
 		old:  "\tif pass.Dummy {\n\t\tlengths = []int{pass.NumTokens}\n\t}\n",
 		new:  "",
 	},
 	{
-		name: "split-keeps-mode", kind: microbatch, file: "batch.go",
+		name: "split-keeps-mode", kind: planning, file: "batch.go",
 		what: "a planned pass that is split keeps its graph mode",
 		old: `	if pass.GraphMode != GraphNone {
 		pass.GraphMode, pass.Reason = GraphNone, ReasonUBatch
@@ -126,13 +126,13 @@ var microbatchFaults = []fault{
 		new: "",
 	},
 	{
-		name: "split-by-hand-keeps-mode", kind: microbatch, file: "fwd.go",
+		name: "split-by-hand-keeps-mode", kind: planning, file: "fwd.go",
 		what: "a pass that was split by hand keeps its graph mode",
 		old:  "\tif len(p.UBatches) > 0 {\n\t\tp.GraphMode, p.Reason = GraphNone, ReasonUBatch\n\t}\n",
 		new:  "",
 	},
 	{
-		name: "split-loses-descriptor", kind: microbatch, file: "batch.go",
+		name: "split-loses-descriptor", kind: planning, file: "batch.go",
 		what: "a pass that is split has no descriptor",
 		old:  "\t\tpass.GraphMode, pass.Reason = GraphNone, ReasonUBatch\n",
 		new:  "\t\tpass.GraphMode, pass.Reason, pass.Batch = GraphNone, ReasonUBatch, BatchDescriptor{}\n",

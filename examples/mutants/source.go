@@ -28,7 +28,7 @@ type kind string
 const (
 	arithmetic   kind = "arithmetic"   // of token counts across ranks
 	coordination kind = "coordination" // what ranks agree on
-	protocol     kind = "protocol"     // how ranks come to agree
+	protocol     kind = "protocol"     // how ranks come to agree, also with idle ones
 	planning     kind = "planning"     // from a schedule to a pass
 	microbatch   kind = "microbatch"   // splitting a pass, and what its parts see
 	inContext    kind = "context"      // what model code finds in its context
