@@ -332,12 +332,8 @@ func (r *Runner) applyGraph(pass *Pass, d *draft, a *Agreement) error {
 		return err
 	}
 	_, batch, reason := r.follow(d.query, a, pass.NumTokens)
-	switch { // an idle rank has no batch of its own that could have a reason
-	case !d.vote.Idle:
-	case reason == ReasonFullExcluded:
-		pass.Reason = ReasonDPRank // the others have excluded full graphs
-	default:
-		pass.Reason = reason
+	if d.vote.Idle {
+		pass.Reason = reason // it has no batch of its own that could have a reason
 	}
 	pass.Batch = batch
 	return nil

@@ -60,7 +60,7 @@ func TestIdlePlan(t *testing.T) {
 		}},
 		{"beside prefill of a size with full graphs", ranks, &one, []planRank{
 			{planBatch(5), planPass(planTokens{5, 8, 8, 1}, piecewise, relaxed, planKey(8))},
-			{fwd.Schedule{}, planDummy(planTokens{1, 1, 8, 1}, piecewise, lowered, planKey(8))},
+			{fwd.Schedule{}, planDummy(planTokens{1, 1, 8, 1}, piecewise, fwd.ReasonFullExcluded, planKey(8))},
 		}},
 		{"q=3", ranks, &three, []planRank{
 			{fwd.Schedule{}, planDummy(planTokens{3, 3, 6, 1}, full, exact, planUniform(6, 2))},

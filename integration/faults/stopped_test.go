@@ -47,7 +47,7 @@ func TestTakenOver(t *testing.T) {
 			old.signal(syscall.SIGCONT)
 			text, finished := old.failure()
 			g.amid()
-			if want := "another process has this rank: another one became rank "; !strings.Contains(text, want) {
+			if want := "another process has this rank: it became rank "; !strings.Contains(text, want) {
 				t.Errorf("the first rank %d does not say %q: %s", rank, want, text)
 			}
 			if n := g.check(rank, oldFile); n != finished {
