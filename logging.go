@@ -335,14 +335,7 @@ func (t *telemetry) makeInstruments(r *Runner, meter metric.Meter) error {
 
 // makeOptions makes the options of all attribute sets that are known beforehand.
 func (t *telemetry) makeOptions() {
-	named := slices.Clone(t.common)
-	if t.name != "" {
-		named = append(named, keyName.String(t.name))
-	}
-	ranked := slices.Clone(named)
-	if t.parallel.DataParallelSize != 1 {
-		ranked = append(ranked, keyRank.Int(t.parallel.DataParallelRank))
-	}
+	named, ranked := t.metricAttributes()
 	set := func(base []attribute.KeyValue, attrs ...attribute.KeyValue) metric.MeasurementOption {
 		return metric.WithAttributeSet(attribute.NewSet(slices.Concat(base, attrs)...))
 	}
@@ -366,17 +359,24 @@ func (t *telemetry) makeOptions() {
 	}
 }
 
+// metricAttributes returns what all metrics have: the model's name, and, but for fwd.wait.time, the rank.
+func (t *telemetry) metricAttributes() (named, ranked []attribute.KeyValue) {
+	named = slices.Clone(t.common)
+	if t.name != "" {
+		named = append(named, keyName.String(t.name))
+	}
+	ranked = slices.Clone(named)
+	if t.parallel.DataParallelSize != 1 {
+		ranked = append(ranked, keyRank.Int(t.parallel.DataParallelRank))
+	}
+	return named, ranked
+}
+
 // observeActive registers the callback that counts running passes. It holds the Runner's state weakly,
 // and is unregistered once nobody else holds it.
 func (t *telemetry) observeActive(r *Runner, meter metric.Meter, active metric.Int64Observable) error {
-	attrs := slices.Clone(t.common)
-	if t.name != "" {
-		attrs = append(attrs, keyName.String(t.name))
-	}
-	if t.parallel.DataParallelSize != 1 {
-		attrs = append(attrs, keyRank.Int(t.parallel.DataParallelRank))
-	}
-	option := metric.WithAttributeSet(attribute.NewSet(attrs...))
+	_, ranked := t.metricAttributes()
+	option := metric.WithAttributeSet(attribute.NewSet(ranked...))
 	state := weak.Make(r.state)
 	registration, err := meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
 		if state := state.Value(); state != nil {
