@@ -42,6 +42,7 @@ func (c *confused) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error)
 		return v.NumTokens == w.NumTokens && v.NumTokensPadded == w.NumTokensPadded && v.UBatch == w.UBatch &&
 			v.GraphMode == w.GraphMode
 	})
+	votes = slices.Clone(votes) // the other ranks read what the group gave
 	before := c.before
 	c.before = slices.Clone(votes)
 	if err == nil && same && !c.done {
