@@ -72,7 +72,7 @@ func (r *Runner) Plan(ctx context.Context, s Schedule) (Pass, error) {
 	case err != nil:
 		return Pass{}, err
 	case !r.parallel.coordinated():
-		return r.planAlone(&d)
+		return r.planAlone(ctx, &d)
 	case s.Reuse != nil:
 		return r.planAgain(&d, &s)
 	}
@@ -205,13 +205,16 @@ func (r *Runner) dispatch(v Vote) draft {
 }
 
 // planAlone plans the pass of a rank that nobody depends on: it agrees with itself.
-func (r *Runner) planAlone(d *draft) (Pass, error) {
+func (r *Runner) planAlone(ctx context.Context, d *draft) (Pass, error) {
+	shared := &plan{runner: r, lastRank: -1}
+	r.startAlone(ctx, shared)
 	a, err := Agree([]Vote{d.vote}, r.parallel.NumUBatches)
 	if err != nil {
 		return Pass{}, err
 	}
-	pass, err := r.finish(d, &a, &plan{runner: r, lastRank: -1})
+	pass, err := r.finish(d, &a, shared)
 	pass.Agreement = nil
+	shared.planned(a.GraphMode)
 	return pass, err
 }
 
@@ -429,6 +432,8 @@ func (r *Runner) planCapture(ctx context.Context, c Capture) (Pass, error) {
 		pass.Reason = ReasonExact
 	}
 	if !r.parallel.coordinated() {
+		r.startAlone(ctx, pass.plan)
+		pass.plan.planned(c.Mode)
 		return pass, nil
 	}
 	e := &exchange{draft: draft{vote: Vote{

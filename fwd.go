@@ -347,6 +347,7 @@ type config struct {
 	tracers    trace.TracerProvider
 	meters     metric.MeterProvider
 	stepTrace  bool
+	stepRoot   bool
 	observers  []func(context.Context, *Record)
 	logger     *slog.Logger
 	attributes []attribute.KeyValue
@@ -427,6 +428,8 @@ type state struct {
 	mu   sync.Mutex
 	step uint64    // of the last exchange
 	open *exchange // nil: none
+
+	steps []*stepSpan // of which passes may still run, with the step trace
 
 	activity activity
 }
@@ -753,6 +756,7 @@ type plan struct {
 	used     atomic.Bool
 	wait     time.Duration // of the exchange
 	lastRank int           // whose vote came last; -1: not known
+	step     *stepSpan     // with the step trace, if the step's span is in this process
 }
 
 // belongs returns an error unless the pass is r's to run.

@@ -11,6 +11,7 @@ import (
 	"runtime/pprof"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,11 +53,20 @@ func WithMeterProvider(p metric.MeterProvider) Option {
 	})
 }
 
-// WithStepTrace puts a step into one trace across all DP ranks, which must all have this option. All
-// spans of the step become children of rank 0's fwd.coordinate span, which stays under its own caller.
-// Each is linked to its own caller's span. Rank 0's sampling decides for all. If rank 0 has no valid
-// span, or if the exchange fails, each span stays in its caller's trace.
+// WithStepTrace puts a step into one trace across all DP ranks, which must all have this option. Rank 0,
+// or a rank that is alone, opens the span fwd.step before it votes, under its caller's span, and ends it
+// after the last pass of the step in its process. All spans of the step become children of it, each with
+// a link to its own caller's span, and rank 0's sampling decides for all. A rank that waited for a late
+// rank 0 has a fwd.coordinate span that began before the root did.
+//
+// If the exchange fails, the root has an error, and the other ranks' spans stay in their callers'
+// traces, as they do if rank 0 has no valid span.
 func WithStepTrace() Option { return optionFunc(func(cfg *config) { cfg.stepTrace = true }) }
+
+// WithStepRoot makes each step a trace of its own, with a link to the caller's span, together with
+// [WithStepTrace]. It is for engines whose loop runs inside one long span: all their steps would
+// otherwise be one trace.
+func WithStepRoot() Option { return optionFunc(func(cfg *config) { cfg.stepRoot = true }) }
 
 // WithObserver calls f after each pass and after each failed exchange. It runs on the goroutine that ran
 // the pass or that exchanged, after the span has ended, also if the pass panics; its own panic passes
@@ -175,6 +185,9 @@ const (
 	keyWaitTime        = attribute.Key("fwd.wait_time")
 	keyWaitKind        = attribute.Key("fwd.wait.kind")
 	keyErrorType       = attribute.Key("error.type")
+
+	// keyPeerService is written by hand: newer conventions have another name, and pages draw this one.
+	keyPeerService = attribute.Key("peer.service")
 )
 
 // other is the word for what is beyond a bound.
@@ -196,6 +209,7 @@ const (
 	maxBuckets     = 64   // capture sizes that are buckets of their own
 	maxOptions     = 1024 // attribute sets with all attributes, of one instrument
 	maxListedRanks = 8    // in fwd.dp.lowest_mode_ranks
+	maxWaits       = 256  // fwd.wait spans of a pass
 )
 
 // listeners says who wants to know about a pass.
@@ -214,7 +228,9 @@ type telemetry struct {
 	parallel  ParallelConfig
 	clock     func() time.Time // nil: the real time, which spans take themselves
 	stepTrace bool
+	stepRoot  bool
 	peerName  func(rank int) string
+	names     [GraphFull + 1][len(reasons)]string // of fwd.forward spans, by mode and reason
 	observers []func(context.Context, *Record)
 	logger    *slog.Logger
 	common    []attribute.KeyValue // on all spans
@@ -245,10 +261,12 @@ type telemetry struct {
 // newTelemetry returns the telemetry of a Runner, or nil if there will never be a listener.
 func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
 	t := &telemetry{
-		name: r.name, parallel: r.parallel, clock: r.clock, stepTrace: cfg.stepTrace,
+		name: r.name, parallel: r.parallel, clock: r.clock,
+		stepTrace: cfg.stepTrace, stepRoot: cfg.stepRoot,
 		observers: cfg.observers, logger: cfg.logger, common: cfg.attributes, peerName: cfg.peerName,
 	}
 	t.errorTypes.most, t.phases.most = maxErrorTypes, maxPhases
+	t.makeNames()
 	if t.peerName == nil {
 		t.peerName = func(rank int) string { return "rank " + strconv.Itoa(rank) }
 	}
@@ -279,6 +297,22 @@ func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
 		return nil, nil
 	}
 	return t, nil
+}
+
+// makeNames makes the names of all fwd.forward spans: the model, the mode, and the reason if it says more
+// than that all is well.
+func (t *telemetry) makeNames() {
+	for mode := range t.names {
+		for reason := range t.names[mode] {
+			words := []string{"fwd.forward", t.name, GraphMode(mode).String(), reasons[reason]}
+			switch Reason(reason) {
+			case ReasonUnknown, ReasonExact, ReasonRelaxed, ReasonDisabled:
+				words = words[:3]
+			}
+			words = slices.DeleteFunc(words, func(word string) bool { return word == "" })
+			t.names[mode][reason] = strings.Join(words, " ")
+		}
+	}
 }
 
 // isPending reports whether a provider is OpenTelemetry's global one, which passes everything on to the
@@ -694,7 +728,9 @@ type traced struct {
 	span      timedSpan
 	bucket    int64
 	record    Record
+	step      *stepSpan    // nil: the pass is in no step of this process
 	waited    atomic.Int64 // ns
+	waits     atomic.Int64 // spans of them
 }
 
 // startForward starts the span of a pass, with the forward context's values, and puts it into the pass's
@@ -726,7 +762,11 @@ func (x *traced) start(ctx context.Context, t *telemetry, r *Runner, p *Pass, l 
 	if !x.spans {
 		return ctx
 	}
-	parent, links := t.stepParent(ctx, p.Agreement)
+	if p.plan != nil && p.plan.step != nil {
+		x.step = p.plan.step
+		x.step.begin(p.plan)
+	}
+	parent, links := t.stepParent(ctx, p.stepContext())
 	if len(p.Links) > 0 {
 		links = append(links, p.Links[:min(len(p.Links), maxLinks-len(links))]...)
 	}
@@ -734,24 +774,35 @@ func (x *traced) start(ctx context.Context, t *telemetry, r *Runner, p *Pass, l 
 	if len(links) > 0 {
 		options = []trace.SpanStartOption{trace.WithLinks(links...)}
 	}
-	ctx, x.span = t.start(parent, "fwd.forward", began, timed, options...)
+	ctx, x.span = t.start(parent, t.names[p.GraphMode][p.Reason], began, timed, options...)
 	if x.span.IsRecording() {
 		x.span.SetAttributes(x.attributes(p, maxTokens)...)
 	}
 	return ctx
 }
 
-// stepParent returns the context under which a span of the step belongs: that of rank 0's coordinate
-// span, with a link to the caller's own span, or else ctx itself.
-func (t *telemetry) stepParent(ctx context.Context, a *Agreement) (context.Context, []trace.Link) {
-	if !t.stepTrace || a == nil || !a.SpanContext.IsValid() {
+// stepContext returns the context of the span of the pass's step, which is invalid if there is none.
+func (p *Pass) stepContext() trace.SpanContext {
+	switch {
+	case p.Agreement != nil:
+		return p.Agreement.SpanContext
+	case p.plan != nil && p.plan.step != nil:
+		return p.plan.step.span.SpanContext()
+	}
+	return trace.SpanContext{}
+}
+
+// stepParent returns the context under which a span of the step belongs: that of the step, with a link
+// to the caller's own span, or else ctx itself.
+func (t *telemetry) stepParent(ctx context.Context, step trace.SpanContext) (context.Context, []trace.Link) {
+	if !t.stepTrace || !step.IsValid() {
 		return ctx, nil
 	}
 	var links []trace.Link
 	if caller := trace.SpanContextFromContext(ctx); caller.IsValid() {
 		links = []trace.Link{{SpanContext: caller}}
 	}
-	return trace.ContextWithSpanContext(ctx, a.SpanContext), links
+	return trace.ContextWithSpanContext(ctx, step), links
 }
 
 // attributes returns those of the fwd.forward span. What does not apply is left out.
@@ -936,11 +987,16 @@ func (x *traced) captureRefused(ctx context.Context, err error) {
 }
 
 // observe tells the observers and the log how a pass ended.
-func (x *traced) observe(run *run) { x.tell(&run.passContext) }
+func (x *traced) observe(run *run) {
+	if x.step != nil { // its span ends after that of the pass
+		x.step.passEnded(run.runner.timeOf(run.runner.now()))
+	}
+	x.tell(&run.passContext)
+}
 
+// tell tells the observers and the log how the pass ended.
 func (x *traced) tell(ctx context.Context) {
-	t, rec := x.telemetry, &x.record
-	t.tell(ctx, rec, "forward pass", "forward pass failed")
+	x.telemetry.tell(ctx, &x.record, "forward pass", "forward pass failed")
 }
 
 // tell tells the observers and the log.
@@ -979,6 +1035,9 @@ func (t *telemetry) report(
 	}
 	x.end(recordable(ctx), ended, duration, err)
 	x.span.End(x.span.options...)
+	if x.step != nil {
+		x.step.passEnded(ended)
+	}
 	x.tell(ctx)
 }
 
@@ -988,7 +1047,7 @@ func (t *telemetry) startUBatch(ctx context.Context, i, numTokens int) (context.
 	if t.clock != nil {
 		began = t.clock()
 	}
-	ctx, span := t.start(ctx, "fwd.ubatch", began, t.clock != nil)
+	ctx, span := t.start(ctx, "fwd.ubatch "+strconv.Itoa(i), began, t.clock != nil)
 	if span.IsRecording() {
 		span.SetAttributes(t.common...)
 		span.SetAttributes(keyUBatchIndex.Int(i), keyNumTokens.Int(numTokens))
@@ -1005,32 +1064,36 @@ func (t *telemetry) endUBatch(span *timedSpan, err error) {
 	span.finish(ended, err, t.errorType(err))
 }
 
-// coordinateSpan is the span of an exchange. With the step trace the ranks other than 0 learn only from
-// the votes under which span theirs belongs, and open it then.
+// coordinateSpan is the span of an exchange. With the step trace it is opened when the votes are known:
+// only they say under which span that of another rank belongs.
 type coordinateSpan struct {
 	telemetry *telemetry
 	listeners listeners
+	caller    context.Context
 	ctx       context.Context // the exchange's
 	span      timedSpan       // zero: not open yet
 }
 
-// startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0's vote
-// carries its context.
+// startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0 starts
+// that of the step, whose context is in its vote.
 func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
 	l := t.listening(ctx)
 	if l == 0 {
 		return nil
 	}
-	s := &coordinateSpan{telemetry: t, listeners: l, ctx: ctx}
-	if l&listenSpans == 0 || t.stepTrace && t.parallel.DataParallelRank != 0 {
-		return s
-	}
-	s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true)
-	if t.stepTrace {
-		e.draft.vote.SpanContext = s.span.SpanContext()
+	s := &coordinateSpan{telemetry: t, listeners: l, caller: ctx, ctx: ctx}
+	switch {
+	case l&listenSpans == 0:
+	case !t.stepTrace:
+		s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true, clientKind)
+	case t.parallel.DataParallelRank == 0:
+		s.ctx, e.step = t.startStep(ctx, e.runner, e.began)
+		e.draft.vote.SpanContext = e.step.span.SpanContext()
 	}
 	return s
 }
+
+var clientKind = trace.WithSpanKind(trace.SpanKindClient)
 
 // end ends the span of an exchange, measures it, and tells of one that failed.
 func (s *coordinateSpan) end(e *exchange) {
@@ -1038,6 +1101,7 @@ func (s *coordinateSpan) end(e *exchange) {
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
 		s.endSpan(e, word)
+		e.joinStep(e.runner.timeOf(e.runner.now()), word)
 	}
 	if s.listeners&listenMetrics != 0 {
 		ctx := recordable(s.ctx)
@@ -1054,21 +1118,32 @@ func (s *coordinateSpan) end(e *exchange) {
 func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	t := s.telemetry
 	if s.span.Span == nil {
-		ctx, links := t.stepParent(s.ctx, e.agreement) // without an agreement: the caller's
-		s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true, trace.WithLinks(links...))
+		var step trace.SpanContext
+		switch {
+		case e.agreement != nil:
+			step = e.agreement.SpanContext
+		case e.step != nil:
+			step = e.step.span.SpanContext()
+		}
+		ctx, links := t.stepParent(s.caller, step) // without a step: the caller's
+		began := e.runner.timeOf(e.began)
+		s.ctx, s.span = t.start(ctx, "fwd.coordinate", began, true, clientKind, trace.WithLinks(links...))
 	}
 	defer func() { s.span.End(s.span.options...) }()
 	s.span.finish(s.span.began.Add(e.wait), e.err, word) // not by another look at the time of day
 	if !s.span.IsRecording() {
 		return
 	}
-	attrs := append(slices.Clone(t.common), keyStep.Int64(int64(e.step())))
+	attrs := append(slices.Clone(t.common), keyStep.Int64(int64(e.stepNumber())))
 	attrs = t.parallel.appendAttributes(attrs)
 	if e.agreement != nil {
 		attrs = e.agreement.appendAttributes(attrs)
 	}
 	if e.lastRank >= 0 {
 		attrs = append(attrs, keyLastRank.Int(e.lastRank))
+		if e.lastRank != t.parallel.DataParallelRank {
+			attrs = append(attrs, keyPeerService.String(t.peerName(e.lastRank)))
+		}
 	}
 	var rankErr *RankError
 	if errors.Is(e.err, ErrRankMissing) && errors.As(e.err, &rankErr) {
@@ -1077,8 +1152,213 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	s.span.SetAttributes(attrs...)
 }
 
-// step returns the step of an exchange that is over: the group's, if that is known.
-func (e *exchange) step() uint64 {
+// stepSpan is the span of a step while it is open, on rank 0. It ends with the last pass of those ranks
+// that are in this process.
+type stepSpan struct {
+	runner *Runner
+	group  *localGroup // in which the other ranks of this process find it; nil: there are none
+	span   timedSpan
+
+	mu      sync.Mutex
+	waiting int // ranks that are not done yet
+	running int // passes
+	ended   bool
+}
+
+// spanKey identifies a span.
+type spanKey struct {
+	trace trace.TraceID
+	span  trace.SpanID
+}
+
+func (s *stepSpan) key() spanKey {
+	c := s.span.SpanContext()
+	return spanKey{c.TraceID(), c.SpanID()}
+}
+
+// startStep starts the span of a step. Of a group in this process all ranks' passes belong to it.
+func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (context.Context, *stepSpan) {
+	var options []trace.SpanStartOption
+	if t.stepRoot {
+		options = append(options, trace.WithNewRoot())
+		if caller := trace.SpanContextFromContext(ctx); caller.IsValid() {
+			options = append(options, trace.WithLinks(trace.Link{SpanContext: caller}))
+		}
+	}
+	s := &stepSpan{runner: r, waiting: 1}
+	ctx, s.span = t.start(ctx, "fwd.step", r.timeOf(began), true, options...)
+	if r.local != nil && r.parallel.coordinated() && s.span.SpanContext().IsValid() {
+		s.waiting, s.group = r.parallel.DataParallelSize, r.local.group
+		s.group.addStep(s)
+	}
+	return ctx, s
+}
+
+// startAlone starts the step of a rank that nobody depends on, if there is a step trace.
+func (r *Runner) startAlone(ctx context.Context, p *plan) {
+	t := r.telemetry
+	if t != nil && t.stepTrace && t.listening(ctx)&listenSpans != 0 {
+		_, p.step = t.startStep(ctx, r, r.now())
+	}
+}
+
+// planned shows the mode of a planned pass of a rank that nobody depends on.
+func (p *plan) planned(mode GraphMode) {
+	if p.step != nil {
+		p.step.show("fwd.step "+mode.String(), 0, mode)
+		p.runner.state.addStep(p.step)
+	}
+}
+
+// joinStep finds the step that the passes of an exchange belong to, and shows what was agreed on its
+// span. If nobody runs a pass, this rank is done.
+func (e *exchange) joinStep(ended time.Time, word string) {
+	s, a, r := e.step, e.agreement, e.runner
+	switch {
+	case s != nil && a == nil:
+		s.end(ended, e.err, word)
+	case s != nil && a.Idle:
+		s.show("fwd.step IDLE", e.stepNumber(), GraphNone)
+		r.state.addStep(s)
+	case s != nil:
+		s.show("fwd.step "+a.GraphMode.String(), e.stepNumber(), a.GraphMode)
+		r.state.addStep(s)
+	case a != nil && r.local != nil:
+		e.step = r.local.group.stepOf(a.SpanContext)
+	}
+	if a != nil && a.Idle && e.step != nil {
+		e.step.rankDone(ended)
+	}
+}
+
+// addStep lets the ranks of the group find a step.
+func (g *localGroup) addStep(s *stepSpan) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.steps == nil {
+		g.steps = make(map[spanKey]*stepSpan)
+	}
+	g.steps[s.key()] = s
+}
+
+// stepOf returns the open step with that span, or nil.
+func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.steps[spanKey{c.TraceID(), c.SpanID()}]
+}
+
+func (g *localGroup) removeStep(s *stepSpan) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	delete(g.steps, s.key())
+}
+
+// show names the span by what was agreed.
+func (s *stepSpan) show(name string, step uint64, mode GraphMode) {
+	if !s.span.IsRecording() {
+		return
+	}
+	t := s.runner.telemetry
+	s.span.SetName(name)
+	attrs := append(slices.Clone(t.common), keyGraphMode.String(mode.String()))
+	if t.name != "" {
+		attrs = append(attrs, keyName.String(t.name))
+	}
+	if step > 0 {
+		attrs = append(attrs, keyStep.Int64(int64(step)))
+	}
+	s.span.SetAttributes(t.parallel.appendAttributes(attrs)...)
+}
+
+// begin notes that a pass of the step begins. If it is rank 0's, earlier steps of which no pass runs end:
+// theirs are never run.
+func (s *stepSpan) begin(p *plan) {
+	s.mu.Lock()
+	s.running++
+	s.mu.Unlock()
+	p.runner.state.endStepsBefore(s)
+}
+
+// passEnded notes that a pass of the step has ended.
+func (s *stepSpan) passEnded(ended time.Time) {
+	s.mu.Lock()
+	s.running--
+	s.mu.Unlock()
+	s.rankDone(ended)
+}
+
+// rankDone notes that a rank has nothing more to do in the step, and ends the span with the last.
+func (s *stepSpan) rankDone(ended time.Time) {
+	s.mu.Lock()
+	s.waiting--
+	last := s.waiting == 0
+	s.mu.Unlock()
+	if last {
+		s.end(ended, nil, "")
+	}
+}
+
+// end ends the span, unless it has ended.
+func (s *stepSpan) end(ended time.Time, err error, word string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return
+	}
+	s.ended = true
+	if s.group != nil {
+		s.group.removeStep(s)
+	}
+	s.span.finish(ended, err, word)
+	s.span.End(s.span.options...)
+}
+
+// maxOpenSteps bounds the steps of a Runner whose passes nobody runs.
+const maxOpenSteps = 64
+
+// addStep notes a step of which passes will run.
+func (s *state) addStep(step *stepSpan) {
+	s.mu.Lock()
+	s.steps = append(slices.DeleteFunc(s.steps, (*stepSpan).over), step)
+	var oldest *stepSpan
+	if len(s.steps) > maxOpenSteps {
+		oldest = s.steps[0]
+		s.steps = s.steps[1:]
+	}
+	s.mu.Unlock()
+	if oldest != nil {
+		oldest.end(oldest.runner.timeOf(oldest.runner.now()), nil, "")
+	}
+}
+
+// endStepsBefore ends those steps before the given one of which no pass runs.
+func (s *state) endStepsBefore(step *stepSpan) {
+	s.mu.Lock()
+	var unused []*stepSpan
+	if i := slices.Index(s.steps, step); i > 0 {
+		unused = slices.DeleteFunc(slices.Clone(s.steps[:i]), (*stepSpan).busy)
+	}
+	s.mu.Unlock()
+	for _, step := range unused {
+		step.end(step.runner.timeOf(step.runner.now()), nil, "")
+	}
+}
+
+func (s *stepSpan) over() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.ended
+}
+
+func (s *stepSpan) busy() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.running > 0
+}
+
+// stepNumber returns the step of an exchange that is over: the group's, if that is known.
+func (e *exchange) stepNumber() uint64 {
 	if e.agreement != nil {
 		return e.agreement.Step
 	}
@@ -1094,7 +1374,7 @@ func (s *coordinateSpan) tell(e *exchange) {
 	if e.err != nil {
 		rec := Record{
 			Name: t.name, Rank: t.parallel.DataParallelRank, Size: t.parallel.DataParallelSize,
-			Step: e.step(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
+			Step: e.stepNumber(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
 		}
 		t.tell(s.ctx, &rec, "", "exchange of votes failed")
 	} else if t.logger != nil && e.agreement.Step > e.draft.vote.Step {
@@ -1111,25 +1391,37 @@ func (t *telemetry) countWait(ctx context.Context, rank int, forward bool, d tim
 	}
 }
 
+// minWait is the shortest wait that has a span of its own.
+const minWait = 100 * time.Microsecond
+
 // Waited says that the pass in ctx has waited for a rank since began, inside its forward function, as
 // for the rows of that rank's experts. began must come from the clock of the Runner, which is time.Now
-// without [WithClock]. The waits of a pass add up, also those that overlap, in Record.Waited, in the
-// attribute fwd.wait_time and in the metric fwd.wait.time. It does nothing outside a Runner's pass. It
-// may be called by several goroutines.
+// without [WithClock]. A wait of 100 µs or more is a span, fwd.wait, of which a pass has 256 at most. All
+// waits of a pass add up, also those that overlap, in Record.Waited, in the attribute fwd.wait_time and
+// in the metric fwd.wait.time. Waited does nothing outside a Runner's pass. It may be called by several
+// goroutines.
 func Waited(ctx context.Context, rank int, began time.Time) {
 	x := lookup(ctx).traced()
 	if x == nil {
 		return
 	}
-	now := time.Now()
-	if x.telemetry.clock != nil {
-		now = x.telemetry.clock()
+	t, now := x.telemetry, time.Now()
+	if t.clock != nil {
+		now = t.clock()
 	}
 	d := max(now.Sub(began), 0)
 	x.waited.Add(int64(d))
 	if x.metrics {
-		x.telemetry.countWait(recordable(ctx), rank, true, d)
+		t.countWait(recordable(ctx), rank, true, d)
 	}
+	if d < minWait || !x.spans || !x.span.IsRecording() || x.waits.Add(1) > maxWaits {
+		return
+	}
+	_, span := t.start(ctx, "fwd.wait", began, true, clientKind)
+	span.SetAttributes(t.common...)
+	span.SetAttributes(keyPeerService.String(t.peerName(rank)), keyPeerRank.Int(rank))
+	span.finish(now, nil, "")
+	span.End(span.options...)
 }
 
 // Record is one pass, or one failed exchange, for logs, statistics and planners that want no collector.
