@@ -1336,10 +1336,18 @@ func (e *exchange) resolve() {
 	case errors.Is(err, ErrInvalid):
 		step-- // refused before anything was sent
 	}
-	if rankErr := (*RankError)(nil); err != nil && errors.As(err, &rankErr) && rankErr != nil {
-		step = rankErr.Step
+	if err != nil {
+		step = brokenStep(err, step)
 	}
 	e.finish(step, a, err)
+}
+
+// brokenStep returns the step that an exchange's error names, or else step.
+func brokenStep(err error, step uint64) uint64 {
+	if e := (*RankError)(nil); errors.As(err, &e) && e != nil {
+		return e.Step
+	}
+	return step
 }
 
 // ask returns the votes of all ranks, from wherever the exchange was begun.
