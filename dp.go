@@ -983,9 +983,9 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 }
 
 // begin is the first half of an Exchange whose second half, await, may come whenever it likes: the
-// round also ends with ctx, and after timeout if that is above 0, with that cause. No goroutine is
+// round also ends with ctx, and at the deadline if that is not 0, with that cause. No goroutine is
 // started. The vote must be valid.
-func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, cause error) {
+func (c *localRank) begin(ctx context.Context, v *Vote, deadline time.Duration, cause error) {
 	g := c.group
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -995,9 +995,9 @@ func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, c
 		return
 	}
 	c.begun.waits = true
-	if timeout > 0 {
-		c.begun.deadline = now() + timeout
-		g.arm(c.begun.deadline)
+	if deadline != 0 {
+		c.begun.deadline = deadline
+		g.arm(deadline)
 	}
 	if ctx.Done() != nil {
 		round := c.round

@@ -1273,7 +1273,7 @@ func (e *exchange) begin() {
 	r := e.runner
 	if e.local {
 		vote := e.draft.vote // a copy, since a late rank votes for another step
-		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		r.local.begin(e.askCtx(), &vote, e.deadline(), r.timeoutCause)
 		e.joined.Store(true)
 		return
 	}
@@ -1288,6 +1288,18 @@ func (e *exchange) begin() {
 		e.resolve()
 		e.panicked = nil
 	}()
+}
+
+// deadline returns when a local exchange that has just been opened runs out of time; 0: never.
+func (e *exchange) deadline() time.Duration {
+	switch r := e.runner; {
+	case r.timeout <= 0:
+		return 0
+	case r.clock != nil:
+		return now() + r.timeout
+	default:
+		return e.began.mono + r.timeout // the clock need not be read a second time
+	}
 }
 
 // waiting reports whether votes are still missing.
