@@ -886,6 +886,15 @@ func (a *Agreement) appendAttributes(attrs []attribute.KeyValue) []attribute.Key
 	return attrs
 }
 
+// appendIdle adds that all ranks are idle. Whoever keeps spans need not look at the whole step to see that
+// nobody ran in it.
+func (a *Agreement) appendIdle(attrs []attribute.KeyValue) []attribute.KeyValue {
+	if a.Idle {
+		attrs = append(attrs, keyIdleRanks.Int(len(a.Votes)))
+	}
+	return attrs
+}
+
 // appendRanks adds how many ranks are idle, and the first few that lowered the mode.
 func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue {
 	idle := 0
@@ -1138,6 +1147,7 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	attrs = t.parallel.appendAttributes(attrs)
 	if e.agreement != nil {
 		attrs = e.agreement.appendAttributes(attrs)
+		attrs = e.agreement.appendIdle(attrs)
 	}
 	if e.lastRank >= 0 {
 		attrs = append(attrs, keyLastRank.Int(e.lastRank))
@@ -1219,6 +1229,7 @@ func (e *exchange) joinStep(ended time.Time, word string) {
 		s.end(ended, e.err, word)
 	case s != nil && a.Idle:
 		s.show("fwd.step IDLE", e.stepNumber(), GraphNone)
+		s.span.SetAttributes(a.appendIdle(nil)...)
 		r.state.addStep(s)
 	case s != nil:
 		s.show("fwd.step "+a.GraphMode.String(), e.stepNumber(), a.GraphMode)
