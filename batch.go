@@ -219,16 +219,21 @@ func (r *Runner) planUnasked(ctx context.Context, s *Schedule) (Pass, error) {
 
 // planAlone plans the pass of a rank that nobody depends on: it agrees with itself.
 func (r *Runner) planAlone(ctx context.Context, d *draft) (Pass, error) {
-	shared := &plan{runner: r, lastRank: -1}
-	r.startAlone(ctx, shared)
+	var began instant
+	if r.stepTrace {
+		began = r.now()
+	}
 	a, err := Agree([]Vote{d.vote}, r.parallel.NumUBatches)
 	if err != nil {
 		return Pass{}, err
 	}
-	pass, err := r.finish(d, &a, shared)
+	pass, err := r.finish(d, &a, &plan{runner: r, lastRank: -1})
+	if err != nil {
+		return Pass{}, err
+	}
 	pass.Agreement = nil
-	shared.planned(a.GraphMode)
-	return pass, err
+	r.stepAlone(ctx, &pass, a.GraphMode, began)
+	return pass, nil
 }
 
 // planAgain plans a further pass over the batch of an agreement. The votes of the agreement say all:
@@ -456,8 +461,7 @@ func (r *Runner) planCapture(ctx context.Context, c Capture) (Pass, error) {
 		pass.Reason = ReasonExact
 	}
 	if !r.parallel.coordinated() {
-		r.startAlone(ctx, pass.plan)
-		pass.plan.planned(c.Mode)
+		r.stepAlone(ctx, &pass, c.Mode, r.now())
 		return pass, nil
 	}
 	e := &exchange{draft: draft{vote: Vote{

@@ -429,7 +429,7 @@ type state struct {
 	step uint64    // of the last exchange
 	open *exchange // nil: none
 
-	steps []*stepSpan // of which passes may still run, with the step trace
+	planned []*plan // with the step trace: whose passes have not begun
 
 	activity activity
 }
@@ -753,6 +753,7 @@ func (p *Pass) check() error {
 type plan struct {
 	runner   *Runner
 	byHand   bool // only the exchange is the Runner's
+	stepDone bool // the Runner is done in the step; guarded by its state's mutex
 	used     atomic.Bool
 	wait     time.Duration // of the exchange
 	lastRank int           // whose vote came last; -1: not known

@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/forwardctx/fwd v0.0.0
+	github.com/forwardctx/fwd/fwdtrace v0.0.0
 	github.com/forwardctx/fwd/natsdp v0.0.0
 	github.com/google/go-cmp v0.7.0
 	github.com/nats-io/nats-server/v2 v2.15.2
@@ -51,5 +52,6 @@ require (
 replace (
 	github.com/forwardctx/fwd => ../
 	github.com/forwardctx/fwd/fwdtest => ../fwdtest
+	github.com/forwardctx/fwd/fwdtrace => ../fwdtrace
 	github.com/forwardctx/fwd/natsdp => ../natsdp
 )

@@ -215,7 +215,14 @@ func TestCoordinateSpan(t *testing.T) {
 			if i == 1 {
 				want["fwd.dp.lowest_mode_rank"] = 0
 			}
+			if last := got["fwd.dp.last_rank"]; last != rank {
+				want["peer.service"] = fmt.Sprint("rank ", last)
+			}
 			wantAttrs(t, s, want)
+			if s.Name() != "fwd.coordinate" || s.SpanKind() != trace.SpanKindClient {
+				t.Errorf("rank %d: %s is a span of kind %v, want fwd.coordinate of kind client",
+					rank, s.Name(), s.SpanKind())
+			}
 			if scope := s.InstrumentationScope(); scope.Name != scopeName || scope.Version != scopeVersion {
 				t.Errorf("rank %d: scope %v", rank, scope)
 			}

@@ -85,12 +85,10 @@ func TestStepTrace(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
 		callers := stepRanks(t, os, always, started(o), nil)
-		root := o.ofRank(t, "fwd.coordinate", 0)
+		root := o.only(t, "fwd.step")
 		wantTrace(t, root, callers[0])
 		for rank := range 3 {
-			if rank > 0 {
-				wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext(), callers[rank])
-			}
+			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext(), callers[rank])
 			wantTrace(t, o.ofRank(t, "fwd.forward", rank), root.SpanContext(), callers[rank])
 		}
 	})
@@ -98,12 +96,12 @@ func TestStepTrace(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
 		stepRanks(t, os, always, func(ctx context.Context, _ int) context.Context { return ctx }, nil)
-		root := o.ofRank(t, "fwd.coordinate", 0)
+		root := o.only(t, "fwd.step")
 		wantTrace(t, root, trace.SpanContext{})
 		for rank := range 3 {
+			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext())
 			wantTrace(t, o.ofRank(t, "fwd.forward", rank), root.SpanContext())
 		}
-		wantTrace(t, o.ofRank(t, "fwd.coordinate", 1), root.SpanContext())
 	})
 }
 
@@ -152,7 +150,13 @@ func TestStepTraceOption(t *testing.T) {
 			o, os := shared()
 			option := func(rank int) bool { return rank != without }
 			callers := stepRanks(t, os, option, started(o), fwd.ErrInvalid)
-			for rank := range 3 { // a step that fails has no trace of its own
+			for rank := range 3 { // of a step that fails, rank 0's exchange alone is in a step
+				if rank == 0 && without > 0 {
+					root := o.only(t, "fwd.step")
+					wantTrace(t, root, callers[0])
+					wantTrace(t, o.ofRank(t, "fwd.coordinate", 0), root.SpanContext(), callers[0])
+					continue
+				}
 				wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), callers[rank])
 			}
 			if n := len(o.ended("fwd.forward")); n > 0 {
@@ -190,8 +194,9 @@ func TestStepTraceSampling(t *testing.T) {
 				TraceID: trace.TraceID{byte(rank)}, SpanID: trace.SpanID{byte(rank)},
 			}))
 		}, nil)
-		if c, f := len(o.ended("fwd.coordinate")), len(o.ended("fwd.forward")); c != 3 || f != 3 {
-			t.Errorf("%d coordinate spans and %d forward spans were recorded, want 3 of each", c, f)
+		c, f := len(o.ended("fwd.coordinate")), len(o.ended("fwd.forward"))
+		if s := len(o.ended("fwd.step")); c != 3 || f != 3 || s != 1 {
+			t.Errorf("%d exchanges, %d passes and %d steps were recorded, want 3, 3 and 1", c, f, s)
 		}
 	})
 }
