@@ -133,8 +133,30 @@ func TestBadFlags(t *testing.T) {
 			t.Errorf("%s: exit %d, stdout %q, stderr %q; want 2 and %q", c.args, exit, out, errs, c.want)
 		}
 	}
-	if exit, _, errs := runServe(t, "-h"); exit != 0 || !strings.Contains(errs, "-max-context") {
-		t.Errorf("-h: exit %d, %q", exit, errs)
+	const want = "serve -h explains the flags.\nserve: -dp is 0, want 1 to 64\nserve: -chunk is -3, want at least 1\n"
+	if _, _, errs := runServe(t, "-dp", "0", "-chunk", "-3"); errs != want {
+		t.Errorf("%q, want what is wrong last: %q", errs, want)
+	}
+}
+
+// TestUsage: the usage has every flag, in groups, and fits a terminal.
+func TestUsage(t *testing.T) {
+	exit, out, errs := runServe(t, "-h")
+	if exit != 0 || errs != "" {
+		t.Fatalf("exit %d, stderr %q", exit, errs)
+	}
+	for _, want := range []string{
+		"\n  serve -check\n", "\n\nTrace: what is served\n  -max-context N\n", "\n\nGraphs\n  -graph MODE\n",
+		"(default 30s)\n", "\n  -nats URL\n",
+	} {
+		if !strings.Contains(out, want) {
+			t.Errorf("no %q in\n%s", want, out)
+		}
+	}
+	for line := range strings.Lines(out) {
+		if len(strings.ReplaceAll(line, "\t", "    ")) > 81 {
+			t.Errorf("a line is too long: %q", line)
+		}
 	}
 }
 
