@@ -159,7 +159,7 @@ type resourceSpans struct {
 			TraceID, SpanID, ParentSpanID      string
 			Name                               string
 			Kind                               trace.SpanKind // OTLP has the same numbers
-			StartTimeUnixNano, EndTimeUnixNano int64 `json:",string"`
+			StartTimeUnixNano, EndTimeUnixNano int64          `json:",string"`
 			Attributes                         attributes
 			Links                              []Link
 			Status                             struct {
