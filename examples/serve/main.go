@@ -32,9 +32,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -71,9 +69,9 @@ type options struct {
 	speed      float64
 	check      bool
 	json       bool
-	otlp       string
 
 	rankOptions
+	telemetryOptions
 	given map[string]string // flags that are not left to their defaults
 }
 
@@ -105,9 +103,8 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 		"replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
-	flags.StringVar(&o.otlp, "otlp", "",
-		"send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
 	o.rankOptions.define(flags)
+	o.telemetryOptions.define(flags)
 	if err := flags.Parse(args); err != nil {
 		return o, err // flags has printed it
 	}
@@ -160,12 +157,8 @@ func (o *options) validate(rest []string) error {
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
-	if o.otlp != "" {
-		if host, port, err := net.SplitHostPort(o.otlp); err != nil || host == "" || port == "" {
-			bad("-otlp is %q, want host:port", o.otlp)
-		}
-	}
 	o.rankOptions.validate(o.dp, o.given, bad)
+	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
 }
 
@@ -212,14 +205,11 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		Speed:                  o.speed,
 		Logger:                 newLogger(stderr),
 	}
-	if o.otlp != "" {
-		t, err := startTelemetry(ctx, o.otlp, o.instance())
-		if err != nil {
-			return err
-		}
-		defer t.stop(stderr)
-		config.TracerProvider, config.MeterProvider, config.StepTrace = t.traces, t.metrics, true
+	watch, err := startWatch(ctx, &o, &config, stderr)
+	if err != nil {
+		return err
 	}
+	defer watch.stop(stderr)
 
 	var out outcome
 	if o.nats != "" {
@@ -228,6 +218,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		out.requests = requests
 		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)
 	}
+	watch.runEnded(stderr)
 	interrupted := errors.Is(err, engine.ErrInterrupted) ||
 		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
@@ -254,11 +245,6 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		err = checked.err()
 	}
 	return err
-}
-
-// newLogger returns a logger of warnings.
-func newLogger(stderr io.Writer) *slog.Logger {
-	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }
 
 // outcome is what came of a run.
