@@ -95,12 +95,10 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	return run.results, stats, err
 }
 
-// arrival returns when a request arrives, after the start.
+// arrival returns when a request arrives, after the start. It is one that has been admitted.
 func (e *Engine) arrival(r *Request) time.Duration {
-	if e.config.Speed == 0 {
-		return 0
-	}
-	return time.Duration(float64(r.Arrival) / e.config.Speed)
+	at, _ := r.ArrivalAt(e.config.Speed)
+	return at
 }
 
 // admit checks requests and returns how many blocks a rank's KV cache has.
@@ -116,6 +114,9 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 		if r.Adapter < 0 || r.Adapter > adapters {
 			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the %d that the model has",
 				r.ID, r.Adapter, adapters)
+		}
+		if _, err := r.ArrivalAt(e.config.Speed); err != nil {
+			return 0, fmt.Errorf("engine: Speed is %v: %w", e.config.Speed, err)
 		}
 		for p, t := range r.Prompt {
 			if t < 0 || t >= vocab {

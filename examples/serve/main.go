@@ -368,6 +368,9 @@ func (o *options) readRequests() ([]engine.Request, error) {
 	requests := trace.Requests(rows, o.maxContext)
 	for i := range requests {
 		requests[i].Adapter = i % (o.loras + 1)
+		if _, err := requests[i].ArrivalAt(o.speed); err != nil {
+			return nil, fmt.Errorf("-speed is %v: %w", o.speed, err)
+		}
 	}
 	return requests, nil
 }

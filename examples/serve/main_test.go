@@ -177,6 +177,15 @@ func TestBadTrace(t *testing.T) {
 	}
 }
 
+// TestSlowReplay: arrivals that a run can't wait for are refused, and don't come immediately.
+func TestSlowReplay(t *testing.T) {
+	exit, out, errs := runServe(t, "-dp", "1", "-requests", "3", "-speed", "1e-15", "-json")
+	if want := "serve: -speed is 1e-15: request 1 would arrive after 1.88e+14 s, want at most 9.22e+09 s\n"; exit != 1 ||
+		out != "" || errs != want {
+		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, out, errs, want)
+	}
+}
+
 // TestDifferences: wrong answers are printed and don't count as agreeing.
 func TestDifferences(t *testing.T) {
 	weights, err := model.NewWeights(model.DefaultConfig())

@@ -132,7 +132,22 @@ func serveRank(
 	requests []engine.Request,
 	stderr io.Writer,
 ) (out outcome, err error) {
-	out = outcome{requests: requests, results: make([]engine.Result, len(requests))}
+	// The file comes first: ranks that have joined wait for each other.
+	file := &resultsFile{earlier: map[int]engine.Result{}}
+	if o.results != "" {
+		if file, err = openResults(o.results, requests); err != nil {
+			return outcome{requests: requests}, err
+		}
+		defer func() { err = errors.Join(err, file.close()) }()
+		config.Finished = file.add
+	}
+	out = outcome{requests: requests, resumed: len(file.earlier), results: make([]engine.Result, len(requests))}
+	results := file.earlier
+	defer func() {
+		for i, r := range requests {
+			out.results[i] = results[r.ID]
+		}
+	}()
 	groups, err := joinGroups(ctx, o)
 	if err != nil {
 		return out, err
@@ -140,26 +155,12 @@ func serveRank(
 	defer groups.close()
 	config.Process = &groups.process
 	config.ExchangeTimeout, config.StopGrace = o.exchangeTimeout, stopGrace
-	// No other process has this rank now, so the file is this one's alone.
-	file := &resultsFile{earlier: map[int]engine.Result{}}
-	if o.results != "" {
-		if file, err = openResults(o.results, requests); err != nil {
-			return out, err
-		}
-		defer func() { err = errors.Join(err, file.close()) }()
-		config.Finished = file.add
-	}
-	results := file.earlier
-	out.resumed = len(results)
 	rest := slices.DeleteFunc(slices.Clone(requests),
 		func(r engine.Request) bool { return results[r.ID].Finished })
 	served, stats, err := runEngine(ctx, config, weights, rest, stderr)
 	out.stats = stats
 	for _, r := range served {
 		results[r.ID] = r
-	}
-	for i, r := range requests {
-		out.results[i] = results[r.ID]
 	}
 	return out, err
 }
