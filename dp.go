@@ -890,7 +890,7 @@ type localGroup struct {
 	agreement *Agreement // of the latest complete round, for all who were in it; nil: not computed yet
 	ubatches  int        // the number of microbatches that it is on
 
-	steps []*stepSpan // of the step trace, which are open, oldest first
+	steps []*stepSpan // the latest of the step trace
 
 	timer *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
 	armed time.Duration // when it fires; 0: it does not
