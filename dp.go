@@ -844,9 +844,9 @@ func lastUBatchEmpty(tokens, padded, n int) bool {
 //
 // A Coordinator may have two more methods, which the ones of this project have. Missing() []int
 // returns the ranks whose votes its open Exchange still waits for, or nil if none is open; it answers
-// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns whose vote
-// came last in its latest Exchange, or -1, which lets spans, metrics and records say who was waited
-// for.
+// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns the rank whose
+// vote came last in the latest Exchange that has ended, or -1 if that did not get all votes; it lets
+// spans, metrics and records say who was waited for.
 type Coordinator interface {
 	// Rank returns this rank, from 0. It never changes.
 	Rank() int
@@ -947,7 +947,8 @@ func (c *localRank) Missing() (ranks []int) {
 	return ranks
 }
 
-// Last returns whose vote came last in the latest Exchange, or -1.
+// Last returns the rank whose vote came last in the latest Exchange that has ended, or -1 if that did not
+// have all votes, or if there was none yet.
 func (c *localRank) Last() int {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()
