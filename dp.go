@@ -851,9 +851,9 @@ func lastUBatchEmpty(tokens, padded, n int) bool {
 //
 // A Coordinator may have two more methods, which the ones of this project have. Missing() []int
 // returns the ranks whose votes its open Exchange still waits for, or nil if none is open; it answers
-// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns whose vote
-// came last in its latest Exchange, or -1, which lets spans, metrics and records say who was waited
-// for.
+// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns the rank whose
+// vote came last in the latest Exchange that has ended, or -1 if that did not get all votes; it lets
+// spans, metrics and records say who was waited for.
 type Coordinator interface {
 	// Rank returns this rank, from 0. It never changes.
 	Rank() int
@@ -897,7 +897,7 @@ type localGroup struct {
 	agreement *Agreement // of the latest complete round, for all who were in it; nil: not computed yet
 	ubatches  int        // the number of microbatches that it is on
 
-	steps []*stepSpan // of the step trace, which are open, oldest first
+	steps []*stepSpan // the latest of the step trace
 
 	timer *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
 	armed time.Duration // when it fires; 0: it does not
@@ -954,7 +954,8 @@ func (c *localRank) Missing() (ranks []int) {
 	return ranks
 }
 
-// Last returns whose vote came last in the latest Exchange, or -1.
+// Last returns the rank whose vote came last in the latest Exchange that has ended, or -1 if that did not
+// have all votes, or if there was none yet.
 func (c *localRank) Last() int {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()

@@ -1342,6 +1342,7 @@ func (e *exchange) resolve() {
 	var a *Agreement
 	switch {
 	case err == nil:
+		e.noteLast()
 		a, err = e.agree(votes)
 		if a != nil {
 			step = max(step, a.Step) // later than voted if this rank came late to a broken step
@@ -1361,6 +1362,18 @@ func brokenStep(err error, step uint64) uint64 {
 		return e.Step
 	}
 	return step
+}
+
+// noteLast notes whose vote came last, if the coordinator knows and somebody wants to.
+func (e *exchange) noteLast() {
+	if e.span == nil {
+		return
+	}
+	if c, ok := e.runner.coordinator.(interface{ Last() int }); ok {
+		if last := c.Last(); 0 <= last && last < e.runner.parallel.DataParallelSize {
+			e.lastRank = last
+		}
+	}
 }
 
 // ask returns the votes of all ranks, from wherever the exchange was begun.
@@ -1423,9 +1436,6 @@ func (e *exchange) finish(step uint64, a *Agreement, err error) {
 		ended.mono = r.local.endedAt(e.began.mono)
 	}
 	e.wait = max(e.began.until(ended), 0)
-	if c, ok := r.coordinator.(interface{ Last() int }); ok {
-		e.lastRank = c.Last()
-	}
 	r.state.closeExchange(e, step)
 	e.over.Store(true)
 	e.span.end(e)

@@ -1177,9 +1177,8 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 // stepSpan is the span of a step while it is open, which rank 0's Runner has opened. It ends when each rank
 // that is in this process has run its pass of the step, or will not run it.
 type stepSpan struct {
-	runner *Runner
-	group  *localGroup // in which the other ranks of this process find it; nil: there are none
-	span   timedSpan
+	telemetry *telemetry
+	span      timedSpan
 
 	mu      sync.Mutex
 	waiting int       // ranks that are not done yet
@@ -1187,7 +1186,7 @@ type stepSpan struct {
 	ended   bool
 }
 
-// maxOpenSteps bounds the open steps of a group, and those of a Runner of which it has not run its pass.
+// maxOpenSteps bounds the steps of a group that are open, and those of a Runner whose passes have not begun.
 const maxOpenSteps = 16
 
 // startStep starts the span of a step. All ranks of a group in this process belong to it.
@@ -1199,7 +1198,7 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (co
 			options = append(options, trace.WithLinks(trace.Link{SpanContext: caller}))
 		}
 	}
-	s := &stepSpan{runner: r, waiting: 1}
+	s := &stepSpan{telemetry: t, waiting: 1}
 	ctx, s.span = t.start(ctx, "fwd.step", r.timeOf(began), true, options...)
 	if s.span.IsRecording() {
 		attrs := slices.Clone(t.common)
@@ -1209,8 +1208,8 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (co
 		s.span.SetAttributes(t.parallel.appendAttributes(attrs)...)
 	}
 	if r.local != nil && r.parallel.coordinated() && s.span.SpanContext().IsValid() {
-		s.waiting, s.group = r.parallel.DataParallelSize, r.local.group
-		s.group.addStep(s)
+		s.waiting = r.parallel.DataParallelSize
+		r.local.group.addStep(s)
 	}
 	return ctx, s
 }
@@ -1305,7 +1304,7 @@ func (s *stepSpan) giveUp() {
 	until := s.until
 	s.mu.Unlock()
 	if until.IsZero() {
-		until = s.runner.telemetry.now()
+		until = s.telemetry.now()
 	}
 	s.end(until, nil, "")
 }
@@ -1318,21 +1317,18 @@ func (s *stepSpan) end(ended time.Time, err error, word string) {
 		return
 	}
 	s.ended = true
-	if s.group != nil {
-		s.group.removeStep(s)
-	}
 	s.span.finish(ended, err, word)
 	s.span.End(s.span.options...)
 }
 
-// addStep lets the ranks of the group find a step. If too many are open, as after ranks have been started
-// anew, the oldest ends.
+// addStep lets the ranks of the group find a step. One that is still open many steps later, since a rank
+// was started anew, ends.
 func (g *localGroup) addStep(s *stepSpan) {
 	g.mu.Lock()
-	g.steps = append(g.steps, s)
 	var oldest *stepSpan
-	if len(g.steps) > maxOpenSteps {
+	if g.steps = append(g.steps, s); len(g.steps) > maxOpenSteps {
 		oldest = g.steps[0]
+		g.steps = slices.Delete(g.steps, 0, 1)
 	}
 	g.mu.Unlock()
 	if oldest != nil {
@@ -1340,7 +1336,7 @@ func (g *localGroup) addStep(s *stepSpan) {
 	}
 }
 
-// stepOf returns the open step with that span, or nil.
+// stepOf returns the step with that span, or nil if that is not one of the latest.
 func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -1351,12 +1347,6 @@ func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
 		}
 	}
 	return nil
-}
-
-func (g *localGroup) removeStep(s *stepSpan) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.steps = slices.DeleteFunc(g.steps, func(other *stepSpan) bool { return other == s })
 }
 
 // joinStep notes that the Runner will run a pass of a step.

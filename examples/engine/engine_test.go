@@ -407,7 +407,7 @@ func TestSpans(t *testing.T) {
 	served := map[trace.SpanID]sdktrace.ReadOnlySpan{}
 	steps := map[trace.TraceID]int{}
 	for _, s := range recorder.Ended() {
-		switch s.Name() {
+		switch kindOf(s) {
 		case "request":
 			served[s.SpanContext().SpanID()] = s
 		case "fwd.forward":
@@ -426,7 +426,7 @@ func TestSpans(t *testing.T) {
 	}
 	linked := map[trace.SpanID]int{}
 	for _, s := range recorder.Ended() {
-		if s.Name() != "fwd.forward" {
+		if kindOf(s) != "fwd.forward" {
 			continue
 		}
 		for _, l := range s.Links() {
