@@ -246,10 +246,11 @@ func TestTelemetrySample(t *testing.T) {
 	}
 }
 
-// TestTelemetryMuch: with many spans at once, nothing is lost.
+// TestTelemetryMuch: with more spans than fit into a queue of the usual size, nothing is lost.
 func TestTelemetryMuch(t *testing.T) {
 	c, endpoint := startCollector(t)
-	exit, _, errs := runServe(t, "-requests", "100", "-dp", "16", "-spec", "4", "-ubatches", "2", "-otlp", endpoint)
+	exit, _, errs := runServe(t, "-requests", "30", "-max-context", "60", "-dp", "16", "-spec", "4",
+		"-ubatches", "2", "-otlp", endpoint)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if exit != 0 || len(c.spans) < 10_000 {
