@@ -32,6 +32,10 @@ func collectOwn(t *testing.T, reader metric.Reader) (values map[string]int64, ex
 		}
 		for _, m := range scope.Metrics {
 			switch data := m.Data.(type) {
+			case metricdata.Gauge[int64]:
+				for _, p := range data.DataPoints {
+					values[m.Name] += p.Value
+				}
 			case metricdata.Sum[int64]:
 				for _, p := range data.DataPoints {
 					values[m.Name] += p.Value
@@ -93,7 +97,8 @@ func TestOwnMetrics(t *testing.T) {
 	}
 	want := map[string]int64{
 		"gen_ai.server.time_to_first_token": 24, "gen_ai.server.time_per_output_token": 24,
-		"gen_ai.server.request.duration": 24,
+		"gen_ai.server.request.duration": 24, "serve.kv_cache_blocks": 200, "serve.kv_cache_blocks_used": 0,
+		"serve.num_requests_running": 0, "serve.num_requests_waiting": 0,
 	}
 	for _, r := range requests {
 		want["serve.prompt_tokens"] += 2 * int64(len(r.Prompt))
