@@ -77,6 +77,7 @@ type options struct {
 	speed      float64
 	check      bool
 	json       bool
+	progress   bool
 	otlp       string
 
 	rankOptions
@@ -143,6 +144,8 @@ func (o *options) defineUBatches(flags *flag.FlagSet) {
 func (o *options) defineOutput(flags *flag.FlagSet) {
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
+	flags.BoolVar(&o.progress, "progress", false,
+		"with -json: print how far the run has come, too, as lines of JSON\nbefore the figures")
 }
 
 func (o *options) defineTelemetry(flags *flag.FlagSet) {
@@ -238,6 +241,9 @@ func (o *options) validate(rest []string) error {
 			bad("-otlp is %q, want host:port", o.otlp)
 		}
 	}
+	if o.progress && !o.json {
+		bad("-progress is true: it needs -json")
+	}
 	o.rankOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
 }
@@ -250,7 +256,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 	if err != nil {
 		return 2
 	}
-	if err := serve(ctx, o, stdout, stderr); errors.Is(err, errCheck) {
+	if err := serve(ctx, o, stdout, o.screen(stdout, stderr)); errors.Is(err, errCheck) {
 		return 1
 	} else if err != nil {
 		fmt.Fprintf(stderr, "serve: %v\n", err)
@@ -259,7 +265,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 	return 0
 }
 
-func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
+// screen returns the screen for messages, with the progress that was asked for.
+func (o *options) screen(stdout, stderr io.Writer) *screen {
+	s := newScreen(stderr)
+	if o.progress {
+		s.lines = stdout
+	}
+	return s
+}
+
+func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) error {
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
@@ -357,15 +372,15 @@ func runEngine(
 	config engine.Config,
 	weights *model.Weights,
 	requests []engine.Request,
-	stderr io.Writer,
+	stderr *screen,
 ) ([]engine.Result, engine.Stats, error) {
 	e, err := engine.New(model.New(weights), config)
 	if err != nil {
 		return nil, engine.Stats{}, err
 	}
-	bar := startBar(stderr, "serving", len(requests), func() (int, string) {
+	bar := startBar(stderr, func() progress {
 		finished, tokens := e.Progress()
-		return finished, fmt.Sprintf("%d tokens", tokens)
+		return progress{"serving", finished, len(requests), tokens}
 	})
 	defer bar.stop()
 	return e.Run(ctx, requests)
@@ -417,11 +432,11 @@ func check(
 	w *model.Weights,
 	requests []engine.Request,
 	results []engine.Result,
-	stderr io.Writer,
+	stderr *screen,
 ) checkReport {
 	const maxDifferences = 10
 	var done counter
-	bar := startBar(stderr, "checking", len(requests), func() (int, string) { return done.get(), "" })
+	bar := startBar(stderr, func() progress { return progress{"checking", done.get(), len(requests), 0} })
 	errs := engine.Check(ctx, w, requests, results, done.add)
 	bar.stop()
 	c := checkReport{Requests: len(requests)}

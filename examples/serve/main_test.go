@@ -206,7 +206,7 @@ func TestDifferences(t *testing.T) {
 	}
 	var errs bytes.Buffer
 	if got, want := check(t.Context(), weights, requests, results,
-		&errs), (checkReport{Requests: 14, Agreed: 2}); got != want {
+		newScreen(&errs)), (checkReport{Requests: 14, Agreed: 2}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	if out := errs.String(); strings.Count(out, "\n") != 11 ||
@@ -330,12 +330,5 @@ func TestTelemetryAbsent(t *testing.T) {
 				t.Errorf("took %v", took)
 			}
 		})
-	}
-}
-
-func TestLine(t *testing.T) {
-	const want = "serving  [###############...............] 5/10 requests, 7 tokens"
-	if got := line("serving", 5, 10, "7 tokens"); got != want {
-		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"net/url"
 	"regexp"
 	"slices"
@@ -130,7 +129,7 @@ func serveRank(
 	config engine.Config,
 	weights *model.Weights,
 	requests []engine.Request,
-	stderr io.Writer,
+	stderr *screen,
 ) (out outcome, err error) {
 	// The file comes first: ranks that have joined wait for each other.
 	file := &resultsFile{earlier: map[int]engine.Result{}}
