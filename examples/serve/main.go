@@ -24,7 +24,8 @@
 // first, ends it immediately.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, or if -check
-// found a difference or was interrupted, and with 2 for bad flags.
+// found a difference or was itself interrupted, and with 2 for bad flags. After an interrupt -check
+// compares what is finished.
 package main
 
 import (
@@ -331,6 +332,9 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 			return err
 		}
 	}
+	if interrupted {
+		ctx = context.WithoutCancel(ctx) // what is finished is compared; the next signal kills
+	}
 	checked := check(ctx, weights, out.requests, out.results, stderr)
 	report.Check = &checked
 	if o.json {
@@ -439,18 +443,23 @@ func check(
 	bar := startBar(stderr, func() progress { return progress{"checking", done.get(), len(requests), 0} })
 	errs := engine.Check(ctx, w, requests, results, done.add)
 	bar.stop()
-	c := checkReport{Requests: len(requests)}
+	c := checkReport{}
 	if ctx.Err() != nil {
 		fmt.Fprintln(stderr, "serve: check: interrupted before all requests were compared")
 	}
 	different := 0
 	for i, err := range errs {
+		if !results[i].Finished {
+			c.Unfinished++
+			continue
+		}
+		c.Requests++
 		switch {
 		case err != nil && ctx.Err() == nil:
 			if different++; different <= maxDifferences {
 				fmt.Fprintf(stderr, "serve: %v\n", err)
 			}
-		case err == nil && results[i].Finished:
+		case err == nil:
 			c.Agreed++
 		}
 	}

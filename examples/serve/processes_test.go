@@ -128,7 +128,7 @@ func TestProcesses(t *testing.T) {
 			t.Parallel()
 			r := start(t, strings.Fields("-processes -json -check -requests 43 -max-context 150 "+flags)...).report()
 			if r.Requests != 43 || r.Finished != 43 || r.Interrupted || r.FailedSteps != 0 || r.Check == nil ||
-				*r.Check != (checkReport{43, 43}) {
+				*r.Check != (checkReport{Requests: 43, Agreed: 43}) {
 				t.Errorf("%+v, check %+v", r, r.Check)
 			}
 			passes, modes := 0, 0
@@ -195,7 +195,7 @@ func TestProcessesInterrupted(t *testing.T) {
 	}
 	again := start(t, append(args, "-check", "-speed", "0")...).report()
 	if again.Interrupted || again.Finished != 400 || again.Resumed != r.Finished ||
-		*again.Check != (checkReport{400, 400}) {
+		*again.Check != (checkReport{Requests: 400, Agreed: 400}) {
 		t.Errorf("%+v, check %+v, want %d resumed", again, again.Check, r.Finished)
 	}
 	if again.GeneratedTokens == 0 ||
@@ -206,6 +206,24 @@ func TestProcessesInterrupted(t *testing.T) {
 	if exit := p.wait(); exit != 1 || strings.Count(p.stderr.String(), "\n") != 1 ||
 		!strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
 		t.Errorf("files of another run: exit %d, stderr %q", exit, &p.stderr)
+	}
+}
+
+// TestProcessesInterruptedCheck: what all ranks have finished by then is compared. Two signals shortly
+// after each other are one.
+func TestProcessesInterruptedCheck(t *testing.T) {
+	results := filepath.Join(t.TempDir(), "results")
+	p := start(t, "-processes", "-dp", "2", "-check", "-results", results, "-speed", "2")
+	eventually(t, "results of both ranks", func() bool {
+		return hasResults(results+".0", 3)() && hasResults(results+".1", 3)()
+	})
+	p.signal(syscall.SIGTERM)
+	p.signal(syscall.SIGINT)
+	exit := p.wait()
+	written := strings.Count(readText(t, results+".0")+readText(t, results+".1"), "\n")
+	want := fmt.Sprintf("\ncheck: %d of %d finished requests agree with the reference\n", written, written)
+	if exit != 0 || p.stderr.Len() > 0 || !strings.HasSuffix(p.stdout.String(), want) {
+		t.Errorf("exit %d, stderr %q, stdout %s: want %q at the end", exit, &p.stderr, &p.stdout, want)
 	}
 }
 
@@ -332,7 +350,7 @@ func TestProcessesRejoin(t *testing.T) {
 	for rank, p := range ranks {
 		r := p.report()
 		own := len(share(make([]engine.Request, 400), rank, 3))
-		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{own, own}) || len(r.Waiting) != 1 ||
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) || len(r.Waiting) != 1 ||
 			r.Waiting[0].Rank != rank {
 			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
 		}
