@@ -12,7 +12,8 @@
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
-// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be
+// All ranks have the same flags but -rank, -results and the credentials; ranks that serve something
+// else than the others, or by other graphs, are refused at the start. A rank that dies can be
 // started again by the same command: the others wait for it, and it serves what its results file
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
 // groups are GROUP-target and, with -spec, GROUP-draft.
@@ -33,6 +34,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"log/slog"
 	"math"
@@ -279,7 +281,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
-	requests, err := o.readRequests()
+	requests, fingerprint, err := o.readRequests()
 	if err != nil {
 		return err
 	}
@@ -312,6 +314,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 
 	var out outcome
 	if o.nats != "" {
+		config.Process = &engine.Process{Same: o.same(fingerprint)}
 		out, err = serveRank(ctx, &o, config, weights, share(requests, o.rank, o.dp), stderr)
 	} else {
 		out.requests = requests
@@ -320,7 +323,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	interrupted := errors.Is(err, engine.ErrInterrupted) ||
 		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
-		return out.explain(err)
+		return out.explain(explainRanks(err))
 	}
 	report := newReport(&out, interrupted)
 	if !o.check {
@@ -393,12 +396,15 @@ func runEngine(
 // errCheck ends the program with 1. What there is to say has been said by then.
 var errCheck = errors.New("not all requests agree with the reference")
 
-// readRequests returns the requests of the run, with their adapters.
-func (o *options) readRequests() ([]engine.Request, error) {
+// readRequests returns the requests of the run, with their adapters, and a fingerprint of the trace.
+func (o *options) readRequests() (_ []engine.Request, fingerprint string, err error) {
 	rows, err := readTrace(o.trace)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
+	h := fnv.New64a()
+	fmt.Fprint(h, rows)
+	fingerprint = fmt.Sprintf("one of %d rows with the fingerprint %016x", len(rows), h.Sum64())
 	if o.requests > 0 {
 		rows = rows[:min(o.requests, len(rows))]
 	}
@@ -406,10 +412,10 @@ func (o *options) readRequests() ([]engine.Request, error) {
 	for i := range requests {
 		requests[i].Adapter = i % (o.loras + 1)
 		if _, err := requests[i].ArrivalAt(o.speed); err != nil {
-			return nil, fmt.Errorf("-speed is %v: %w", o.speed, err)
+			return nil, "", fmt.Errorf("-speed is %v: %w", o.speed, err)
 		}
 	}
-	return requests, nil
+	return requests, fingerprint, nil
 }
 
 func readTrace(path string) ([]trace.Row, error) {

@@ -374,8 +374,9 @@ func TestProcessesTelemetry(t *testing.T) {
 		c.names["fwd.forward.duration"] == 0 {
 		t.Errorf("%v after %d steps of 3 ranks", c.names, r.Steps)
 	}
-	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
-	if got, want := c.names["fwd.coordinate"], 3*(passes+2); got != want {
+	// Each pass has an exchange, those of the warm-up too. One more begins the warm-up, by which the ranks
+	// see that all have the same flags, one ends it and one ends the run.
+	if got, want := c.names["fwd.coordinate"], 3*(passes+3); got != want {
 		t.Errorf("%d exchanges of 3 ranks with %d passes each, want %d", got, passes, want)
 	}
 	// The warm-ups of the ranks are traces of their own, as the requests and the last exchange are.
