@@ -88,7 +88,14 @@ func (c ParallelConfig) coordinated() bool { return c.DataParallelSize > 1 && !c
 
 // roundUp returns n rounded up to TokenMultiple; ok is false if that is more than any count. The defaults
 // must be filled in.
-func (c ParallelConfig) roundUp(n int) (rounded int, ok bool) {
+func (c *ParallelConfig) roundUp(n int) (rounded int, ok bool) {
+	if c.TokenMultiple == 1 { // usually
+		return n, true
+	}
+	return c.roundUpTo(n)
+}
+
+func (c *ParallelConfig) roundUpTo(n int) (rounded int, ok bool) {
 	rest := n % c.TokenMultiple
 	switch {
 	case rest == 0:
@@ -100,7 +107,7 @@ func (c ParallelConfig) roundUp(n int) (rounded int, ok bool) {
 }
 
 // tooMany adds a problem if so many tokens can't be rounded up.
-func (c ParallelConfig) tooMany(p *problems, n int, whose string) {
+func (c *ParallelConfig) tooMany(p *problems, n int, whose string) {
 	if _, ok := c.roundUp(n); !ok {
 		p.addf("%d tokens of %s rounded up to a multiple of %d are more than %d",
 			n, whose, c.TokenMultiple, maxCount)
@@ -844,9 +851,9 @@ func lastUBatchEmpty(tokens, padded, n int) bool {
 //
 // A Coordinator may have two more methods, which the ones of this project have. Missing() []int
 // returns the ranks whose votes its open Exchange still waits for, or nil if none is open; it answers
-// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns whose vote
-// came last in its latest Exchange, or -1, which lets spans, metrics and records say who was waited
-// for.
+// at any time, from any goroutine, and lets [Runner.Status] name them. Last() int returns the rank whose
+// vote came last in the latest Exchange that has ended, or -1 if that did not get all votes; it lets
+// spans, metrics and records say who was waited for.
 type Coordinator interface {
 	// Rank returns this rank, from 0. It never changes.
 	Rank() int
@@ -890,7 +897,7 @@ type localGroup struct {
 	agreement *Agreement // of the latest complete round, for all who were in it; nil: not computed yet
 	ubatches  int        // the number of microbatches that it is on
 
-	steps map[spanKey]*stepSpan // open steps of the step trace, for the other ranks
+	steps []*stepSpan // the latest of the step trace
 
 	timer *time.Timer   // for the deadlines of begun exchanges; nil: never needed yet
 	armed time.Duration // when it fires; 0: it does not
@@ -947,7 +954,8 @@ func (c *localRank) Missing() (ranks []int) {
 	return ranks
 }
 
-// Last returns whose vote came last in the latest Exchange, or -1.
+// Last returns the rank whose vote came last in the latest Exchange that has ended, or -1 if that did not
+// have all votes, or if there was none yet.
 func (c *localRank) Last() int {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()
@@ -976,9 +984,9 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 }
 
 // begin is the first half of an Exchange whose second half, await, may come whenever it likes: the
-// round also ends with ctx, and after timeout if that is above 0, with that cause. No goroutine is
+// round also ends with ctx, and at the deadline if that is not 0, with that cause. No goroutine is
 // started. The vote must be valid.
-func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, cause error) {
+func (c *localRank) begin(ctx context.Context, v *Vote, deadline time.Duration, cause error) {
 	g := c.group
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -988,9 +996,9 @@ func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, c
 		return
 	}
 	c.begun.waits = true
-	if timeout > 0 {
-		c.begun.deadline = now() + timeout
-		g.arm(c.begun.deadline)
+	if deadline != 0 {
+		c.begun.deadline = deadline
+		g.arm(deadline)
 	}
 	if ctx.Done() != nil {
 		round := c.round
@@ -1005,17 +1013,15 @@ func (c *localRank) open() bool {
 	return c.here
 }
 
-// await is the second half of a begun Exchange.
+// await is the second half of a begun Exchange. It reads what begin has written on this rank's behalf,
+// and what has been written before the rank was woken.
 func (c *localRank) await() ([]Vote, error) {
-	c.group.mu.Lock()
 	b := &c.begun
-	over, votes := b.over, c.votes
-	c.group.mu.Unlock()
-	if over {
+	if b.over {
 		if b.err != nil {
 			return nil, b.err
 		}
-		return votes, nil
+		return c.votes, nil
 	}
 	err := <-c.wake // who has sent it has set expired before
 	if b.stop != nil {
@@ -1023,7 +1029,7 @@ func (c *localRank) await() ([]Vote, error) {
 	}
 	switch {
 	case err == nil:
-		return votes, nil
+		return c.votes, nil
 	case b.expired:
 		err.Err = fmt.Errorf("%w: %w", err.Err, b.cause)
 	default:

@@ -429,7 +429,7 @@ type state struct {
 	step uint64    // of the last exchange
 	open *exchange // nil: none
 
-	steps []*stepSpan // of which passes may still run, with the step trace
+	planned []*plan // with the step trace: whose passes have not begun
 
 	activity activity
 }
@@ -753,6 +753,7 @@ func (p *Pass) check() error {
 type plan struct {
 	runner   *Runner
 	byHand   bool // only the exchange is the Runner's
+	stepDone bool // the Runner is done in the step; guarded by its state's mutex
 	used     atomic.Bool
 	wait     time.Duration // of the exchange
 	lastRank int           // whose vote came last; -1: not known
@@ -1273,7 +1274,7 @@ func (e *exchange) begin() {
 	r := e.runner
 	if e.local {
 		vote := e.draft.vote // a copy, since a late rank votes for another step
-		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		r.local.begin(e.askCtx(), &vote, e.deadline(), r.timeoutCause)
 		e.joined.Store(true)
 		return
 	}
@@ -1288,6 +1289,18 @@ func (e *exchange) begin() {
 		e.resolve()
 		e.panicked = nil
 	}()
+}
+
+// deadline returns when a local exchange that has just been opened runs out of time; 0: never.
+func (e *exchange) deadline() time.Duration {
+	switch r := e.runner; {
+	case r.timeout <= 0:
+		return 0
+	case r.clock != nil:
+		return now() + r.timeout
+	default:
+		return e.began.mono + r.timeout // the clock need not be read a second time
+	}
 }
 
 // waiting reports whether votes are still missing.
@@ -1329,6 +1342,7 @@ func (e *exchange) resolve() {
 	var a *Agreement
 	switch {
 	case err == nil:
+		e.noteLast()
 		a, err = e.agree(votes)
 		if a != nil {
 			step = max(step, a.Step) // later than voted if this rank came late to a broken step
@@ -1336,10 +1350,30 @@ func (e *exchange) resolve() {
 	case errors.Is(err, ErrInvalid):
 		step-- // refused before anything was sent
 	}
-	if rankErr := (*RankError)(nil); err != nil && errors.As(err, &rankErr) && rankErr != nil {
-		step = rankErr.Step
+	if err != nil {
+		step = brokenStep(err, step)
 	}
 	e.finish(step, a, err)
+}
+
+// brokenStep returns the step that an exchange's error names, or else step.
+func brokenStep(err error, step uint64) uint64 {
+	if e := (*RankError)(nil); errors.As(err, &e) && e != nil {
+		return e.Step
+	}
+	return step
+}
+
+// noteLast notes whose vote came last, if the coordinator knows and somebody wants to.
+func (e *exchange) noteLast() {
+	if e.span == nil {
+		return
+	}
+	if c, ok := e.runner.coordinator.(interface{ Last() int }); ok {
+		if last := c.Last(); 0 <= last && last < e.runner.parallel.DataParallelSize {
+			e.lastRank = last
+		}
+	}
 }
 
 // ask returns the votes of all ranks, from wherever the exchange was begun.
@@ -1402,9 +1436,6 @@ func (e *exchange) finish(step uint64, a *Agreement, err error) {
 		ended.mono = r.local.endedAt(e.began.mono)
 	}
 	e.wait = max(e.began.until(ended), 0)
-	if c, ok := r.coordinator.(interface{ Last() int }); ok {
-		e.lastRank = c.Last()
-	}
 	r.state.closeExchange(e, step)
 	e.over.Store(true)
 	e.span.end(e)

@@ -711,6 +711,14 @@ func (i instant) onClock() instant {
 	return instant{clock: processStart.Add(i.mono)}
 }
 
+// now returns the time on the Runner's clock, for spans.
+func (t *telemetry) now() time.Time {
+	if t.clock != nil {
+		return t.clock()
+	}
+	return time.Now()
+}
+
 // timeOf returns the time of day.
 func (r *Runner) timeOf(i instant) time.Time {
 	if r.clock != nil {
@@ -728,7 +736,7 @@ type traced struct {
 	span      timedSpan
 	bucket    int64
 	record    Record
-	step      *stepSpan    // nil: the pass is in no step of this process
+	plan      *plan        // of a pass in a step whose span is in this process; else nil
 	waited    atomic.Int64 // ns
 	waits     atomic.Int64 // spans of them
 }
@@ -763,8 +771,12 @@ func (x *traced) start(ctx context.Context, t *telemetry, r *Runner, p *Pass, l 
 		return ctx
 	}
 	if p.plan != nil && p.plan.step != nil {
-		x.step = p.plan.step
-		x.step.begin(p.plan)
+		x.plan = p.plan
+		now := began
+		if !timed {
+			now = time.Now()
+		}
+		r.state.beginStep(p.plan, now)
 	}
 	parent, links := t.stepParent(ctx, p.stepContext())
 	if len(p.Links) > 0 {
@@ -886,6 +898,15 @@ func (a *Agreement) appendAttributes(attrs []attribute.KeyValue) []attribute.Key
 	return attrs
 }
 
+// appendIdle adds that all ranks are idle. Whoever keeps spans need not look at the whole step to see that
+// nobody ran in it.
+func (a *Agreement) appendIdle(attrs []attribute.KeyValue) []attribute.KeyValue {
+	if a.Idle {
+		attrs = append(attrs, keyIdleRanks.Int(len(a.Votes)))
+	}
+	return attrs
+}
+
 // appendRanks adds how many ranks are idle, and the first few that lowered the mode.
 func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue {
 	idle := 0
@@ -988,8 +1009,8 @@ func (x *traced) captureRefused(ctx context.Context, err error) {
 
 // observe tells the observers and the log how a pass ended.
 func (x *traced) observe(run *run) {
-	if x.step != nil { // its span ends after that of the pass
-		x.step.passEnded(run.runner.timeOf(run.runner.now()))
+	if x.plan != nil { // the step's span ends after that of the pass
+		run.runner.state.endStep(x.plan, x.telemetry.now())
 	}
 	x.tell(&run.passContext)
 }
@@ -1035,8 +1056,8 @@ func (t *telemetry) report(
 	}
 	x.end(recordable(ctx), ended, duration, err)
 	x.span.End(x.span.options...)
-	if x.step != nil {
-		x.step.passEnded(ended)
+	if x.plan != nil {
+		r.state.endStep(x.plan, ended)
 	}
 	x.tell(ctx)
 }
@@ -1101,7 +1122,7 @@ func (s *coordinateSpan) end(e *exchange) {
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
 		s.endSpan(e, word)
-		e.joinStep(e.runner.timeOf(e.runner.now()), word)
+		e.joinStep(s.span.began.Add(e.wait), word)
 	}
 	if s.listeners&listenMetrics != 0 {
 		ctx := recordable(s.ctx)
@@ -1119,14 +1140,14 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	t := s.telemetry
 	if s.span.Span == nil {
 		var step trace.SpanContext
-		switch {
-		case e.agreement != nil:
+		began := e.runner.timeOf(e.began)
+		if e.agreement != nil {
 			step = e.agreement.SpanContext
-		case e.step != nil:
-			step = e.step.span.SpanContext()
+		}
+		if e.step != nil { // this rank has opened it, at that time
+			step, began = e.step.span.SpanContext(), e.step.span.began
 		}
 		ctx, links := t.stepParent(s.caller, step) // without a step: the caller's
-		began := e.runner.timeOf(e.began)
 		s.ctx, s.span = t.start(ctx, "fwd.coordinate", began, true, clientKind, trace.WithLinks(links...))
 	}
 	defer func() { s.span.End(s.span.options...) }()
@@ -1138,6 +1159,7 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	attrs = t.parallel.appendAttributes(attrs)
 	if e.agreement != nil {
 		attrs = e.agreement.appendAttributes(attrs)
+		attrs = e.agreement.appendIdle(attrs)
 	}
 	if e.lastRank >= 0 {
 		attrs = append(attrs, keyLastRank.Int(e.lastRank))
@@ -1152,31 +1174,22 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	s.span.SetAttributes(attrs...)
 }
 
-// stepSpan is the span of a step while it is open, on rank 0. It ends with the last pass of those ranks
-// that are in this process.
+// stepSpan is the span of a step while it is open, which rank 0's Runner has opened. It ends when each rank
+// that is in this process has run its pass of the step, or will not run it.
 type stepSpan struct {
-	runner *Runner
-	group  *localGroup // in which the other ranks of this process find it; nil: there are none
-	span   timedSpan
+	telemetry *telemetry
+	span      timedSpan
 
 	mu      sync.Mutex
-	waiting int // ranks that are not done yet
-	running int // passes
+	waiting int       // ranks that are not done yet
+	until   time.Time // when the last of the others was done; zero: none is
 	ended   bool
 }
 
-// spanKey identifies a span.
-type spanKey struct {
-	trace trace.TraceID
-	span  trace.SpanID
-}
+// maxOpenSteps bounds the steps of a group that are open, and those of a Runner whose passes have not begun.
+const maxOpenSteps = 16
 
-func (s *stepSpan) key() spanKey {
-	c := s.span.SpanContext()
-	return spanKey{c.TraceID(), c.SpanID()}
-}
-
-// startStep starts the span of a step. Of a group in this process all ranks' passes belong to it.
+// startStep starts the span of a step. All ranks of a group in this process belong to it.
 func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (context.Context, *stepSpan) {
 	var options []trace.SpanStartOption
 	if t.stepRoot {
@@ -1185,118 +1198,115 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (co
 			options = append(options, trace.WithLinks(trace.Link{SpanContext: caller}))
 		}
 	}
-	s := &stepSpan{runner: r, waiting: 1}
+	s := &stepSpan{telemetry: t, waiting: 1}
 	ctx, s.span = t.start(ctx, "fwd.step", r.timeOf(began), true, options...)
+	if s.span.IsRecording() {
+		attrs := slices.Clone(t.common)
+		if t.name != "" {
+			attrs = append(attrs, keyName.String(t.name))
+		}
+		s.span.SetAttributes(t.parallel.appendAttributes(attrs)...)
+	}
 	if r.local != nil && r.parallel.coordinated() && s.span.SpanContext().IsValid() {
-		s.waiting, s.group = r.parallel.DataParallelSize, r.local.group
-		s.group.addStep(s)
+		s.waiting = r.parallel.DataParallelSize
+		r.local.group.addStep(s)
 	}
 	return ctx, s
 }
 
-// startAlone starts the step of a rank that nobody depends on, if there is a step trace.
-func (r *Runner) startAlone(ctx context.Context, p *plan) {
+// stepAlone makes a planned pass of a rank that nobody depends on a step of its own, if there is a step
+// trace. A pass that is planned inside another one, as a draft model's, belongs to that one.
+func (r *Runner) stepAlone(ctx context.Context, p *Pass, mode GraphMode, began instant) {
 	t := r.telemetry
-	if t != nil && t.stepTrace && t.listening(ctx)&listenSpans != 0 {
-		_, p.step = t.startStep(ctx, r, r.now())
+	if t == nil || !t.stepTrace || t.listening(ctx)&listenSpans == 0 || lookup(ctx) != nil {
+		return
 	}
+	_, p.plan.step = t.startStep(ctx, r, began)
+	p.plan.step.show(mode.String(), 0, p.Phase == phaseWarmUp)
+	r.state.joinStep(p.plan, t.now())
 }
 
-// planned shows the mode of a planned pass of a rank that nobody depends on.
-func (p *plan) planned(mode GraphMode) {
-	if p.step != nil {
-		p.step.show("fwd.step "+mode.String(), 0, mode)
-		p.runner.state.addStep(p.step)
-	}
-}
-
-// joinStep finds the step that the passes of an exchange belong to, and shows what was agreed on its
-// span. If nobody runs a pass, this rank is done.
+// joinStep finds the step that the passes of an exchange belong to, and shows on its span what came out.
 func (e *exchange) joinStep(ended time.Time, word string) {
-	s, a, r := e.step, e.agreement, e.runner
+	a, r, vote := e.agreement, e.runner, &e.draft.vote
+	opened := e.step != nil
 	switch {
-	case s != nil && a == nil:
-		s.end(ended, e.err, word)
-	case s != nil && a.Idle:
-		s.show("fwd.step IDLE", e.stepNumber(), GraphNone)
-		r.state.addStep(s)
-	case s != nil:
-		s.show("fwd.step "+a.GraphMode.String(), e.stepNumber(), a.GraphMode)
-		r.state.addStep(s)
-	case a != nil && r.local != nil:
+	case a == nil && opened:
+		e.step.show("", e.stepNumber(), vote.WarmUp)
+		e.step.end(ended, e.err, word)
+		return
+	case a == nil:
+		return
+	case !opened && r.local != nil:
 		e.step = r.local.group.stepOf(a.SpanContext)
 	}
-	if a != nil && a.Idle && e.step != nil {
+	if e.step == nil {
+		return
+	}
+	nobody := a.Idle || vote.WarmUp && vote.NumTokens == 0 // the latter ends the warm-up
+	if opened {
+		mode := a.GraphMode.String()
+		if nobody {
+			mode = stepIdle
+		}
+		e.step.show(mode, e.stepNumber(), vote.WarmUp)
+		e.step.span.SetAttributes(a.appendIdle(nil)...)
+	}
+	if nobody {
 		e.step.rankDone(ended)
+	} else {
+		r.state.joinStep(&e.plan, ended)
 	}
 }
 
-// addStep lets the ranks of the group find a step.
-func (g *localGroup) addStep(s *stepSpan) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.steps == nil {
-		g.steps = make(map[spanKey]*stepSpan)
-	}
-	g.steps[s.key()] = s
-}
+// stepIdle stands in the place of the mode if nobody runs a pass.
+const stepIdle = "IDLE"
 
-// stepOf returns the open step with that span, or nil.
-func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	return g.steps[spanKey{c.TraceID(), c.SpanID()}]
-}
-
-func (g *localGroup) removeStep(s *stepSpan) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	delete(g.steps, s.key())
-}
-
-// show names the span by what was agreed.
-func (s *stepSpan) show(name string, step uint64, mode GraphMode) {
+// show names the span by the mode, if the ranks have agreed, and adds what is known of the step. A rank
+// that is alone does not number its steps.
+func (s *stepSpan) show(mode string, step uint64, warmUp bool) {
 	if !s.span.IsRecording() {
 		return
 	}
-	t := s.runner.telemetry
-	s.span.SetName(name)
-	attrs := append(slices.Clone(t.common), keyGraphMode.String(mode.String()))
-	if t.name != "" {
-		attrs = append(attrs, keyName.String(t.name))
+	var attrs []attribute.KeyValue
+	if mode != "" {
+		s.span.SetName("fwd.step " + mode)
+	}
+	if mode != "" && mode != stepIdle {
+		attrs = append(attrs, keyGraphMode.String(mode))
 	}
 	if step > 0 {
 		attrs = append(attrs, keyStep.Int64(int64(step)))
 	}
-	s.span.SetAttributes(t.parallel.appendAttributes(attrs)...)
-}
-
-// begin notes that a pass of the step begins. If it is rank 0's, earlier steps of which no pass runs end:
-// theirs are never run.
-func (s *stepSpan) begin(p *plan) {
-	s.mu.Lock()
-	s.running++
-	s.mu.Unlock()
-	p.runner.state.endStepsBefore(s)
-}
-
-// passEnded notes that a pass of the step has ended.
-func (s *stepSpan) passEnded(ended time.Time) {
-	s.mu.Lock()
-	s.running--
-	s.mu.Unlock()
-	s.rankDone(ended)
+	if warmUp {
+		attrs = append(attrs, keyPhase.String(phaseWarmUp))
+	}
+	s.span.SetAttributes(attrs...)
 }
 
 // rankDone notes that a rank has nothing more to do in the step, and ends the span with the last.
 func (s *stepSpan) rankDone(ended time.Time) {
 	s.mu.Lock()
 	s.waiting--
-	last := s.waiting == 0
+	if ended.After(s.until) {
+		s.until = ended
+	}
+	last, until := s.waiting == 0, s.until
 	s.mu.Unlock()
 	if last {
-		s.end(ended, nil, "")
+		s.end(until, nil, "")
 	}
+}
+
+// giveUp ends the span although ranks may not be done, when the last of the others was.
+func (s *stepSpan) giveUp() {
+	s.mu.Lock()
+	until := s.until
+	s.mu.Unlock()
+	if until.IsZero() {
+		until = s.telemetry.now()
+	}
+	s.end(until, nil, "")
 }
 
 // end ends the span, unless it has ended.
@@ -1307,54 +1317,76 @@ func (s *stepSpan) end(ended time.Time, err error, word string) {
 		return
 	}
 	s.ended = true
-	if s.group != nil {
-		s.group.removeStep(s)
-	}
 	s.span.finish(ended, err, word)
 	s.span.End(s.span.options...)
 }
 
-// maxOpenSteps bounds the steps of a Runner whose passes nobody runs.
-const maxOpenSteps = 64
-
-// addStep notes a step of which passes will run.
-func (s *state) addStep(step *stepSpan) {
-	s.mu.Lock()
-	s.steps = append(slices.DeleteFunc(s.steps, (*stepSpan).over), step)
+// addStep lets the ranks of the group find a step. One that is still open many steps later, since a rank
+// was started anew, ends.
+func (g *localGroup) addStep(s *stepSpan) {
+	g.mu.Lock()
 	var oldest *stepSpan
-	if len(s.steps) > maxOpenSteps {
-		oldest = s.steps[0]
-		s.steps = s.steps[1:]
+	if g.steps = append(g.steps, s); len(g.steps) > maxOpenSteps {
+		oldest = g.steps[0]
+		g.steps = slices.Delete(g.steps, 0, 1)
+	}
+	g.mu.Unlock()
+	if oldest != nil {
+		oldest.giveUp()
+	}
+}
+
+// stepOf returns the step with that span, or nil if that is not one of the latest.
+func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, s := range g.steps {
+		own := s.span.SpanContext()
+		if own.SpanID() == c.SpanID() && own.TraceID() == c.TraceID() {
+			return s
+		}
+	}
+	return nil
+}
+
+// joinStep notes that the Runner will run a pass of a step.
+func (s *state) joinStep(p *plan, now time.Time) {
+	s.mu.Lock()
+	var oldest *plan
+	if s.planned = append(s.planned, p); len(s.planned) > maxOpenSteps {
+		oldest = s.planned[0]
+		s.planned = slices.Delete(s.planned, 0, 1)
 	}
 	s.mu.Unlock()
 	if oldest != nil {
-		oldest.end(oldest.runner.timeOf(oldest.runner.now()), nil, "")
+		s.endStep(oldest, now)
 	}
 }
 
-// endStepsBefore ends those steps before the given one of which no pass runs.
-func (s *state) endStepsBefore(step *stepSpan) {
+// beginStep notes that the Runner runs its pass of a step. Earlier ones that it has not begun are taken
+// for passes that it will never run.
+func (s *state) beginStep(p *plan, now time.Time) {
 	s.mu.Lock()
-	var unused []*stepSpan
-	if i := slices.Index(s.steps, step); i > 0 {
-		unused = slices.DeleteFunc(slices.Clone(s.steps[:i]), (*stepSpan).busy)
+	var never []*plan
+	if i := slices.Index(s.planned, p); i >= 0 {
+		never = slices.Clone(s.planned[:i])
+		s.planned = slices.Delete(s.planned, 0, i+1)
 	}
 	s.mu.Unlock()
-	for _, step := range unused {
-		step.end(step.runner.timeOf(step.runner.now()), nil, "")
+	for _, earlier := range never {
+		s.endStep(earlier, now)
 	}
 }
 
-func (s *stepSpan) over() bool {
+// endStep notes that the Runner is done in a step, once.
+func (s *state) endStep(p *plan, now time.Time) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.ended
-}
-
-func (s *stepSpan) busy() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.running > 0
+	done := p.stepDone
+	p.stepDone = true
+	s.mu.Unlock()
+	if !done {
+		p.step.rankDone(now)
+	}
 }
 
 // stepNumber returns the step of an exchange that is over: the group's, if that is known.
@@ -1405,10 +1437,8 @@ func Waited(ctx context.Context, rank int, began time.Time) {
 	if x == nil {
 		return
 	}
-	t, now := x.telemetry, time.Now()
-	if t.clock != nil {
-		now = t.clock()
-	}
+	t := x.telemetry
+	now := t.now()
 	d := max(now.Sub(began), 0)
 	x.waited.Add(int64(d))
 	if x.metrics {

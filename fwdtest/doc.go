@@ -47,6 +47,10 @@
 //   - MissingRanks: a coordinator may have a method Missing() []int. It returns exactly the ranks
 //     whose votes the open exchange waits for, and nil if none is open. It answers at any time,
 //     from any goroutine. These checks are skipped if there is no such method.
+//   - Last: a coordinator may have a method Last() int. It returns the rank whose vote came last in
+//     the latest exchange of its rank that has ended, also if the ranks were out of step in it, and
+//     -1 if that exchange was broken or if there was none yet. It answers at any time, from any
+//     goroutine. These checks are skipped if there is no such method.
 //   - Context: a context that has ended before its exchange begins breaks the round; if its rank is
 //     the last to come, the round may also be complete. One that ends after its exchange has
 //     returned disturbs nobody.

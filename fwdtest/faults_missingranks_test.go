@@ -85,7 +85,7 @@ var missingRanksFaults = []fault{
 				}
 				return votes, err
 			}
-			group[i] = broken{c, e, func(c fwd.Coordinator) []int {
+			group[i] = broken{Coordinator: c, exchange: e, missing: func(c fwd.Coordinator) []int {
 				mu.Lock()
 				defer mu.Unlock()
 				return slices.DeleteFunc(missing(c), func(rank int) bool { return were[rank] })
@@ -100,7 +100,7 @@ var missingRanksFaults = []fault{
 				defer mu.Unlock()
 				return c.Exchange(ctx, v)
 			}
-			group[i] = broken{c, e, func(c fwd.Coordinator) []int {
+			group[i] = broken{Coordinator: c, exchange: e, missing: func(c fwd.Coordinator) []int {
 				mu.Lock()
 				defer mu.Unlock()
 				return missing(c)

@@ -29,8 +29,8 @@ type fault struct {
 }
 
 // faults are all of them.
-var faults = slices.Concat(exchangeFaults, lockstepFaults, missingFaults, missingRanksFaults, contextFaults,
-	refusedFaults, loadFaults, leftFaults)
+var faults = slices.Concat(exchangeFaults, lockstepFaults, missingFaults, missingRanksFaults, lastFaults,
+	contextFaults, refusedFaults, loadFaults, leftFaults)
 
 // breakGroup replaces the coordinators of a new group.
 type breakGroup func(group []fwd.Coordinator)
@@ -38,12 +38,13 @@ type breakGroup func(group []fwd.Coordinator)
 // exchange is another Exchange for the coordinator c.
 type exchange func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error)
 
-// broken is a coordinator of the in-process group with another Exchange or another Missing; nil: as
-// it was.
+// broken is a coordinator of the in-process group with another Exchange, Missing or Last; nil: as it
+// was.
 type broken struct {
 	fwd.Coordinator
 	exchange exchange
 	missing  func(c fwd.Coordinator) []int
+	last     func(c fwd.Coordinator) int
 }
 
 // Exchange implements [fwd.Coordinator].
@@ -61,6 +62,16 @@ func (b broken) Missing() []int {
 	}
 	return b.missing(b.Coordinator)
 }
+
+// Last names the rank whose vote came last.
+func (b broken) Last() int {
+	if b.last == nil {
+		return last(b.Coordinator)
+	}
+	return b.last(b.Coordinator)
+}
+
+func last(c fwd.Coordinator) int { return c.(interface{ Last() int }).Last() }
 
 func missing(c fwd.Coordinator) []int { return c.(interface{ Missing() []int }).Missing() }
 
@@ -175,7 +186,7 @@ var liberties = []struct {
 			return votes, err
 		}
 	}), []string{"Exchange/VotesStay", "Load/BackToBack", "Load/Chaos", "Plans/Begin"}},
-	{"has no Missing", func(group []fwd.Coordinator) {
+	{"has neither Missing nor Last", func(group []fwd.Coordinator) {
 		for i, c := range group {
 			group[i] = struct{ fwd.Coordinator }{c}
 		}
@@ -275,12 +286,14 @@ func TestLiberties(t *testing.T) {
 	}
 }
 
-// TestNoMissing checks that a coordinator without a method Missing is not checked for one.
-func TestNoMissing(t *testing.T) {
-	output, err := runSubject(t, "has no Missing", "/MissingRanks")
-	skipped := strings.Count(output, "--- SKIP: TestSubject/MissingRanks/")
-	if err != nil || skipped != 4 {
-		t.Errorf("%v, %d checks skipped, want 4:\n%s", err, skipped, output)
+// TestNeitherMissingNorLast checks that a coordinator without these methods is not checked for them.
+func TestNeitherMissingNorLast(t *testing.T) {
+	for _, part := range []string{"MissingRanks", "Last"} {
+		output, err := runSubject(t, "has neither Missing nor Last", "/"+part)
+		skipped := strings.Count(output, "--- SKIP: TestSubject/"+part+"/")
+		if err != nil || skipped != 4 {
+			t.Errorf("%v, %d checks of %s skipped, want 4:\n%s", err, skipped, part, output)
+		}
 	}
 }
 

@@ -86,6 +86,12 @@ var parts = []part{
 		{"AfterBrokenSteps", suite.missingAfterBrokenSteps},
 		{"AnyTime", suite.missingAnyTime},
 	}},
+	{name: "Last", checks: []check{
+		{"None", suite.lastNone},
+		{"InOrder", suite.lastInOrder},
+		{"AfterBrokenSteps", suite.lastAfterBrokenSteps},
+		{"AnyTime", suite.lastAnyTime},
+	}},
 	{name: "Context", checks: []check{
 		{"EndedBefore", suite.endedBefore},
 		{"EndedBeforeTheLastCame", suite.endedBeforeTheLastCame},

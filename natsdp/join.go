@@ -268,6 +268,7 @@ func (m *member) die(err error) {
 	}
 	m.dead = err
 	if m.waiting {
+		m.lastRank = -1
 		m.release(outcome{err: err})
 	}
 	m.signal()

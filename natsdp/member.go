@@ -63,6 +63,8 @@ type member struct {
 	voted bool   // ever
 	last  uint64 // its step in the open round, otherwise the group's in the last round that it was in
 
+	lastRank int // whose vote came last here in the last round that it was in; -1: not all came, or no round
+
 	// late says that rounds have ended without this rank since it was there. Its vote goes to the step
 	// that is open now if it is for lateFrom or a later step.
 	late     bool
@@ -96,6 +98,7 @@ type gathering struct {
 	votes []fwd.Vote
 	here  []bool
 	count int
+	last  int // the rank whose vote came last
 }
 
 func newGathering(size int) gathering {
@@ -103,7 +106,7 @@ func newGathering(size int) gathering {
 }
 
 func (g *gathering) add(rank int, v fwd.Vote) {
-	g.votes[rank], g.here[rank] = v, true
+	g.votes[rank], g.here[rank], g.last = v, true, rank
 	g.count++
 }
 
@@ -139,6 +142,7 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		changed: make(chan struct{}, 1),
 
 		contested: size == 1, // no other rank could tell
+		lastRank:  -1,
 	}
 }
 
@@ -279,6 +283,13 @@ func (m *member) missingVotes() (ranks []int) {
 	return ranks
 }
 
+// lastVote returns whose vote came last in the latest exchange that has ended, see lastRank.
+func (m *member) lastVote() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.lastRank
+}
+
 // again sends this rank's vote again, if it waits.
 func (m *member) again() {
 	m.mu.Lock()
@@ -305,7 +316,7 @@ func (m *member) endIfFull() {
 	if rankErr := (*fwd.RankError)(nil); errors.As(err, &rankErr) {
 		votes, step = nil, rankErr.Step
 	}
-	m.answer = m.sent
+	m.answer, m.lastRank = m.sent, m.open.last
 	m.endRound(m.round+1, step)
 	m.complete, m.last = true, step
 	m.release(outcome{votes, err})
@@ -358,7 +369,7 @@ func (m *member) fail(msg *message) {
 	answer.rank, answer.epoch = m.rank, m.epoch
 	m.answer = answer.encode()
 	m.endRound(msg.round, msg.step)
-	m.complete, m.last = false, msg.step
+	m.complete, m.last, m.lastRank = false, msg.step, -1
 	m.release(outcome{err: &fwd.RankError{
 		Err:   fmt.Errorf("%w: rank %d stopped waiting", fwd.ErrRankMissing, msg.by),
 		Step:  msg.step,

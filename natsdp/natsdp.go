@@ -468,6 +468,12 @@ func (c *Coordinator) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, err
 // none is open. It may be called at any time, from any goroutine, and does not wait.
 func (c *Coordinator) Missing() []int { return c.member.missingVotes() }
 
+// Last returns the rank whose vote was the last to come to this rank in its latest Exchange that
+// has ended, which may be its own. It returns -1 if that Exchange did not get all votes, or if
+// there was none yet. Votes that come to the ranks in different orders may be the last on one rank
+// and not on another. Last may be called at any time, from any goroutine, and does not wait.
+func (c *Coordinator) Last() int { return c.member.lastVote() }
+
 // Stats are counts since Join. The first four count messages that told this rank nothing about its
 // round.
 type Stats struct {

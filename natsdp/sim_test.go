@@ -754,3 +754,36 @@ func TestLateByMoreThanItHeardOf(t *testing.T) {
 		succeed(t, group[0].begin(t.Context(), 4), group[1].begin(t.Context(), 1))
 	})
 }
+
+// Each rank names the vote that came last to it. A vote that got lost comes last to those that have lost
+// it, and not to its own rank. A rank that is out for good names none.
+func TestLastOfALostVote(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(3, 1)
+		group := b.joinAll(t)
+		lose := func(loss float64) {
+			time.Sleep(time.Millisecond) // the votes so far have come
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			b.loss = loss
+		}
+		first := group[0].begin(t.Context(), 1)
+		lose(1)
+		lost := group[1].begin(t.Context(), 1)
+		lose(0)
+		succeed(t, first, lost, group[2].begin(t.Context(), 1))
+		want := []int{1, 2, 1}
+		for rank, s := range group {
+			if got := s.lastVote(); got != want[rank] {
+				t.Errorf("rank %d names %d as the last, want %d", rank, got, want[rank])
+			}
+		}
+		waits := group[0].begin(t.Context(), 2)
+		time.Sleep(time.Millisecond)
+		group[0].lose(ErrClosed)
+		if err := <-waits; !errors.Is(err, ErrClosed) || group[0].lastVote() != -1 {
+			t.Errorf("%v, rank %d came last; want ErrClosed and -1", err, group[0].lastVote())
+		}
+	})
+}

@@ -27,8 +27,6 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd/examples/model"
-	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/trace"
 )
 
 // Engine serves requests. Make one with [New].
@@ -39,6 +37,7 @@ type Engine struct {
 
 	running             atomic.Bool
 	finished, generated atomic.Int64
+	latest              atomic.Pointer[run]
 }
 
 // New returns an engine that serves m. Its error names every value of cfg that is not valid.
@@ -83,6 +82,10 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	run, err := e.newRun(requests)
 	if err != nil {
 		return nil, Stats{}, err
+	}
+	e.latest.Store(run)
+	if started := e.config.Started; started != nil {
+		started(e)
 	}
 	err = run.supervise(ctx)
 	stats := run.end()
@@ -129,13 +132,4 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 		numBlocks = max(numBlocks, need)
 	}
 	return numBlocks, nil
-}
-
-// tracer returns the tracer of the spans that are the engine's own.
-func (e *Engine) tracer() trace.Tracer {
-	provider := e.config.TracerProvider
-	if provider == nil {
-		provider = otel.GetTracerProvider()
-	}
-	return provider.Tracer(scopeName)
 }

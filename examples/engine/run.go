@@ -45,6 +45,10 @@ func (e *Engine) newRun(requests []Request) (*run, error) {
 func (r *run) supervise(ctx context.Context) error {
 	steps, fail := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer fail(nil)
+	if err := r.meter(); err != nil {
+		return err
+	}
+	defer r.unmeter()
 	defer r.limit(ctx, fail)()
 	var serving sync.WaitGroup
 	for _, rank := range r.ranks {
@@ -87,10 +91,35 @@ func (r *run) limit(ctx context.Context, fail context.CancelCauseFunc) (stop fun
 	}
 }
 
+// meter lets the metrics show this run.
+func (r *run) meter() (err error) {
+	for _, rank := range r.ranks {
+		_, meters := r.engine.config.providers(rank.rank)
+		if rank.meters, err = newMeters(meters, rank.rank, &rank.load); err != nil {
+			r.unmeter()
+			return fmt.Errorf("rank %d: metrics: %w", rank.rank, err)
+		}
+	}
+	return nil
+}
+
+// unmeter ends that.
+func (r *run) unmeter() {
+	for _, rank := range r.ranks {
+		if rank.meters != nil {
+			_ = rank.meters.close() // nothing depends on it
+		}
+	}
+}
+
 // end returns the figures of a run that is over.
 func (r *run) end() Stats {
+	now := time.Now()
 	for _, s := range r.sequences {
-		s.endSpan()
+		s.endSpan(now)
+	}
+	for _, rank := range r.ranks {
+		rank.load.note(rank.scheduler, now)
 	}
 	return collect(r.ranks, len(r.results))
 }
@@ -111,7 +140,10 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 				drafts:  cfg.NumSpeculativeTokens,
 			},
 			figures: newFigures(),
+			load:    load{allBlocks: int64(numBlocks)},
 		}
+		tracers, _ := cfg.providers(r.rank)
+		r.tracer = tracers.Tracer(scopeName)
 		for i := d; i < len(sequences); i += count {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
 		}

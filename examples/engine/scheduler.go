@@ -50,9 +50,10 @@ type sequence struct {
 	request    *Request
 	result     *Result
 	blockTable []int
-	computed   int   // tokens whose keys and values are in the cache
-	drafts     []int // guesses at the tokens after the known ones, not verified yet
-	span       trace.Span
+	computed   int        // tokens whose keys and values are in the cache
+	drafts     []int      // guesses at the tokens after the known ones, not verified yet
+	span       trace.Span // nil: it is not scheduled yet, or has ended
+	passes     int
 	arrived    time.Time
 	scheduled  time.Time // first
 	firstToken time.Time
@@ -133,6 +134,17 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 		take(seq)
 	}
 	return batch
+}
+
+// arrived is the number of sequences that wait since they have arrived.
+func (s *scheduler) arrived(now time.Time) int {
+	n, _ := slices.BinarySearchFunc(s.waiting, now, func(seq *sequence, now time.Time) int {
+		if seq.arrived.After(now) {
+			return 1
+		}
+		return -1
+	})
+	return n
 }
 
 // unfinished is the number of sequences that are waiting or running.

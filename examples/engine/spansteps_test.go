@@ -12,22 +12,24 @@ import (
 
 // checkSteps checks what the ranks of a step have agreed on, and that a step is one trace.
 func (v *spanView) checkSteps() {
+	for _, root := range v.ofKind("fwd.step") {
+		v.checkRoot(root)
+	}
 	if v.dp == 1 {
-		if n := len(v.named("fwd.coordinate")); n > 0 {
-			v.Errorf("%d exchanges of a rank that is alone", n)
-		}
+		v.checkAlone()
 		return
 	}
 	last := 0
 	traces := map[trace.TraceID]int{}
 	for at, s := range v.steps("") {
-		root := s.coordinate[0]
 		if at.nth > 0 || slices.Contains(s.coordinate, nil) {
 			v.Errorf("step %v lacks an exchange of some rank, or has one twice", at)
 			continue
 		}
-		if root.Parent().IsValid() {
-			v.Errorf("step %v: rank 0's exchange is under another span", at)
+		root := v.spans[s.coordinate[0].Parent().SpanID()]
+		if root == nil || root.kind() != "fwd.step" || root.Parent().IsValid() {
+			v.Errorf("step %v: rank 0's exchange is not in a step that has no parent", at)
+			continue
 		}
 		if other, ok := traces[root.SpanContext().TraceID()]; ok {
 			v.Errorf("steps %v and %d are one trace", at, other)
@@ -45,6 +47,53 @@ func (v *spanView) checkSteps() {
 	v.checkDrafts(len(traces) - last)
 }
 
+// checkRoot checks that a step is named by what its passes run and lasts as long as they do.
+func (v *spanView) checkRoot(root *span) {
+	name := "fwd.step IDLE"
+	for _, s := range v.all {
+		if !s.isChildOf(root) {
+			continue
+		}
+		if s.EndTime().After(root.EndTime()) || s.kind() == "fwd.forward" && s.StartTime().Before(root.StartTime()) {
+			v.Errorf("%s is not within %s", s.Name(), root.Name())
+		}
+		switch {
+		case s.kind() != "fwd.forward":
+		case s.has("fwd.ubatches"): // which runs without the graph that the ranks agreed on
+			name = root.Name()
+		default:
+			name = "fwd.step " + s.text("fwd.graph.mode")
+		}
+	}
+	if root.Name() != name {
+		v.Errorf("a step is named %q, want %q", root.Name(), name)
+	}
+}
+
+// checkAlone checks the steps of a rank that is alone: each has one pass, and the passes of the draft are in
+// that.
+func (v *spanView) checkAlone() {
+	if n := len(v.ofKind("fwd.coordinate")); n > 0 {
+		v.Errorf("%d exchanges of a rank that is alone", n)
+	}
+	steps := 0
+	for _, pass := range v.ofKind("fwd.forward") {
+		parent := v.spans[pass.Parent().SpanID()]
+		want := "fwd.step"
+		if pass.text("fwd.name") == "draft" && !pass.warmUp {
+			want = "fwd.forward"
+		}
+		if parent == nil || parent.kind() != want {
+			v.Errorf("%s is not in a span %s", pass.Name(), want)
+		} else if want == "fwd.step" {
+			steps++
+		}
+	}
+	if n := len(v.ofKind("fwd.step")); n != steps {
+		v.Errorf("%d steps for %d passes", n, steps)
+	}
+}
+
 // checkDrafts checks the passes of the draft model in so many steps. They are in the pass of their
 // rank.
 func (v *spanView) checkDrafts(steps int) {
@@ -55,7 +104,7 @@ func (v *spanView) checkDrafts(steps int) {
 		}
 		for rank, pass := range s.forward {
 			parent := v.spans[pass.Parent().SpanID()]
-			if parent == nil || parent.Name() != "fwd.forward" || parent.text("fwd.name") != "" ||
+			if parent == nil || parent.kind() != "fwd.forward" || parent.text("fwd.name") != "" ||
 				!pass.isChildOf(parent) || parent.int("fwd.dp.rank") != rank || parent.int("fwd.step") != at.step {
 				v.Errorf("draft pass %v of rank %d is not under the pass of its target", at, rank)
 			}
@@ -167,7 +216,7 @@ func (v *spanView) checkRanks(s *step, span *span, agreed agreed, bad func(forma
 
 // checkExchange checks the exchange of a step, and how its spans hang together.
 func (v *spanView) checkExchange(at place, s *step) {
-	agreed := v.agree(s)
+	agreed, root := v.agree(s), v.spans[s.coordinate[0].Parent().SpanID()]
 	for rank, exchange := range s.coordinate {
 		bad := func(format string, args ...any) {
 			v.Helper()
@@ -175,8 +224,8 @@ func (v *spanView) checkExchange(at place, s *step) {
 		}
 		v.checkRanks(s, exchange, agreed, bad)
 		pass := s.forward[rank]
-		if !pass.isChildOf(s.coordinate[0]) || (rank > 0 && !exchange.isChildOf(s.coordinate[0])) {
-			bad("the spans are not under rank 0's exchange")
+		if !pass.isChildOf(root) || !exchange.isChildOf(root) {
+			bad("the spans are not under the step's")
 		}
 		if exchange.EndTime().After(pass.StartTime()) {
 			bad("the pass started before the ranks had agreed")
@@ -217,9 +266,9 @@ func (v *spanView) agreedUBatches(s *step, largest, fewest int) int {
 // checkMicrobatches: the microbatches of a pass are its tokens, each once.
 func (v *spanView) checkMicrobatches() {
 	parts := map[trace.SpanID][]*span{}
-	for _, u := range v.named("fwd.ubatch") {
+	for _, u := range v.ofKind("fwd.ubatch") {
 		pass := v.spans[u.Parent().SpanID()]
-		if pass == nil || pass.Name() != "fwd.forward" || !u.isChildOf(pass) ||
+		if pass == nil || pass.kind() != "fwd.forward" || !u.isChildOf(pass) ||
 			u.StartTime().Before(pass.StartTime()) || u.EndTime().After(pass.EndTime()) {
 			v.Errorf("a microbatch with %v is not in a pass", u.Attributes())
 			continue
@@ -227,7 +276,7 @@ func (v *spanView) checkMicrobatches() {
 		parts[pass.id()] = append(parts[pass.id()], u)
 	}
 	split, overlapping := 0, 0
-	for _, pass := range v.named("fwd.forward") {
+	for _, pass := range v.ofKind("fwd.forward") {
 		split += min(len(parts[pass.id()]), 1)
 		if overlap(parts[pass.id()]) {
 			overlapping++
@@ -271,7 +320,7 @@ func overlap(parts []*span) bool {
 func (v *spanView) checkFigures(stats *Stats) {
 	got := Stats{Passes: map[fwd.Reason]int{}, Modes: map[fwd.GraphMode]int{}}
 	warmUps := map[attribute.Distinct]int{}
-	for _, s := range v.named("fwd.forward") {
+	for _, s := range v.ofKind("fwd.forward") {
 		b, _ := v.blueprint(s)
 		var mode fwd.GraphMode
 		if err := mode.UnmarshalText([]byte(s.text("fwd.graph.mode"))); err != nil {
@@ -318,8 +367,8 @@ func (v *spanView) checkFigures(stats *Stats) {
 		!equalCounts(got.Passes, stats.Passes) {
 		v.Errorf("the spans say %+v, the figures %+v", got, *stats)
 	}
-	if passes := len(v.named("fwd.forward")); passes == 0 || len(v.named("request")) != stats.Requests {
-		v.Errorf("%d passes, %d request spans for %d requests", passes, len(v.named("request")), stats.Requests)
+	if passes := len(v.ofKind("fwd.forward")); passes == 0 || len(v.ofKind("request")) != stats.Requests {
+		v.Errorf("%d passes, %d request spans for %d requests", passes, len(v.ofKind("request")), stats.Requests)
 	}
 }
 

@@ -4,6 +4,7 @@ package engine
 
 import (
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/forwardctx/fwd"
@@ -12,6 +13,13 @@ import (
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
 	"go.opentelemetry.io/otel/trace"
 )
+
+// kindOf returns the word of a span's name that says what it covers, as fwd.forward. What follows in the
+// names of fwd's spans is of each span.
+func kindOf(s sdktrace.ReadOnlySpan) string {
+	kind, _, _ := strings.Cut(s.Name(), " ")
+	return kind
+}
 
 // span is a recorded span, easy to ask. What it does not have is zero.
 type span struct {
@@ -37,6 +45,7 @@ func (s *span) bool(key attribute.Key) bool {
 	value, _ := s.set.Value(key)
 	return value.AsBool()
 }
+func (s *span) kind() string     { return kindOf(s.ReadOnlySpan) }
 func (s *span) id() trace.SpanID { return s.SpanContext().SpanID() }
 
 // isChildOf reports whether parent is the span's parent, in one trace.
@@ -77,8 +86,9 @@ func (v *spanView) read(recorded []sdktrace.ReadOnlySpan) {
 	}
 }
 
-func (v *spanView) named(name string) []*span {
-	return slices.DeleteFunc(slices.Clone(v.all), func(s *span) bool { return s.Name() != name })
+// ofKind returns the spans of that kind.
+func (v *spanView) ofKind(kind string) []*span {
+	return slices.DeleteFunc(slices.Clone(v.all), func(s *span) bool { return s.kind() != kind })
 }
 
 // blueprint returns the model that a pass is of, and its uniform decode query length.
@@ -102,7 +112,7 @@ func (v *spanView) captureSize(tokens, queryLen int) int {
 
 // checkPasses checks each pass for itself.
 func (v *spanView) checkPasses() {
-	for _, s := range v.named("fwd.forward") {
+	for _, s := range v.ofKind("fwd.forward") {
 		if s.warmUp {
 			if !s.bool("fwd.dummy") || s.text("fwd.phase") != warmUpPhase || s.text("fwd.graph.mode") == "NONE" ||
 				s.has("fwd.step") != (v.dp > 1) {
@@ -178,7 +188,7 @@ func (v *spanView) checkReason(s *span, queryLen int, bad func(format string, ar
 // served returns the ids of the requests that a pass is linked to.
 func (v *spanView) served(s *span) (ids []int) {
 	for _, l := range s.Links() {
-		if request := v.spans[l.SpanContext.SpanID()]; request != nil && request.Name() == "request" {
+		if request := v.spans[l.SpanContext.SpanID()]; request != nil && request.kind() == "request" {
 			ids = append(ids, request.int("engine.request.id"))
 		}
 	}
@@ -222,9 +232,9 @@ func (v *spanView) steps(name string) map[place]*step {
 	for _, s := range v.all {
 		switch {
 		case s.warmUp:
-		case s.Name() == "fwd.forward" && s.text("fwd.name") == name:
+		case s.kind() == "fwd.forward" && s.text("fwd.name") == name:
 			v.add(steps, s, func(s *step) []*span { return s.forward })
-		case s.Name() == "fwd.coordinate" && name == "":
+		case s.kind() == "fwd.coordinate" && name == "":
 			v.add(steps, s, func(s *step) []*span { return s.coordinate })
 		}
 	}

@@ -93,7 +93,7 @@ func checkTelemetryOf(t *testing.T, cfg Config, adapters int, requests []Request
 // checkSeen makes sure that the run had what there is to check.
 func (v *spanView) checkSeen() {
 	seen := map[string]bool{}
-	for _, s := range v.named("fwd.forward") {
+	for _, s := range v.ofKind("fwd.forward") {
 		if s.int("fwd.ubatches") > 0 {
 			seen["a split pass"] = true
 		}
@@ -143,7 +143,7 @@ func inPass(t *testing.T, rank int) fwd.Middleware {
 			if i, n, ok := fwd.UBatch(ctx); ok {
 				t.Errorf("a pass begins in microbatch %d of %d", i, n)
 			}
-			if s.Name() != "fwd.forward" || fc.NumTokens != s.int("fwd.num_tokens") ||
+			if s.kind() != "fwd.forward" || fc.NumTokens != s.int("fwd.num_tokens") ||
 				fc.NumTokensUnpadded != s.int("fwd.num_tokens_unpadded") ||
 				fc.GraphMode.String() != s.text("fwd.graph.mode") || fc.Dummy != s.bool("fwd.dummy") ||
 				len(fc.UBatches) != s.int("fwd.ubatches") ||
@@ -175,10 +175,10 @@ func (v *spanView) checkMetrics(got *metricdata.ResourceMetrics, stats *Stats) {
 		"fwd.graph.events{capture}": float64(stats.Captures),
 		"fwd.graph.events{replay}":  float64(stats.Replays),
 	}
-	if n := len(v.named("fwd.coordinate")); n > 0 {
+	if n := len(v.ofKind("fwd.coordinate")); n > 0 {
 		want["fwd.coordinate.duration"] = float64(n)
 	}
-	for _, s := range v.named("fwd.forward") {
+	for _, s := range v.ofKind("fwd.forward") {
 		mode := s.text("fwd.graph.mode")
 		if mode == "NONE" {
 			want["fwd.graph.events{eager}"]++

@@ -75,7 +75,7 @@ func TestTelemetryLockstep(t *testing.T) {
 			}
 			failed := slices.ContainsFunc(recorder.Ended(), func(r sdktrace.ReadOnlySpan) bool {
 				s := newSpan(r)
-				return s.Name() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error &&
+				return s.kind() == "fwd.coordinate" && s.int("fwd.dp.rank") == rank && s.Status().Code == codes.Error &&
 					s.text("error.type") == "lockstep"
 			})
 			if !failed {

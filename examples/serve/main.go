@@ -36,9 +36,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
-	"log/slog"
 	"math"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
@@ -81,9 +79,9 @@ type options struct {
 	check      bool
 	json       bool
 	progress   bool
-	otlp       string
 
 	rankOptions
+	telemetryOptions
 	given map[string]string // flags that are not left to their defaults
 }
 
@@ -106,7 +104,7 @@ func (o *options) groups() []flagGroup {
 	add("Graphs", o.defineGraphs)
 	add("Microbatches", o.defineUBatches)
 	add("Output", o.defineOutput)
-	add("Telemetry", o.defineTelemetry)
+	add("Telemetry", o.telemetryOptions.define)
 	add("Ranks that are processes, with -processes or -nats", o.defineProcesses)
 	add("Many machines: this process is one rank, with -nats", o.defineMachines)
 	return all
@@ -149,11 +147,6 @@ func (o *options) defineOutput(flags *flag.FlagSet) {
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
 	flags.BoolVar(&o.progress, "progress", false,
 		"with -json: print how far the run has come, too, as lines of JSON\nbefore the figures")
-}
-
-func (o *options) defineTelemetry(flags *flag.FlagSet) {
-	flags.StringVar(&o.otlp, "otlp", "",
-		"send traces and metrics to this OTLP gRPC `endpoint`, host:port,\nwithout TLS")
 }
 
 const examplesOfUse = `serve runs a request trace through a small mixture-of-experts model on
@@ -239,15 +232,11 @@ func (o *options) validate(rest []string) error {
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
-	if o.otlp != "" {
-		if host, port, err := net.SplitHostPort(o.otlp); err != nil || host == "" || port == "" {
-			bad("-otlp is %q, want host:port", o.otlp)
-		}
-	}
 	if o.progress && !o.json {
 		bad("-progress is true: it needs -json")
 	}
 	o.rankOptions.validate(o.dp, o.given, bad)
+	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
 }
 
@@ -303,14 +292,11 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		Speed:                  o.speed,
 		Logger:                 newLogger(stderr),
 	}
-	if o.otlp != "" {
-		t, err := startTelemetry(ctx, o.otlp, o.instance())
-		if err != nil {
-			return err
-		}
-		defer t.stop(stderr)
-		config.TracerProvider, config.MeterProvider, config.StepTrace = t.traces, t.metrics, true
+	watch, err := startWatch(ctx, &o, &config, stderr)
+	if err != nil {
+		return err
 	}
+	defer watch.stop(stderr)
 
 	var out outcome
 	if o.nats != "" {
@@ -320,6 +306,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		out.requests = requests
 		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)
 	}
+	watch.runEnded(stderr)
 	interrupted := errors.Is(err, engine.ErrInterrupted) ||
 		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
@@ -349,11 +336,6 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		err = checked.err()
 	}
 	return err
-}
-
-// newLogger returns a logger of warnings.
-func newLogger(stderr io.Writer) *slog.Logger {
-	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }
 
 // outcome is what came of a run.

@@ -293,11 +293,3 @@ func (o *options) credentials() (opts []nats.Option) {
 	}
 	return opts
 }
-
-// instance tells the telemetry of a rank from that of the others; it is "" if there is one process.
-func (o *options) instance() string {
-	if o.nats == "" {
-		return ""
-	}
-	return fmt.Sprintf("%s-%d", o.group, o.rank)
-}

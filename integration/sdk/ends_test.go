@@ -93,8 +93,13 @@ func TestFailedCoordinateSpan(t *testing.T) {
 				if s.Status().Code != codes.Error || s.Status().Description == "" {
 					t.Errorf("status %v, want an error", s.Status())
 				}
-				if s.Parent().SpanID() != caller.SpanContext().SpanID() || len(s.Links()) > 0 {
-					t.Errorf("parent %v, links %v, want the caller's span and no links", s.Parent().SpanID(), s.Links())
+				if stepTrace && rank == 0 {
+					step := o.only(t, "fwd.step")
+					wantFailedStep(t, step, "rank_missing")
+					wantTrace(t, step, caller.SpanContext())
+					wantTrace(t, s, step.SpanContext(), caller.SpanContext())
+				} else {
+					wantTrace(t, s, caller.SpanContext())
 				}
 				got := o.onlyPoint(t, "fwd.coordinate.duration") // recorded although the context is cancelled
 				want := attrs{"error.type": "rank_missing", "fwd.dp.rank": rank}
@@ -106,6 +111,15 @@ func TestFailedCoordinateSpan(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// wantFailedStep checks the span of rank 0 of 2 for a first step whose exchange has failed.
+func wantFailedStep(t *testing.T, s sdktrace.ReadOnlySpan, word string) {
+	t.Helper()
+	wantAttrs(t, s, attrs{"fwd.step": 1, "fwd.dp.rank": 0, "fwd.dp.size": 2, "error.type": word})
+	if s.Name() != "fwd.step" || s.Status().Code != codes.Error || s.Status().Description == "" {
+		t.Errorf("the step is named %q and has status %v, want fwd.step and an error", s.Name(), s.Status())
 	}
 }
 

@@ -72,5 +72,5 @@ func Example_links() {
 		fmt.Println(span.Name(), "has", len(span.Links()), "links")
 	}
 	// Output:
-	// fwd.forward has 2 links
+	// fwd.forward NONE has 2 links
 }

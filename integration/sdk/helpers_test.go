@@ -65,37 +65,43 @@ func (o *telemetry) run(t *testing.T, p fwd.Pass, forward fwd.ForwardFunc, opts 
 	return o.runner(t, fwd.Config{}, opts...).Run(context.Background(), p, forward)
 }
 
-// ended returns the ended spans of that name, in the order in which they ended.
-func (o *telemetry) ended(name string) (spans []sdktrace.ReadOnlySpan) {
+// kindOf returns the word of a span's name that says what it covers. What follows is of each span.
+func kindOf(s sdktrace.ReadOnlySpan) string {
+	kind, _, _ := strings.Cut(s.Name(), " ")
+	return kind
+}
+
+// ended returns the ended spans of that kind, in the order in which they ended.
+func (o *telemetry) ended(kind string) (spans []sdktrace.ReadOnlySpan) {
 	for _, s := range o.spans.Ended() {
-		if s.Name() == name {
+		if kindOf(s) == kind {
 			spans = append(spans, s)
 		}
 	}
 	return spans
 }
 
-// only returns the one ended span of that name.
-func (o *telemetry) only(t *testing.T, name string) sdktrace.ReadOnlySpan {
+// only returns the one ended span of that kind.
+func (o *telemetry) only(t *testing.T, kind string) sdktrace.ReadOnlySpan {
 	t.Helper()
-	spans := o.ended(name)
+	spans := o.ended(kind)
 	if len(spans) != 1 {
-		t.Fatalf("%d spans %s have ended, want 1", len(spans), name)
+		t.Fatalf("%d spans %s have ended, want 1", len(spans), kind)
 	}
 	return spans[0]
 }
 
-// ofRank returns the one ended span of that name and DP rank.
-func (o *telemetry) ofRank(t *testing.T, name string, rank int) sdktrace.ReadOnlySpan {
+// ofRank returns the one ended span of that kind and DP rank.
+func (o *telemetry) ofRank(t *testing.T, kind string, rank int) sdktrace.ReadOnlySpan {
 	t.Helper()
 	var found []sdktrace.ReadOnlySpan
-	for _, s := range o.ended(name) {
+	for _, s := range o.ended(kind) {
 		if attrsOf(s.Attributes())["fwd.dp.rank"] == rank {
 			found = append(found, s)
 		}
 	}
 	if len(found) != 1 {
-		t.Fatalf("%d spans %s of rank %d have ended, want 1", len(found), name, rank)
+		t.Fatalf("%d spans %s of rank %d have ended, want 1", len(found), kind, rank)
 	}
 	return found[0]
 }

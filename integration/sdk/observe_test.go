@@ -176,7 +176,7 @@ func TestWithAttributes(t *testing.T) {
 	t.Parallel()
 	o, group := newTelemetry(), localGroup(t, 2)
 	together(2, func(rank int) {
-		r := o.runner(t, ofTwo(rank), fwd.WithCoordinator(group[rank]),
+		r := o.runner(t, ofTwo(rank), fwd.WithCoordinator(group[rank]), fwd.WithStepTrace(),
 			fwd.WithAttributes(attribute.String("replica", "a")),
 			fwd.WithAttributes(attribute.Int("pod", 7), attribute.Int("fwd.num_tokens", 99)))
 		pass := twoTokens()
@@ -195,16 +195,16 @@ func TestWithAttributes(t *testing.T) {
 	})
 	spans := map[string]int{}
 	for _, s := range o.spans.Ended() {
-		spans[s.Name()]++
+		spans[kindOf(s)]++
 		got := attrsOf(s.Attributes())
 		if got["replica"] != "a" || got["pod"] != 7 {
 			t.Errorf("%s has the attributes %v", s.Name(), got)
 		}
-		if n := got["fwd.num_tokens"]; s.Name() == "fwd.forward" && n != 2 {
+		if n := got["fwd.num_tokens"]; kindOf(s) == "fwd.forward" && n != 2 {
 			t.Errorf("fwd.num_tokens is %v, want the package's own", n)
 		}
 	}
-	want := map[string]int{"fwd.coordinate": 2, "fwd.forward": 4, "fwd.ubatch": 4}
+	want := map[string]int{"fwd.coordinate": 2, "fwd.forward": 4, "fwd.ubatch": 4, "fwd.wait": 2, "fwd.step": 1}
 	if diff := cmp.Diff(want, spans); diff != "" {
 		t.Errorf("spans (-want +got):\n%s", diff)
 	}

@@ -19,6 +19,64 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
+func TestForwardSpanNames(t *testing.T) {
+	t.Parallel()
+	type key struct {
+		mode   fwd.GraphMode
+		reason fwd.Reason
+	}
+	silent := []fwd.Reason{fwd.ReasonUnknown, fwd.ReasonExact, fwd.ReasonRelaxed, fwd.ReasonDisabled}
+	for _, model := range []string{"", "draft", "a model"} {
+		o, want := newTelemetry(), []string{}
+		r := o.runner(t, fwd.Config{Name: model}, fwd.WithDispatcher(dispatcher(t, fwd.GraphFull)))
+		var keys []key
+		for mode := fwd.GraphNone; mode <= fwd.GraphFull; mode++ {
+			for reason := fwd.ReasonUnknown; reason <= fwd.ReasonUBatch; reason++ {
+				keys = append(keys, key{mode, reason})
+			}
+		}
+		for _, k := range keys {
+			run(t, r, fwd.Pass{NumTokens: 1, GraphMode: k.mode, Reason: k.reason}, nothing)
+			name := "fwd.forward "
+			if model != "" {
+				name += model + " "
+			}
+			name += k.mode.String()
+			if !slices.Contains(silent, k.reason) {
+				name += " " + k.reason.String()
+			}
+			want = append(want, name)
+		}
+		var got []string
+		for _, s := range o.spans.Ended() {
+			got = append(got, s.Name())
+		}
+		if diff := cmp.Diff(want, got); diff != "" {
+			t.Errorf("names of passes of %q (-want +got):\n%s", model, diff)
+		}
+	}
+}
+
+// The name of a span says what the pass does, not what was planned.
+func TestForwardSpanNamesOfOtherPasses(t *testing.T) {
+	t.Parallel()
+	split := twoTokens()
+	split.GraphMode, split.Reason = fwd.GraphFull, fwd.ReasonExact
+	for want, pass := range map[string]fwd.Pass{
+		"fwd.forward NONE ubatch": split,
+		"fwd.forward NONE":        {NumTokens: 1},
+		"fwd.forward FULL":        {NumTokens: 1, GraphMode: fwd.GraphFull, Dummy: true},
+	} {
+		o := newTelemetry()
+		if err := o.run(t, pass, nothing); err != nil {
+			t.Fatal(err)
+		}
+		if got := o.only(t, "fwd.forward").Name(); got != want {
+			t.Errorf("the pass is named %q, want %q", got, want)
+		}
+	}
+}
+
 // forwardCase is a pass and the attributes of its span.
 type forwardCase struct {
 	name string
@@ -215,7 +273,14 @@ func TestCoordinateSpan(t *testing.T) {
 			if i == 1 {
 				want["fwd.dp.lowest_mode_rank"] = 0
 			}
+			if last := got["fwd.dp.last_rank"]; last != rank {
+				want["peer.service"] = fmt.Sprint("rank ", last)
+			}
 			wantAttrs(t, s, want)
+			if s.Name() != "fwd.coordinate" || s.SpanKind() != trace.SpanKindClient {
+				t.Errorf("rank %d: %s is a span of kind %v, want fwd.coordinate of kind client",
+					rank, s.Name(), s.SpanKind())
+			}
 			if scope := s.InstrumentationScope(); scope.Name != scopeName || scope.Version != scopeVersion {
 				t.Errorf("rank %d: scope %v", rank, scope)
 			}
@@ -372,8 +437,8 @@ func TestUBatchSpans(t *testing.T) {
 		if s.Parent().SpanID() != forward.SpanContext().SpanID() {
 			t.Errorf("microbatch %d's parent is %v, want the pass", i, s.Parent().SpanID())
 		}
-		if s.SpanKind() != trace.SpanKindInternal {
-			t.Errorf("microbatch %d's kind is %v, want internal", i, s.SpanKind())
+		if s.Name() != fmt.Sprint("fwd.ubatch ", i) || s.SpanKind() != trace.SpanKindInternal {
+			t.Errorf("microbatch %d is %q of kind %v, want fwd.ubatch %d of kind internal", i, s.Name(), s.SpanKind(), i)
 		}
 		if !s.EndTime().Equal(began.Add(time.Second)) {
 			t.Errorf("microbatch %d ended at %v, want the clock's %v", i, s.EndTime(), began.Add(time.Second))

@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	sdktrace "go.opentelemetry.io/otel/sdk/trace"
@@ -85,12 +87,10 @@ func TestStepTrace(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
 		callers := stepRanks(t, os, always, started(o), nil)
-		root := o.ofRank(t, "fwd.coordinate", 0)
+		root := o.only(t, "fwd.step")
 		wantTrace(t, root, callers[0])
 		for rank := range 3 {
-			if rank > 0 {
-				wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext(), callers[rank])
-			}
+			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext(), callers[rank])
 			wantTrace(t, o.ofRank(t, "fwd.forward", rank), root.SpanContext(), callers[rank])
 		}
 	})
@@ -98,12 +98,12 @@ func TestStepTrace(t *testing.T) {
 		t.Parallel()
 		o, os := shared()
 		stepRanks(t, os, always, func(ctx context.Context, _ int) context.Context { return ctx }, nil)
-		root := o.ofRank(t, "fwd.coordinate", 0)
+		root := o.only(t, "fwd.step")
 		wantTrace(t, root, trace.SpanContext{})
 		for rank := range 3 {
+			wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), root.SpanContext())
 			wantTrace(t, o.ofRank(t, "fwd.forward", rank), root.SpanContext())
 		}
-		wantTrace(t, o.ofRank(t, "fwd.coordinate", 1), root.SpanContext())
 	})
 }
 
@@ -152,7 +152,13 @@ func TestStepTraceOption(t *testing.T) {
 			o, os := shared()
 			option := func(rank int) bool { return rank != without }
 			callers := stepRanks(t, os, option, started(o), fwd.ErrInvalid)
-			for rank := range 3 { // a step that fails has no trace of its own
+			for rank := range 3 { // of a step that fails, rank 0's exchange alone is in a step
+				if rank == 0 && without > 0 {
+					root := o.only(t, "fwd.step")
+					wantTrace(t, root, callers[0])
+					wantTrace(t, o.ofRank(t, "fwd.coordinate", 0), root.SpanContext(), callers[0])
+					continue
+				}
 				wantTrace(t, o.ofRank(t, "fwd.coordinate", rank), callers[rank])
 			}
 			if n := len(o.ended("fwd.forward")); n > 0 {
@@ -190,8 +196,9 @@ func TestStepTraceSampling(t *testing.T) {
 				TraceID: trace.TraceID{byte(rank)}, SpanID: trace.SpanID{byte(rank)},
 			}))
 		}, nil)
-		if c, f := len(o.ended("fwd.coordinate")), len(o.ended("fwd.forward")); c != 3 || f != 3 {
-			t.Errorf("%d coordinate spans and %d forward spans were recorded, want 3 of each", c, f)
+		c, f := len(o.ended("fwd.coordinate")), len(o.ended("fwd.forward"))
+		if s := len(o.ended("fwd.step")); c != 3 || f != 3 || s != 1 {
+			t.Errorf("%d exchanges, %d passes and %d steps were recorded, want 3, 3 and 1", c, f, s)
 		}
 	})
 }
@@ -216,4 +223,180 @@ func TestStepTraceWithoutRoot(t *testing.T) {
 	})
 	wantTrace(t, o.only(t, "fwd.coordinate"), caller.SpanContext())
 	wantTrace(t, o.only(t, "fwd.forward"), caller.SpanContext())
+}
+
+// WithStepRoot makes each step a trace of its own, with a link to the caller's span, although all steps run
+// under one long span. Without it all are in the caller's trace.
+func TestStepRoot(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1, 3} {
+		for _, own := range []bool{false, true} {
+			t.Run(fmt.Sprintf("ranks=%d/own=%t", size, own), func(t *testing.T) {
+				t.Parallel()
+				o := newTelemetry()
+				var opts []fwd.Option
+				if own {
+					opts = append(opts, fwd.WithStepRoot())
+				}
+				runners, callers := o.steppers(t, size, opts...), make([]trace.SpanContext, size)
+				together(size, func(rank int) {
+					ctx := started(o)(context.Background(), rank)
+					callers[rank] = trace.SpanContextFromContext(ctx)
+					for range 2 {
+						pass, err := runners[rank].Plan(ctx, one)
+						if err == nil {
+							err = runners[rank].Run(ctx, pass, nothing)
+						}
+						if err != nil {
+							t.Error(err)
+						}
+					}
+				})
+				traces := map[trace.TraceID]bool{callers[0].TraceID(): true}
+				for _, root := range o.ended("fwd.step") {
+					traces[root.SpanContext().TraceID()] = true
+					if own {
+						wantTrace(t, root, trace.SpanContext{}, callers[0])
+					} else {
+						wantTrace(t, root, callers[0])
+					}
+					checkChildren(t, o, root, callers)
+				}
+				want := 1 // the caller's
+				if own {
+					want += 2
+				}
+				if len(traces) != want || len(o.ended("fwd.step")) != 2 {
+					t.Errorf("%d steps in %d traces, want 2 in %d", len(o.ended("fwd.step")), len(traces), want)
+				}
+			})
+		}
+	}
+}
+
+// checkChildren checks the spans of a step: each rank has an exchange and a pass under its root, with links
+// to the rank's caller. A rank that is alone has no exchange.
+func checkChildren(t *testing.T, o *telemetry, root sdktrace.ReadOnlySpan, callers []trace.SpanContext) {
+	t.Helper()
+	kinds := map[string]int{}
+	for _, s := range o.spans.Ended() {
+		if s.Parent().SpanID() != root.SpanContext().SpanID() {
+			continue
+		}
+		kinds[kindOf(s)]++
+		rank, _ := attrsOf(s.Attributes())["fwd.dp.rank"].(int)
+		wantTrace(t, s, root.SpanContext(), callers[rank])
+	}
+	want := map[string]int{"fwd.forward": len(callers), "fwd.coordinate": len(callers)}
+	if len(callers) == 1 {
+		delete(want, "fwd.coordinate")
+	}
+	if diff := cmp.Diff(want, kinds); diff != "" {
+		t.Errorf("children of a step (-want +got):\n%s", diff)
+	}
+}
+
+// A failed step with a trace of its own has rank 0's exchange in it.
+func TestStepRootOfAFailedStep(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	runners := o.steppers(t, 2, fwd.WithStepRoot())
+	ctx := started(o)(context.Background(), 0)
+	caller := trace.SpanContextFromContext(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	cancel()
+	if _, err := runners[0].Plan(ctx, one); !errors.Is(err, fwd.ErrRankMissing) {
+		t.Errorf("%v, want ErrRankMissing", err)
+	}
+	root := o.only(t, "fwd.step")
+	wantTrace(t, root, trace.SpanContext{}, caller)
+	wantTrace(t, o.only(t, "fwd.coordinate"), root.SpanContext(), caller)
+}
+
+// WithStepRoot does nothing without the step trace.
+func TestStepRootWithoutStepTrace(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	r := o.runner(t, fwd.Config{}, fwd.WithStepRoot())
+	ctx := started(o)(context.Background(), 0)
+	pass, err := r.Plan(ctx, one)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Run(ctx, pass, nothing); err != nil {
+		t.Fatal(err)
+	}
+	o.wantSteps(t, 0)
+	wantTrace(t, o.only(t, "fwd.forward"), trace.SpanContextFromContext(ctx))
+}
+
+// The passes of a draft model over the batch of an agreement are children of their own rank's pass if they
+// are run inside it.
+func TestStepTraceOfReuseInAPass(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	runners, drafts := o.steppers(t, 2), make([]*fwd.Runner, 2)
+	for rank := range drafts {
+		cfg := ofTwo(rank)
+		cfg.Name = "draft"
+		drafts[rank] = o.runner(t, cfg, fwd.WithStepTrace())
+	}
+	for rank, pass := range planAll(t, runners, one) {
+		run(t, runners[rank], pass, func(ctx context.Context) error {
+			s := one
+			s.Reuse = pass.Agreement
+			again, err := drafts[rank].Plan(ctx, s)
+			if err != nil {
+				return err
+			}
+			return drafts[rank].Run(ctx, again, nothing)
+		})
+	}
+	root, passes := o.only(t, "fwd.step"), map[string]sdktrace.ReadOnlySpan{}
+	for _, s := range o.ended("fwd.forward") {
+		passes[fmt.Sprint(s.Name(), attrsOf(s.Attributes())["fwd.dp.rank"])] = s
+	}
+	for rank := range 2 {
+		target := passes[fmt.Sprint("fwd.forward target NONE", rank)]
+		wantTrace(t, target, root.SpanContext())
+		wantTrace(t, passes[fmt.Sprint("fwd.forward draft NONE", rank)], target.SpanContext())
+	}
+}
+
+// An exchange that fails between passes, while nobody waits for it, has a span that ends when it failed and
+// not when somebody asks. So has its step.
+func TestStepThatFailsBetweenPasses(t *testing.T) {
+	t.Parallel()
+	for rank := range 2 {
+		t.Run(fmt.Sprint("rank ", rank), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				began, o := time.Now(), newTelemetry()
+				r := o.steppers(t, 2, fwd.WithExchangeTimeout(3*time.Second))[rank]
+				if _, err := r.Begin(context.Background(), one); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(10 * time.Second)
+				if _, err := r.Plan(context.Background(), one); !errors.Is(err, fwd.ErrRankMissing) {
+					t.Fatalf("%v, want ErrRankMissing", err)
+				}
+				for i, want := range [][2]int{{0, 3}, {10, 13}} {
+					s := o.ended("fwd.coordinate")[i]
+					if got := secondsOf(s, began); got != want {
+						t.Errorf("exchange %d lasts from second %d to %d, want %v", i, got[0], got[1], want)
+					}
+					got := attrsOf(s.Attributes())["fwd.dp.missing_ranks"]
+					if !cmp.Equal(got, any([]int{1 - rank})) {
+						t.Errorf("exchange %d lacks the ranks %v, want rank %d", i, got, 1-rank)
+					}
+					if rank > 0 {
+						continue
+					}
+					if got := secondsOf(o.ended("fwd.step")[i], began); got != want {
+						t.Errorf("step %d lasts from second %d to %d, want %v", i, got[0], got[1], want)
+					}
+				}
+			})
+		})
+	}
 }
