@@ -275,6 +275,12 @@ var coordinationFaults = []fault{
 		new:  "\tg.end(c, 0, v.Step, nil)\n",
 	},
 	{
+		name: "last-survives-a-broken-step", kind: protocol, file: "dp.go",
+		what: "a rank names who came last although the step broke",
+		old:  "c.here, c.last, c.lastRank = false, step, last",
+		new:  "c.here, c.last, c.lastRank = false, step, max(c.lastRank, last)",
+	},
+	{
 		name: "begin-without-timeout", kind: protocol, file: "dp.go",
 		what: "the timeout of a begun exchange never breaks the round",
 		old:  "\tif timeout > 0 {\n\t\tc.begun.deadline",
