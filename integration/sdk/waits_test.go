@@ -238,12 +238,12 @@ func TestNoPeerOfExchange(t *testing.T) {
 		coordinator fwd.Coordinator
 		want        attrs
 	}{
-		"the other rank": {naming{alone, 1, nil}, with(known, "fwd.dp.last_rank", 1, "peer.service", "rank 1")},
-		"itself":         {naming{alone, 0, nil}, with(known, "fwd.dp.last_rank", 0)},
-		"unknown":        {alone, known},
-		"none":           {naming{alone, -1, nil}, known},
-		"below none":     {naming{alone, -2, nil}, known},
-		"no such rank":   {naming{alone, 2, nil}, known},
+		"the other rank":         {naming{alone, 1, nil}, with(known, "fwd.dp.last_rank", 1, "peer.service", "rank 1")},
+		"itself":                 {naming{alone, 0, nil}, with(known, "fwd.dp.last_rank", 0)},
+		"unknown":                {alone, known},
+		"none":                   {naming{alone, -1, nil}, known},
+		"below none":             {naming{alone, -2, nil}, known},
+		"no such rank":           {naming{alone, 2, nil}, known},
 		"that of an earlier one": {naming{alone, 1, fwd.ErrLockstep}, failed},
 	} {
 		t.Run(name, func(t *testing.T) {
