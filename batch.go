@@ -67,16 +67,13 @@ func (r *Runner) Plan(ctx context.Context, s Schedule) (Pass, error) {
 	if r == nil {
 		r = nilRunner
 	}
-	d, err := r.draft(&s)
-	switch {
-	case err != nil:
-		return Pass{}, err
-	case !r.parallel.coordinated():
-		return r.planAlone(ctx, &d)
-	case s.Reuse != nil:
-		return r.planAgain(&d, &s)
+	if s.Reuse != nil || !r.parallel.coordinated() {
+		return r.planUnasked(ctx, &s)
 	}
-	e := &exchange{draft: d}
+	e := new(exchange)
+	if err := r.draft(&s, &e.draft); err != nil {
+		return Pass{}, err
+	}
 	if err := r.exchange(ctx, e); err != nil {
 		return Pass{}, err
 	}
@@ -97,14 +94,14 @@ func (r *Runner) Begin(ctx context.Context, s Schedule) (wait func() (Pass, erro
 		r = nilRunner
 	}
 	if s.Reuse != nil || !r.parallel.coordinated() {
-		pass, err := r.Plan(ctx, s)
+		pass, err := r.planUnasked(ctx, &s)
 		if err != nil {
 			return nil, err
 		}
 		return func() (Pass, error) { return pass, nil }, nil
 	}
 	e := new(exchange)
-	if e.draft, err = r.draft(&s); err != nil {
+	if err := r.draft(&s, &e.draft); err != nil {
 		return nil, err
 	}
 	e.draft.lengths = slices.Clone(e.draft.lengths)
@@ -131,36 +128,42 @@ type draft struct {
 	vote    Vote
 }
 
-// draft checks a schedule and dispatches its batch.
-func (r *Runner) draft(s *Schedule) (draft, error) {
-	q := r.dispatcher.queryLen()
-	sum, reqs, uniform, err := s.tally(q)
+// draft checks a schedule and dispatches its batch. d is that of a new exchange.
+func (r *Runner) draft(s *Schedule, d *draft) error {
+	sum, reqs, uniform, err := s.tally(r.dispatcher.queryLen())
+	if _, ok := r.parallel.roundUp(sum); err != nil || !ok || uint(s.NumActiveLoRAs) > maxCount ||
+		reqs == 0 && !r.parallel.coordinated() {
+		return r.refuse(s, sum, err)
+	}
+	v := &d.vote
+	v.NumTokens, v.NumReqs, v.NumActiveLoRAs = sum, reqs, s.NumActiveLoRAs
+	v.Uniform, v.Idle = uniform && !s.Prefill, reqs == 0
+	v.ExcludeFull, v.Eager, v.Note = s.ExcludeFull, s.Eager, s.Note
+	threshold := r.parallel.PrefillUBatchThreshold
+	if v.Uniform {
+		threshold = r.parallel.DecodeUBatchThreshold
+	}
+	if s.AllowUBatches && r.parallel.NumUBatches > 1 && sum >= threshold && reqs > 0 {
+		v.UBatch = true
+		d.lengths = s.NumScheduledTokens
+	}
+	r.dispatch(d)
+	return nil
+}
+
+// refuse returns all that is wrong with a schedule. err is what is wrong with its lengths, or else sum
+// their sum.
+func (r *Runner) refuse(s *Schedule, sum int, err error) error {
 	var p problems
 	if err != nil {
 		p = append(p, err)
 	}
 	p.count("NumActiveLoRAs", s.NumActiveLoRAs)
 	r.parallel.tooMany(&p, sum, "the schedule")
-	if err == nil && reqs == 0 && !r.parallel.coordinated() {
+	if err == nil && sum == 0 && !r.parallel.coordinated() {
 		p.addf("nothing is scheduled, and no other rank waits for a dummy pass")
 	}
-	if err := p.err(); err != nil {
-		return draft{}, err
-	}
-	v := Vote{
-		NumTokens: sum, NumReqs: reqs, NumActiveLoRAs: s.NumActiveLoRAs, Uniform: uniform && !s.Prefill,
-		ExcludeFull: s.ExcludeFull, Eager: s.Eager, Note: s.Note, Idle: reqs == 0,
-	}
-	threshold := r.parallel.PrefillUBatchThreshold
-	if v.Uniform {
-		threshold = r.parallel.DecodeUBatchThreshold
-	}
-	v.UBatch = s.AllowUBatches && r.parallel.NumUBatches > 1 && sum >= threshold && reqs > 0
-	d := r.dispatch(v)
-	if v.UBatch {
-		d.lengths = s.NumScheduledTokens
-	}
-	return d, nil
+	return p.err()
 }
 
 // tally returns the tokens of a schedule, the requests that have any, and whether each of them has q.
@@ -178,30 +181,40 @@ func (s *Schedule) tally(q int) (sum, reqs int, uniform bool, err error) {
 	return sum, reqs, uniform, nil
 }
 
-// dispatch completes a vote with the mode and the padding that this Runner's dispatcher finds for its
-// batch. An idle vote becomes that of the dummy batch: one uniform decode request, with the fewest
-// active adapters that have graphs.
-func (r *Runner) dispatch(v Vote) draft {
+// dispatch completes a draft's vote with the mode and the padding that this Runner's dispatcher finds
+// for its batch. An idle vote becomes that of the dummy batch: one uniform decode request, with the
+// fewest active adapters that have graphs.
+func (r *Runner) dispatch(d *draft) {
+	v := &d.vote
 	if v.Idle {
-		v = Vote{
+		*v = Vote{
 			Step: v.Step, Note: v.Note, Idle: true, Uniform: true,
 			NumTokens: r.dispatcher.queryLen(), NumActiveLoRAs: r.dispatcher.fewestLoRAs(),
 		}
 	}
-	d := draft{reason: ReasonDisabled}
 	tokens, _ := r.parallel.roundUp(v.NumTokens) // checked before
 	d.query = DispatchQuery{
 		NumTokens: tokens, NumReqs: v.NumReqs, UniformDecode: v.Uniform,
 		NumActiveLoRAs: v.NumActiveLoRAs, ExcludeFull: v.ExcludeFull,
 	}
-	v.NumTokensPadded = d.query.NumTokens
+	v.GraphMode, v.NumTokensPadded, d.reason = GraphNone, tokens, ReasonDisabled
 	if r.dispatcher != nil && !v.Eager {
 		var batch BatchDescriptor
 		v.GraphMode, batch, d.reason = r.dispatcher.Dispatch(d.query)
 		v.NumTokensPadded = batch.NumTokens
 	}
-	d.vote = v
-	return d
+}
+
+// planUnasked plans a pass for which no other rank is asked.
+func (r *Runner) planUnasked(ctx context.Context, s *Schedule) (Pass, error) {
+	var d draft
+	if err := r.draft(s, &d); err != nil {
+		return Pass{}, err
+	}
+	if !r.parallel.coordinated() {
+		return r.planAlone(ctx, &d)
+	}
+	return r.planAgain(&d, s)
 }
 
 // planAlone plans the pass of a rank that nobody depends on: it agrees with itself.
@@ -243,7 +256,8 @@ func (r *Runner) planAgain(d *draft, s *Schedule) (Pass, error) {
 		if err := p.err(); err != nil {
 			return Pass{}, err
 		}
-		again := r.dispatch(v)
+		again := draft{vote: v}
+		r.dispatch(&again)
 		if i == rank {
 			own = again
 		}
@@ -358,13 +372,13 @@ func (r *Runner) follow(q DispatchQuery, a *Agreement, tokens int) (GraphMode, B
 // it follows from the votes. Ranks of equal configuration always can, so it is only asked if a vote
 // does not say how its rank is configured.
 func (r *Runner) checkFollow(a *Agreement) error {
-	said := func(v Vote) bool { return v.Config != 0 }
-	if len(a.Votes) == 1 || !slices.ContainsFunc(a.Votes, func(v Vote) bool { return !said(v) }) {
+	if len(a.Votes) == 1 || a.allSaid() {
 		return nil
 	}
 	for rank := range a.Votes {
 		tokens := int(a.NumTokensAcrossDP.AtVec(rank))
-		d := r.dispatch(a.Votes[rank])
+		d := draft{vote: a.Votes[rank]}
+		r.dispatch(&d)
 		mode, batch, reason := GraphNone, BatchDescriptor{NumTokens: tokens}, ReasonDisabled
 		if r.dispatcher != nil {
 			mode, batch, reason = r.follow(d.query, a, tokens)
@@ -376,6 +390,16 @@ func (r *Runner) checkFollow(a *Agreement) error {
 		}
 	}
 	return nil
+}
+
+// allSaid reports whether every vote says how its rank is configured.
+func (a *Agreement) allSaid() bool {
+	for rank := range a.Votes {
+		if a.Votes[rank].Config == 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // split splits the pass into n microbatches. They run without graphs.

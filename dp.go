@@ -88,7 +88,14 @@ func (c ParallelConfig) coordinated() bool { return c.DataParallelSize > 1 && !c
 
 // roundUp returns n rounded up to TokenMultiple; ok is false if that is more than any count. The defaults
 // must be filled in.
-func (c ParallelConfig) roundUp(n int) (rounded int, ok bool) {
+func (c *ParallelConfig) roundUp(n int) (rounded int, ok bool) {
+	if c.TokenMultiple == 1 { // usually
+		return n, true
+	}
+	return c.roundUpTo(n)
+}
+
+func (c *ParallelConfig) roundUpTo(n int) (rounded int, ok bool) {
 	rest := n % c.TokenMultiple
 	switch {
 	case rest == 0:
@@ -100,7 +107,7 @@ func (c ParallelConfig) roundUp(n int) (rounded int, ok bool) {
 }
 
 // tooMany adds a problem if so many tokens can't be rounded up.
-func (c ParallelConfig) tooMany(p *problems, n int, whose string) {
+func (c *ParallelConfig) tooMany(p *problems, n int, whose string) {
 	if _, ok := c.roundUp(n); !ok {
 		p.addf("%d tokens of %s rounded up to a multiple of %d are more than %d",
 			n, whose, c.TokenMultiple, maxCount)
@@ -977,9 +984,9 @@ func (c *localRank) Exchange(ctx context.Context, v Vote) ([]Vote, error) {
 }
 
 // begin is the first half of an Exchange whose second half, await, may come whenever it likes: the
-// round also ends with ctx, and after timeout if that is above 0, with that cause. No goroutine is
+// round also ends with ctx, and at the deadline if that is not 0, with that cause. No goroutine is
 // started. The vote must be valid.
-func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, cause error) {
+func (c *localRank) begin(ctx context.Context, v *Vote, deadline time.Duration, cause error) {
 	g := c.group
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -989,9 +996,9 @@ func (c *localRank) begin(ctx context.Context, v *Vote, timeout time.Duration, c
 		return
 	}
 	c.begun.waits = true
-	if timeout > 0 {
-		c.begun.deadline = now() + timeout
-		g.arm(c.begun.deadline)
+	if deadline != 0 {
+		c.begun.deadline = deadline
+		g.arm(deadline)
 	}
 	if ctx.Done() != nil {
 		round := c.round
@@ -1006,17 +1013,15 @@ func (c *localRank) open() bool {
 	return c.here
 }
 
-// await is the second half of a begun Exchange.
+// await is the second half of a begun Exchange. It reads what begin has written on this rank's behalf,
+// and what has been written before the rank was woken.
 func (c *localRank) await() ([]Vote, error) {
-	c.group.mu.Lock()
 	b := &c.begun
-	over, votes := b.over, c.votes
-	c.group.mu.Unlock()
-	if over {
+	if b.over {
 		if b.err != nil {
 			return nil, b.err
 		}
-		return votes, nil
+		return c.votes, nil
 	}
 	err := <-c.wake // who has sent it has set expired before
 	if b.stop != nil {
@@ -1024,7 +1029,7 @@ func (c *localRank) await() ([]Vote, error) {
 	}
 	switch {
 	case err == nil:
-		return votes, nil
+		return c.votes, nil
 	case b.expired:
 		err.Err = fmt.Errorf("%w: %w", err.Err, b.cause)
 	default:

@@ -1274,7 +1274,7 @@ func (e *exchange) begin() {
 	r := e.runner
 	if e.local {
 		vote := e.draft.vote // a copy, since a late rank votes for another step
-		r.local.begin(e.askCtx(), &vote, r.timeout, r.timeoutCause)
+		r.local.begin(e.askCtx(), &vote, e.deadline(), r.timeoutCause)
 		e.joined.Store(true)
 		return
 	}
@@ -1289,6 +1289,18 @@ func (e *exchange) begin() {
 		e.resolve()
 		e.panicked = nil
 	}()
+}
+
+// deadline returns when a local exchange that has just been opened runs out of time; 0: never.
+func (e *exchange) deadline() time.Duration {
+	switch r := e.runner; {
+	case r.timeout <= 0:
+		return 0
+	case r.clock != nil:
+		return now() + r.timeout
+	default:
+		return e.began.mono + r.timeout // the clock need not be read a second time
+	}
 }
 
 // waiting reports whether votes are still missing.
@@ -1338,10 +1350,18 @@ func (e *exchange) resolve() {
 	case errors.Is(err, ErrInvalid):
 		step-- // refused before anything was sent
 	}
-	if rankErr := (*RankError)(nil); err != nil && errors.As(err, &rankErr) && rankErr != nil {
-		step = rankErr.Step
+	if err != nil {
+		step = brokenStep(err, step)
 	}
 	e.finish(step, a, err)
+}
+
+// brokenStep returns the step that an exchange's error names, or else step.
+func brokenStep(err error, step uint64) uint64 {
+	if e := (*RankError)(nil); errors.As(err, &e) && e != nil {
+		return e.Step
+	}
+	return step
 }
 
 // noteLast notes whose vote came last, if the coordinator knows and somebody wants to.

@@ -898,6 +898,15 @@ func (a *Agreement) appendAttributes(attrs []attribute.KeyValue) []attribute.Key
 	return attrs
 }
 
+// appendIdle adds that all ranks are idle. Whoever keeps spans need not look at the whole step to see that
+// nobody ran in it.
+func (a *Agreement) appendIdle(attrs []attribute.KeyValue) []attribute.KeyValue {
+	if a.Idle {
+		attrs = append(attrs, keyIdleRanks.Int(len(a.Votes)))
+	}
+	return attrs
+}
+
 // appendRanks adds how many ranks are idle, and the first few that lowered the mode.
 func (a *Agreement) appendRanks(attrs []attribute.KeyValue) []attribute.KeyValue {
 	idle := 0
@@ -1150,6 +1159,7 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	attrs = t.parallel.appendAttributes(attrs)
 	if e.agreement != nil {
 		attrs = e.agreement.appendAttributes(attrs)
+		attrs = e.agreement.appendIdle(attrs)
 	}
 	if e.lastRank >= 0 {
 		attrs = append(attrs, keyLastRank.Int(e.lastRank))
@@ -1240,6 +1250,7 @@ func (e *exchange) joinStep(ended time.Time, word string) {
 			mode = stepIdle
 		}
 		e.step.show(mode, e.stepNumber(), vote.WarmUp)
+		e.step.span.SetAttributes(a.appendIdle(nil)...)
 	}
 	if nobody {
 		e.step.rankDone(ended)

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -116,7 +117,9 @@ func testSampling(t *testing.T, callers bool) {
 	}
 	spans := s.spans(t)
 	checkTrees(t, spans)
-	want := map[string]int{"fwd.coordinate": ranks, "fwd.forward": ranks, "fwd.ubatch": 2 * ranks}
+	want := map[string]int{
+		"fwd.step": 1, "fwd.coordinate": ranks, "fwd.forward": ranks, "fwd.ubatch": 2 * ranks,
+	}
 	if callers {
 		want["engine.step"] = 1 // rank 0's; those of other ranks are traces of their own
 	}
@@ -124,7 +127,7 @@ func testSampling(t *testing.T, callers bool) {
 	for id, trace := range byTrace(spans) {
 		got := map[string]int{}
 		for _, s := range trace {
-			got[s.Name]++
+			got[s.Operation()]++
 		}
 		if callers && cmp.Equal(got, map[string]int{"engine.step": 1}) {
 			continue
@@ -177,19 +180,24 @@ func TestRequests(t *testing.T) {
 // checkRequest checks the span of a request.
 func checkRequest(t *testing.T, s *Span, r *engine.Request) {
 	t.Helper()
-	queue, _ := s.Attributes["engine.request.queue_time"].(float64)
-	first, _ := s.Attributes["engine.request.time_to_first_token"].(float64)
-	if d := s.Duration().Seconds(); queue < 0 || first <= queue || d < first || d > patience.Seconds() {
-		t.Errorf("request %d: %vs in the queue, first token after %vs, last after %vs", r.ID, queue, first, d)
+	queue, _ := s.Attributes["gen_ai.latency.time_in_queue"].(float64)
+	first, _ := s.Attributes["gen_ai.latency.time_to_first_token"].(float64)
+	last, _ := s.Attributes["gen_ai.latency.e2e"].(float64)
+	if queue < 0 || first <= queue || last < first || last > patience.Seconds() {
+		t.Errorf("request %d: %vs in the queue, first token after %vs, last after %vs", r.ID, queue, first, last)
 	}
-	delete(s.Attributes, "engine.request.queue_time")
-	delete(s.Attributes, "engine.request.time_to_first_token")
+	for _, latency := range []string{"time_in_queue", "time_to_first_token", "e2e"} {
+		delete(s.Attributes, "gen_ai.latency."+latency)
+	}
 	want := attrs{
-		"engine.request.id":               int64(r.ID),
-		"engine.request.rank":             int64(r.ID % ranks),
-		"engine.request.prompt_tokens":    int64(len(r.Prompt)),
-		"engine.request.generated_tokens": int64(r.MaxTokens),
-		"engine.request.finished":         true,
+		"engine.request.id":              int64(r.ID),
+		"engine.request.rank":            int64(r.ID % ranks),
+		"engine.request.passes":          int64(len(s.Links)),
+		"engine.request.finished":        true,
+		"gen_ai.request.id":              strconv.Itoa(r.ID),
+		"gen_ai.request.max_tokens":      int64(r.MaxTokens),
+		"gen_ai.usage.prompt_tokens":     int64(len(r.Prompt)),
+		"gen_ai.usage.completion_tokens": int64(r.MaxTokens),
 	}
 	if diff := cmp.Diff(want, s.Attributes); diff != "" || s.ParentSpanID != "" {
 		t.Errorf("request %d, parent %q (-want +got):\n%s", r.ID, s.ParentSpanID, diff)

@@ -14,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/metric/noop"
+	"go.opentelemetry.io/otel/trace"
 )
 
 type attrs = map[string]any
@@ -30,6 +31,7 @@ func with(base attrs, others ...attrs) attrs {
 // span is what TestAttributes compares.
 type span struct {
 	Name       string
+	Kind       trace.SpanKind
 	Attributes attrs
 	Message    string
 }
@@ -38,7 +40,9 @@ type span struct {
 type described struct {
 	step
 	err    error
-	common attrs // of all passes and exchanges of the step
+	common attrs         // of all passes and exchanges of the step
+	mode   string        // that was agreed
+	names  [ranks]string // of the passes
 	passes []attrs
 	failed map[int]string // the message of the passes that fail, by rank
 	parts  []attrs        // of the microbatches of each rank
@@ -67,6 +71,8 @@ func decodingStep() described {
 			prepare:   func(rank int, p *fwd.Pass) { p.VirtualEngine = rank % 2 },
 		},
 		common: attrs{"fwd.step": int64(1), "fwd.dp.max_tokens_rank": int64(0)},
+		mode:   "FULL",
+		names:  onEach("fwd.forward target FULL"),
 		passes: []attrs{
 			with(all, batchOf(3, 3), padding(1, 0, 0.25), attrs{"fwd.batch.num_active_loras": int64(2)}),
 			with(all, batchOf(2, 2), padding(0, 2, 0.5), second),
@@ -91,6 +97,11 @@ func loweredStep() described {
 		common: attrs{
 			"fwd.step": int64(2), "fwd.dp.max_tokens_rank": int64(2), "fwd.dp.lowest_mode_rank": int64(2),
 		},
+		mode: "NONE",
+		names: [ranks]string{
+			0: "fwd.forward target NONE dp_rank", 1: "fwd.forward target NONE dp_rank",
+			2: "fwd.forward target NONE too_large", 3: "fwd.forward target NONE dp_rank",
+		},
 		passes: []attrs{
 			with(all, batchOf(1, 1), padding(0, 0, 0)),
 			with(all, batchOf(1, 1), padding(0, 0, 0)),
@@ -110,6 +121,8 @@ func splitStep() described {
 	return described{
 		step:   step{schedules: []fwd.Schedule{tokens(17, 3), tokens(20), tokens(18), tokens(9, 9, 9)}},
 		common: attrs{"fwd.step": int64(3), "fwd.dp.max_tokens_rank": int64(0)},
+		mode:   "PIECEWISE", // which the ranks agree on, and don't use in microbatches
+		names:  onEach("fwd.forward target NONE ubatch"),
 		passes: []attrs{
 			with(all, batchOf(20, 2), padding(12, 0, 0.375)),
 			with(all, batchOf(20, 1), padding(12, 0, 0.375)),
@@ -143,10 +156,14 @@ func failingStep() described {
 		},
 		err:    layer,
 		common: attrs{"fwd.step": int64(4), "fwd.dp.max_tokens_rank": int64(0)},
+		mode:   "FULL",
+		names:  onEach("fwd.forward target FULL"),
 		passes: []attrs{one, with(one, attrs{"error.type": "not_a_number"}), one, one},
 		failed: map[int]string{1: "layers.7.mlp: not a number"},
 	}
 }
+
+func onEach(name string) [ranks]string { return [ranks]string{name, name, name, name} }
 
 // batchOf returns the attributes of a pass with so many tokens of so many requests.
 func batchOf(unpadded, reqs int) attrs {
@@ -163,16 +180,21 @@ func padding(graph, dp int, ratio float64) attrs {
 	}
 }
 
-// spans returns the spans that the step should have.
+// spans returns the spans that the step should have. Names say what a person looks for first.
 func (d *described) spans() (spans []span) {
 	replica := attrs{"deployment": "blue"}
+	spans = append(spans, span{"fwd.step " + d.mode, trace.SpanKindInternal, with(replica, attrs{
+		"fwd.name": "target", "fwd.step": d.common["fwd.step"], "fwd.graph.mode": d.mode,
+		"fwd.dp.rank": int64(0), "fwd.dp.size": int64(ranks),
+	}), ""})
 	for rank := range ranks {
 		own := with(d.common, replica, attrs{"fwd.dp.rank": int64(rank), "fwd.dp.size": int64(ranks)})
 		spans = append(spans,
-			span{"fwd.coordinate", own, ""},
-			span{"fwd.forward", with(d.passes[rank], own), d.failed[rank]})
+			span{"fwd.coordinate", trace.SpanKindClient, own, ""},
+			span{d.names[rank], trace.SpanKindInternal, with(d.passes[rank], own), d.failed[rank]})
 		for _, part := range d.parts {
-			spans = append(spans, span{"fwd.ubatch", with(part, replica), ""})
+			name := fmt.Sprint("fwd.ubatch ", part["fwd.ubatch.index"])
+			spans = append(spans, span{name, trace.SpanKindInternal, with(part, replica), ""})
 		}
 	}
 	return spans
@@ -210,7 +232,8 @@ func TestAttributes(t *testing.T) {
 					t.Errorf("%s has the status error: %v, with the message %q", s.Name, s.Error, s.Message)
 				}
 				delete(s.Attributes, "fwd.dp.last_rank")
-				got = append(got, span{s.Name, s.Attributes, s.Message})
+				delete(s.Attributes, "peer.service")
+				got = append(got, span{s.Name, s.Kind, s.Attributes, s.Message})
 			}
 			inOrder := cmpopts.SortSlices(func(a, b span) bool { return fmt.Sprint(a) < fmt.Sprint(b) })
 			if diff := cmp.Diff(want, got, inOrder); diff != "" {
@@ -220,8 +243,8 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
-// checkLastRanks checks that the exchanges of a step say which rank came last, all of them the same
-// one. Which one it is depends on time.
+// checkLastRanks checks that the exchanges of a step say which rank came last, all of them the same one,
+// and that it is the peer of the others. Which one it is depends on time.
 func checkLastRanks(t *testing.T, spans []Span) {
 	t.Helper()
 	last := map[any]any{}
@@ -236,6 +259,13 @@ func checkLastRanks(t *testing.T, spans []Span) {
 		}
 		if last[step] != rank {
 			t.Errorf("step %v: rank %v came last, or rank %v", step, last[step], rank)
+		}
+		want := any(fmt.Sprint("rank ", rank))
+		if s.Attributes["fwd.dp.rank"] == rank {
+			want = nil // nobody waits for itself
+		}
+		if peer := s.Attributes["peer.service"]; peer != want {
+			t.Errorf("rank %v, step %v: the peer is %v, want %v", s.Attributes["fwd.dp.rank"], step, peer, want)
 		}
 	}
 }

@@ -6,6 +6,136 @@ import (
 	"time"
 )
 
+// Step is what the trace of a step says about it.
+type Step struct {
+	// Ranks is what each rank did, the costliest first. See [RankTimes].
+	Ranks []RankTime
+
+	// Waits is who waited for whom, the longest first. See [Waits].
+	Waits []Wait
+
+	// Lowered says that LoweringRank kept others from the graph mode that they wanted, and that
+	// LoweringReason was its own reason. See [LoweringRank].
+	Lowered        bool
+	LoweringRank   int
+	LoweringReason string
+
+	// Padding is what the ranks ran beside their tokens. See [PaddingOf].
+	Padding Padding
+}
+
+// Explain answers from the spans of one trace who made whom wait and for how long, who lowered the
+// graph mode, and how much was padding.
+func Explain(step []Span) Step {
+	s := Step{Ranks: RankTimes(step), Waits: Waits(step), Padding: PaddingOf(step)}
+	s.LoweringRank, s.LoweringReason, s.Lowered = LoweringRank(step)
+	return s
+}
+
+// Wait is how long one rank waited for another one in a step.
+type Wait struct {
+	Rank, For int
+
+	// Votes is the time that Rank waited for the vote of For, which came last, and Passes the time
+	// that it waited for For inside its passes.
+	Votes, Passes time.Duration
+}
+
+// Time returns the whole wait.
+func (w Wait) Time() time.Duration { return w.Votes + w.Passes }
+
+// Waits returns who waited for whom in a step, the longest wait first: for the last vote, as the
+// fwd.coordinate spans say, and inside passes, as the fwd.wait spans say. A wait below 100 µs has no span
+// and is not among them; the attribute fwd.wait_time of a pass counts it.
+func Waits(step []Span) []Wait {
+	type pair struct{ rank, peer int }
+	waits := map[pair]*Wait{}
+	of := func(rank, peer int) *Wait {
+		w := waits[pair{rank, peer}]
+		if w == nil {
+			w = &Wait{Rank: rank, For: peer}
+			waits[pair{rank, peer}] = w
+		}
+		return w
+	}
+	byID := map[string]*Span{}
+	for i := range step {
+		byID[step[i].SpanID] = &step[i]
+	}
+	for i := range step {
+		s := &step[i]
+		rank, known := rankOf(s, byID)
+		last, voted := s.int("fwd.dp.last_rank")
+		peer, waited := s.int("fwd.dp.peer_rank")
+		switch {
+		case !known:
+		case s.Operation() == "fwd.coordinate" && voted && last != rank:
+			of(rank, last).Votes += s.Duration()
+		case s.Operation() == "fwd.wait" && waited:
+			of(rank, peer).Passes += s.Duration()
+		}
+	}
+	var all []Wait
+	for _, w := range waits {
+		all = append(all, *w)
+	}
+	slices.SortFunc(all, func(a, b Wait) int {
+		return cmp.Or(cmp.Compare(b.Time(), a.Time()), cmp.Compare(a.Rank, b.Rank), cmp.Compare(a.For, b.For))
+	})
+	return all
+}
+
+// rankOf returns the rank that a span is of: its own, or that of the pass that it is in.
+func rankOf(s *Span, byID map[string]*Span) (rank int, ok bool) {
+	for range len(byID) { // parents could be in a circle, if the trace is damaged
+		if s == nil {
+			break
+		}
+		if rank, ok = s.Rank(); ok {
+			return rank, true
+		}
+		s = byID[s.ParentSpanID]
+	}
+	return 0, false
+}
+
+// Padding is what the passes of a step run beside the tokens of requests, in tokens.
+type Padding struct {
+	Tokens int // all that run, those below included
+	Graph  int // up to the size of a graph
+	DP     int // up to what another rank runs
+	Dummy  int // in dummy passes, with their padding
+}
+
+// Ratio returns the share of the tokens that no request needed.
+func (p Padding) Ratio() float64 {
+	if p.Tokens == 0 {
+		return 0
+	}
+	return float64(p.Graph+p.DP+p.Dummy) / float64(p.Tokens)
+}
+
+// PaddingOf returns how much of a step was padding.
+func PaddingOf(step []Span) (p Padding) {
+	for i := range step {
+		s := &step[i]
+		if s.Operation() != "fwd.forward" {
+			continue
+		}
+		tokens, _ := s.int("fwd.num_tokens")
+		p.Tokens += tokens
+		if dummy, _ := s.Attributes["fwd.dummy"].(bool); dummy {
+			p.Dummy += tokens
+			continue
+		}
+		graph, _ := s.int("fwd.padding.graph")
+		dp, _ := s.int("fwd.padding.dp")
+		p.Graph += graph
+		p.DP += dp
+	}
+	return p
+}
+
 // RankTime is what one rank did in a step.
 type RankTime struct {
 	Rank int
@@ -60,12 +190,12 @@ func RankTimes(step []Span) []RankTime {
 		t := times[rank]
 		switch {
 		case t == nil:
-		case s.Name == "fwd.forward":
+		case s.Operation() == "fwd.forward":
 			seconds, _ := s.Attributes["fwd.wait_time"].(float64)
 			wait := time.Duration(seconds * float64(time.Second))
 			t.Wait += wait
 			t.Own = max(t.Own-wait, 0) // waits of microbatches overlap, and add up to more than the pass
-		case s.Name == "fwd.coordinate":
+		case s.Operation() == "fwd.coordinate":
 			t.Wait += s.Duration()
 		}
 	}
@@ -85,7 +215,7 @@ func longestPasses(step []Span) map[int64]*Span {
 	for i := range step {
 		s := &step[i]
 		rank, ok := s.Attributes["fwd.dp.rank"].(int64)
-		if !ok || s.Name != "fwd.forward" {
+		if !ok || s.Operation() != "fwd.forward" {
 			continue
 		}
 		if l := longest[rank]; l == nil || s.Duration() > l.Duration() {
@@ -100,7 +230,7 @@ func firstVotes(step []Span) map[int64]time.Time {
 	first := map[int64]time.Time{}
 	for _, s := range step {
 		rank, ok := s.Attributes["fwd.dp.rank"].(int64)
-		if !ok || s.Name != "fwd.coordinate" {
+		if !ok || s.Operation() != "fwd.coordinate" {
 			continue
 		}
 		if began, ok := first[rank]; !ok || s.Start.Before(began) {
@@ -125,7 +255,7 @@ func SlowestRank(step []Span) (rank int, lost time.Duration, ok bool) {
 // in a step, and that rank's own reason for not having it, a word of fwd.graph.reason. It returns
 // false if no rank was lowered.
 func LoweringRank(step []Span) (rank int, reason string, ok bool) {
-	step = slices.DeleteFunc(slices.Clone(step), func(s Span) bool { return s.Name != "fwd.forward" })
+	step = slices.DeleteFunc(slices.Clone(step), func(s Span) bool { return s.Operation() != "fwd.forward" })
 	slices.SortStableFunc(step, func(a, b Span) int { return a.Start.Compare(b.Start) })
 
 	// All ranks take the same passes in the same order, also those of a draft model. So the n-th pass

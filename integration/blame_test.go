@@ -152,6 +152,79 @@ func TestLoweringRank(t *testing.T) {
 	}
 }
 
+// TestExplain: one trace says who made whom wait and for how long, who lowered the mode, and how much was
+// padding.
+func TestExplain(t *testing.T) {
+	const wait = 20 * time.Millisecond
+	s := newService(t, "grpc")
+	g := newTracedGroup(t, s, fwd.DispatcherConfig{
+		Mode: fwd.GraphFullAndPiecewise, CaptureSizes: []int{4, 8}, MaxNumSeqs: 8,
+	}, fwd.ParallelConfig{})
+	g.before = func(rank int) {
+		if rank == slow {
+			time.Sleep(delay)
+		}
+	}
+	for range 2 { // full graphs of 8 tokens; then a prompt of 9 on rank 1, for which there is none
+		schedules := []fwd.Schedule{tokens(1, 1, 1, 1, 1), tokens(1), {}, tokens(1, 1)}
+		if g.runners[1].Status().Step > 0 {
+			schedules[1] = tokens(9)
+		}
+		err := g.take(t.Context(), step{schedules: schedules, forward: func(ctx context.Context, rank int) error {
+			began := time.Now()
+			if rank == 3 {
+				time.Sleep(wait)
+				fwd.Waited(ctx, 0, began)
+				fwd.Waited(ctx, 0, time.Now()) // too short for a span
+			}
+			return nil
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, step := range steps(s.spans(t)) {
+		checkStep(t, step)
+		checkExplained(t, Explain(step), named(step, "fwd.step")[0].Name, wait)
+		for _, w := range named(step, "fwd.wait") {
+			want := attrs{"peer.service": "rank 0", "fwd.dp.peer_rank": int64(0)}
+			if diff := cmp.Diff(want, w.Attributes); diff != "" || w.Kind != trace.SpanKindClient {
+				t.Errorf("fwd.wait is of kind %v (-want +got):\n%s", w.Kind, diff)
+			}
+		}
+	}
+}
+
+// checkExplained checks what is said about one of the two steps of TestExplain.
+func checkExplained(t *testing.T, got Step, name string, wait time.Duration) {
+	t.Helper()
+	waits := map[string]bool{}
+	for _, w := range got.Waits {
+		waits[fmt.Sprint(w.Rank, " for ", w.For)] = true
+		ofPass := w.Rank == 3 && w.For == 0
+		if ofPass && (w.Passes < wait || w.Votes != 0) || !ofPass && (w.For != slow || w.Passes != 0) {
+			t.Errorf("%s: rank %d has waited for rank %d: %+v", name, w.Rank, w.For, w)
+		}
+	}
+	want := map[string]bool{"0 for 2": true, "1 for 2": true, "3 for 2": true, "3 for 0": true}
+	if diff := cmp.Diff(want, waits); diff != "" {
+		t.Errorf("%s: who has waited (-want +got):\n%s", name, diff)
+	}
+	if got.Ranks[0].Rank != slow {
+		t.Errorf("%s: %+v, want rank %d to cost most", name, got.Ranks, slow)
+	}
+	padding, lowered := Padding{Tokens: 4 * 8, Graph: 3 + 3 + 2, DP: 4 + 4, Dummy: 8}, false
+	if name == "fwd.step NONE" {
+		padding, lowered = Padding{Tokens: 8 + 9 + 4 + 4, Graph: 3 + 2, Dummy: 4}, true
+	}
+	if diff := cmp.Diff(padding, got.Padding); diff != "" {
+		t.Errorf("%s: padding (-want +got):\n%s", name, diff)
+	}
+	if got.Lowered != lowered || lowered && (got.LoweringRank != 1 || got.LoweringReason != "too_large") {
+		t.Errorf("%s: lowered %v, by rank %d: %s", name, got.Lowered, got.LoweringRank, got.LoweringReason)
+	}
+}
+
 // TestRankTimes: waits inside a pass don't count as a rank's own time, and no time is negative.
 func TestRankTimes(t *testing.T) {
 	at := func(ms int) time.Time { return time.UnixMilli(int64(ms)) }

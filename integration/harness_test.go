@@ -159,17 +159,17 @@ func byTrace(spans []Span) map[string][]Span {
 	return traces
 }
 
-// named returns the spans with that name.
-func named(spans []Span, name string) []Span {
-	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Name != name })
+// named returns the spans whose name is that word or begins with it.
+func named(spans []Span, operation string) []Span {
+	return slices.DeleteFunc(slices.Clone(spans), func(s Span) bool { return s.Operation() != operation })
 }
 
 // steps returns the traces of steps in which passes ran. Other traces are those of requests, of the
 // warm-up, and of exchanges after which nobody ran, since no rank had anything to do.
 func steps(spans []Span) map[string][]Span {
 	traces := byTrace(spans)
-	for id, trace := range traces {
-		if len(named(trace, "warm-up")) > 0 || len(named(trace, "fwd.forward")) == 0 {
+	for id, spans := range traces {
+		if len(named(spans, "warm-up")) > 0 || len(named(spans, "fwd.forward")) == 0 {
 			delete(traces, id)
 		}
 	}

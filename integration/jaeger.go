@@ -12,7 +12,10 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
+
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Span is a span as Jaeger keeps it.
@@ -23,6 +26,7 @@ type Span struct {
 	Service, Scope, ScopeVersion string
 
 	Name       string
+	Kind       trace.SpanKind
 	Start, End time.Time
 	Links      []Link
 
@@ -40,6 +44,21 @@ type Span struct {
 
 // Link is a link from a span to another one.
 type Link struct{ TraceID, SpanID string }
+
+// Operation returns the first word of the span's name, such as fwd.forward. The other words say how it
+// went.
+func (s *Span) Operation() string {
+	operation, _, _ := strings.Cut(s.Name, " ")
+	return operation
+}
+
+// Rank returns the rank that the span is of. A microbatch has none; its parent has.
+func (s *Span) Rank() (rank int, ok bool) { return s.int("fwd.dp.rank") }
+
+func (s *Span) int(key string) (n int, ok bool) {
+	i, ok := s.Attributes[key].(int64)
+	return int(i), ok
+}
 
 // Duration returns how long the span took.
 func (s *Span) Duration() time.Duration { return s.End.Sub(s.Start) }
@@ -139,7 +158,8 @@ type resourceSpans struct {
 		Spans []struct {
 			TraceID, SpanID, ParentSpanID      string
 			Name                               string
-			StartTimeUnixNano, EndTimeUnixNano int64 `json:",string"`
+			Kind                               trace.SpanKind // OTLP has the same numbers
+			StartTimeUnixNano, EndTimeUnixNano int64          `json:",string"`
 			Attributes                         attributes
 			Links                              []Link
 			Status                             struct {
@@ -159,6 +179,7 @@ func (r *resourceSpans) appendTo(spans []Span) []Span {
 				TraceID: s.TraceID, SpanID: s.SpanID, ParentSpanID: s.ParentSpanID,
 				Service: service, Scope: scope.Scope.Name, ScopeVersion: scope.Scope.Version,
 				Name:       s.Name,
+				Kind:       s.Kind,
 				Start:      time.Unix(0, s.StartTimeUnixNano),
 				End:        time.Unix(0, s.EndTimeUnixNano),
 				Warnings:   takeWarnings(attributes),

@@ -37,21 +37,22 @@ func TestSpanMetrics(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	// The name of a span says the mode, and the reason where it is worth a word.
+	full, none := "fwd.forward target FULL FULL", "fwd.forward target NONE too_large NONE"
 	seconds := map[string]float64{}
-	for _, pass := range named(s.spans(t), "fwd.forward") {
-		key := fmt.Sprint(pass.Attributes["fwd.graph.mode"], " ", pass.Attributes["fwd.dp.rank"])
-		seconds[key] += pass.Duration().Seconds()
+	spans := s.spans(t)
+	for _, s := range append(named(spans, "fwd.forward"), named(spans, "fwd.step")...) {
+		key := fmt.Sprint(s.Name, " ", s.Attributes["fwd.graph.mode"], " ", s.Attributes["fwd.dp.rank"])
+		seconds[key] += s.Duration().Seconds()
 	}
-
-	passes := map[string]string{"service_name": s.name, "span_name": "fwd.forward"}
+	target := map[string]string{"service_name": s.name, "fwd_name": "target"}
 	failed := map[string]string{
-		"service_name": s.name, "span_name": "fwd.forward",
-		"status_code": "STATUS_CODE_ERROR", "error_type": "not_a_number",
+		"service_name": s.name, "status_code": "STATUS_CODE_ERROR", "error_type": "not_a_number",
 	}
-	rates := map[string]float64{}
+	rates := map[string]float64{"fwd.step FULL FULL 0": decodes, "fwd.step NONE NONE 0": prompts + failures}
 	for rank := range ranks {
-		rates[fmt.Sprint("FULL ", rank)] = decodes
-		rates[fmt.Sprint("NONE ", rank)] = prompts + failures
+		rates[fmt.Sprint(full, " ", rank)] = decodes
+		rates[fmt.Sprint(none, " ", rank)] = prompts + failures
 	}
 	const calls, durations = "traces_span_metrics_calls_total", "traces_span_metrics_duration_seconds"
 	eventually(t, func(ctx context.Context) error {
@@ -59,13 +60,14 @@ func TestSpanMetrics(t *testing.T) {
 		if err != nil {
 			return err
 		}
-		by := []string{"fwd_graph_mode", "fwd_dp_rank"}
-		diff := cmp.Diff(rates, sum(samples, calls, passes, by...)) +
-			cmp.Diff(map[string]float64{"NONE 3": failures}, sum(samples, calls, failed, by...)) +
-			cmp.Diff(rates, sum(samples, durations+"_count", passes, by...)) +
-			cmp.Diff(seconds, sum(samples, durations+"_sum", passes, by...), approximately) +
-			cmp.Diff(map[string]float64{"decode": decodes * ranks, "mixed": (prompts + failures) * ranks},
-				sum(samples, calls, passes, "fwd_phase"))
+		by := []string{"span_name", "fwd_graph_mode", "fwd_dp_rank"}
+		diff := cmp.Diff(rates, sum(samples, calls, target, by...)) +
+			cmp.Diff(map[string]float64{none + " 3": failures}, sum(samples, calls, failed, by...)) +
+			cmp.Diff(rates, sum(samples, durations+"_count", target, by...)) +
+			cmp.Diff(seconds, sum(samples, durations+"_sum", target, by...), approximately) +
+			cmp.Diff(map[string]float64{
+				"": decodes + prompts + failures, "decode": decodes * ranks, "mixed": (prompts + failures) * ranks,
+			}, sum(samples, calls, target, "fwd_phase"))
 		if diff != "" {
 			return fmt.Errorf("span metrics (-want +got):\n%s", diff)
 		}

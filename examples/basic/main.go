@@ -6,6 +6,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log"
 
@@ -56,6 +57,8 @@ func main() {
 		log.Fatal(err)
 	}
 	// Outside of a pass there is nothing to be found, and never anything stale.
-	_, err = layer.Forward(ctx, []float64{1})
-	fmt.Println(err)
+	if _, err = layer.Forward(ctx, []float64{1}); !errors.Is(err, fwd.ErrNoForwardContext) {
+		log.Fatal(err)
+	}
+	fmt.Println("outside of a pass the layer finds no metadata, as it should")
 }

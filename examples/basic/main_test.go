@@ -6,5 +6,5 @@ func Example() {
 	main()
 	// Output:
 	// 6 tokens, sums [6 10 50]
-	// fwd: no forward context: no attention metadata for "pool"
+	// outside of a pass the layer finds no metadata, as it should
 }

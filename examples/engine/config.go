@@ -2,6 +2,7 @@ package engine
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -10,6 +11,7 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/metric"
 	"go.opentelemetry.io/otel/trace"
 )
@@ -67,6 +69,20 @@ type Config struct {
 	TracerProvider trace.TracerProvider // nil: the global one
 	MeterProvider  metric.MeterProvider // nil: the global one
 	StepTrace      bool                 // one trace for a step across all ranks
+
+	// Providers returns where a rank's spans and metrics go, if each rank is a service of its own; nil:
+	// they go to TracerProvider and MeterProvider.
+	Providers func(rank int) (trace.TracerProvider, metric.MeterProvider)
+
+	// PeerName returns the service.name of a rank, for the spans that wait for it; nil: "rank N".
+	PeerName func(rank int) string
+
+	// Observe is told of each pass and each failed exchange, of all ranks and models, as
+	// [fwd.WithObserver] says; nil: nobody is.
+	Observe func(context.Context, *fwd.Record)
+
+	// Started is called by Run once its ranks are there, before they warm up; nil: nothing is called.
+	Started func(*Engine)
 
 	// Logger gets what is worth a warning, such as gaps between graphs and failed exchanges; nil means
 	// none.
@@ -145,6 +161,21 @@ func (c Config) withDefaults() (Config, error) {
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
 	c.StopGrace = cmp.Or(c.StopGrace, 2*time.Second)
 	return c, errors.Join(errs...)
+}
+
+// providers returns where the spans and metrics of a rank go.
+func (c *Config) providers(rank int) (trace.TracerProvider, metric.MeterProvider) {
+	tracers, meters := c.TracerProvider, c.MeterProvider
+	if c.Providers != nil {
+		tracers, meters = c.Providers(rank)
+	}
+	if tracers == nil {
+		tracers = otel.GetTracerProvider()
+	}
+	if meters == nil {
+		meters = otel.GetMeterProvider()
+	}
+	return tracers, meters
 }
 
 // here returns which ranks are in this process: the first, and how many.

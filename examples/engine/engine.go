@@ -27,8 +27,6 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd/examples/model"
-	"go.opentelemetry.io/otel"
-	"go.opentelemetry.io/otel/trace"
 )
 
 // Engine serves requests. Make one with [New].
@@ -39,6 +37,7 @@ type Engine struct {
 
 	running             atomic.Bool
 	finished, generated atomic.Int64
+	latest              atomic.Pointer[run]
 }
 
 // New returns an engine that serves m. Its error names every value of cfg that is not valid.
@@ -84,6 +83,10 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	if err != nil {
 		return nil, Stats{}, err
 	}
+	e.latest.Store(run)
+	if started := e.config.Started; started != nil {
+		started(e)
+	}
 	err = run.supervise(ctx)
 	stats := run.end()
 	if err == nil && stats.Finished < len(requests) {
@@ -92,12 +95,10 @@ func (e *Engine) Run(ctx context.Context, requests []Request) ([]Result, Stats, 
 	return run.results, stats, err
 }
 
-// arrival returns when a request arrives, after the start.
+// arrival returns when a request arrives, after the start. It is one that has been admitted.
 func (e *Engine) arrival(r *Request) time.Duration {
-	if e.config.Speed == 0 {
-		return 0
-	}
-	return time.Duration(float64(r.Arrival) / e.config.Speed)
+	at, _ := r.ArrivalAt(e.config.Speed)
+	return at
 }
 
 // admit checks requests and returns how many blocks a rank's KV cache has.
@@ -114,6 +115,9 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 			return 0, fmt.Errorf("engine: request %d: adapter %d is none of the %d that the model has",
 				r.ID, r.Adapter, adapters)
 		}
+		if _, err := r.ArrivalAt(e.config.Speed); err != nil {
+			return 0, fmt.Errorf("engine: Speed is %v: %w", e.config.Speed, err)
+		}
 		for p, t := range r.Prompt {
 			if t < 0 || t >= vocab {
 				return 0, fmt.Errorf("engine: request %d: token %d at position %d is not in the vocabulary of %d", r.ID,
@@ -128,13 +132,4 @@ func (e *Engine) admit(requests []Request) (numBlocks int, err error) {
 		numBlocks = max(numBlocks, need)
 	}
 	return numBlocks, nil
-}
-
-// tracer returns the tracer of the spans that are the engine's own.
-func (e *Engine) tracer() trace.Tracer {
-	provider := e.config.TracerProvider
-	if provider == nil {
-		provider = otel.GetTracerProvider()
-	}
-	return provider.Tracer(scopeName)
 }

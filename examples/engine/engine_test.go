@@ -440,7 +440,7 @@ func TestSpans(t *testing.T) {
 		attrs := attribute.NewSet(s.Attributes()...)
 		n, _ := attrs.Value("engine.request.id")
 		r := requests[n.AsInt64()]
-		if tokens, _ := attrs.Value("engine.request.generated_tokens"); int(tokens.AsInt64()) != r.MaxTokens {
+		if tokens, _ := attrs.Value("gen_ai.usage.completion_tokens"); int(tokens.AsInt64()) != r.MaxTokens {
 			t.Errorf("request %d: %v generated tokens on its span, want %d", r.ID, tokens, r.MaxTokens)
 		}
 		if linked[id] < r.MaxTokens { // one pass for each token, and more for the prompt if it took several

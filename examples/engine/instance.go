@@ -26,15 +26,18 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 		experts:   group.workersOf(rank, cfg.SequenceParallel),
 		blockSize: cfg.BlockSize,
 	}
+	tracers, meters := cfg.providers(rank)
 	options := []fwd.Option{
 		fwd.WithDispatcher(b.dispatcher),
 		fwd.WithCoordinator(coordinator),
 		fwd.WithExchangeTimeout(cfg.ExchangeTimeout),
 		fwd.WithMiddleware(in.experts.inPass),
 		fwd.WithObserver(func(_ context.Context, rec *fwd.Record) { observe(rec) }),
+		fwd.WithObserver(cfg.Observe),
 		fwd.WithLogger(cfg.Logger),
-		fwd.WithTracerProvider(cfg.TracerProvider),
-		fwd.WithMeterProvider(cfg.MeterProvider),
+		fwd.WithTracerProvider(tracers),
+		fwd.WithMeterProvider(meters),
+		fwd.WithPeerName(cfg.PeerName),
 	}
 	if cfg.Middleware != nil {
 		options = append(options, fwd.WithMiddleware(cfg.Middleware(rank)...))

@@ -7,7 +7,9 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd"
+	"github.com/forwardctx/fwd/fwdtrace"
 	"go.opentelemetry.io/otel/trace"
+	"go.opentelemetry.io/otel/trace/noop"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -19,6 +21,9 @@ type rank struct {
 	target    *instance
 	draft     *instance // nil: no speculative decoding
 	figures   figures
+	load      load
+	tracer    trace.Tracer
+	meters    *meters
 	missing   time.Time // when exchanges began to fail; zero: the last one went well
 }
 
@@ -50,7 +55,7 @@ func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
 
 // warmUp captures all graphs, together with the other ranks.
 func (r *rank) warmUp(ctx context.Context) error {
-	ctx, span := r.engine.tracer().Start(ctx, "warm-up", trace.WithNewRoot())
+	ctx, span := r.startWarmUp(ctx)
 	defer span.End()
 	began := time.Now()
 	for _, in := range r.instances() {
@@ -66,6 +71,15 @@ func (r *rank) warmUp(ctx context.Context) error {
 	return nil
 }
 
+// startWarmUp starts the span of the warm-up. With the step trace all steps are below that of rank 0,
+// so the others need none.
+func (r *rank) startWarmUp(ctx context.Context) (context.Context, trace.Span) {
+	if r.engine.config.StepTrace && r.rank > 0 {
+		return ctx, noop.Span{}
+	}
+	return r.tracer.Start(ctx, "warm-up", trace.WithNewRoot())
+}
+
 // instances returns the rank's models.
 func (r *rank) instances() []*instance {
 	if r.draft == nil {
@@ -79,8 +93,10 @@ func (r *rank) instances() []*instance {
 func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
 	now := time.Now()
 	step := r.scheduler.schedule(now)
+	r.noteLoad(ctx, now)
 	own := r.note(now, interrupt)
-	pass, err := r.plan(ctx, step, own)
+	links, leftOut := r.links(ctx, step)
+	pass, err := r.plan(fwdtrace.ContextWithLinks(ctx, links...), step, own)
 	if err != nil {
 		return true, err
 	}
@@ -96,7 +112,14 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 		sleep(ctx, interrupt, idle)
 		return true, nil
 	}
-	return true, r.run(ctx, &pass, step)
+	pass.Links = links
+	return true, r.run(ctx, &pass, step, leftOut)
+}
+
+// noteLoad shows what the rank holds.
+func (r *rank) noteLoad(ctx context.Context, now time.Time) {
+	r.load.note(r.scheduler, now)
+	r.meters.noteLoad(ctx, &r.load)
 }
 
 // note returns what this rank has to say with its vote.
@@ -125,13 +148,13 @@ func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, 
 }
 
 // run runs the pass of a step. Everything that follows from the model's output happens inside the
-// pass, so that the passes of the draft model are nested in it.
-func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled) error {
+// pass, so that the passes of the draft model are nested in it. leftOut is how many requests of the
+// step the pass has no links to.
+func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled, leftOut int) error {
 	batch := r.target.newBatch(pass, step)
-	var leftOut int
-	pass.Links, leftOut = r.links(ctx, step)
 	return r.target.runner.Run(ctx, *pass, func(ctx context.Context) error {
-		noteLeftOut(ctx, leftOut)
+		linkPass(ctx, step, leftOut)
+		prompt, generated := r.figures.promptTokens, r.figures.generated
 		hidden, err := r.target.executor.Forward(ctx, batch.tokens)
 		if err != nil {
 			return err
@@ -140,6 +163,7 @@ func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled) error 
 		if err := r.sample(batch.toVerify(step), hidden); err != nil {
 			return err
 		}
+		r.meters.countTokens(ctx, r.figures.promptTokens-prompt, r.figures.generated-generated)
 		return r.propose(ctx, step, pass.Agreement)
 	})
 }
@@ -164,9 +188,10 @@ func (r *rank) sample(sample []sampled, hidden *mat.Dense) error {
 		next += rows
 		if seq.firstToken.IsZero() {
 			seq.firstToken = now
+			r.meters.sampled(seq)
 		}
 		if len(seq.result.Tokens) == seq.request.MaxTokens {
-			if err := r.finish(seq); err != nil {
+			if err := r.finish(seq, now); err != nil {
 				return err
 			}
 		}
@@ -175,9 +200,10 @@ func (r *rank) sample(sample []sampled, hidden *mat.Dense) error {
 }
 
 // finish takes leave of a sequence that has all its tokens.
-func (r *rank) finish(seq *sequence) error {
+func (r *rank) finish(seq *sequence, now time.Time) error {
 	seq.result.Finished = true
-	seq.endSpan()
+	r.meters.finished(seq, now)
+	seq.endSpan(now)
 	r.scheduler.finish(seq)
 	r.figures.finished++
 	r.engine.finished.Add(1)

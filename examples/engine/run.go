@@ -89,8 +89,12 @@ func (r *run) limit(ctx context.Context, fail context.CancelCauseFunc) (stop fun
 
 // end returns the figures of a run that is over.
 func (r *run) end() Stats {
+	now := time.Now()
 	for _, s := range r.sequences {
-		s.endSpan()
+		s.endSpan(now)
+	}
+	for _, rank := range r.ranks {
+		rank.noteLoad(context.Background(), now)
 	}
 	return collect(r.ranks, len(r.results))
 }
@@ -111,6 +115,13 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 				drafts:  cfg.NumSpeculativeTokens,
 			},
 			figures: newFigures(),
+			load:    load{allBlocks: int64(numBlocks)},
+		}
+		tracers, meters := cfg.providers(r.rank)
+		r.tracer = tracers.Tracer(scopeName)
+		var err error
+		if r.meters, err = newMeters(meters, r.rank); err != nil {
+			return nil, fmt.Errorf("rank %d: metrics: %w", r.rank, err)
 		}
 		for i := d; i < len(sequences); i += count {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])

@@ -1,6 +1,8 @@
 package engine
 
 import (
+	"fmt"
+	"math"
 	"slices"
 	"time"
 
@@ -14,6 +16,21 @@ type Request struct {
 	Prompt    []int         // at least one token
 	MaxTokens int           // how many tokens to generate, at least one
 	Adapter   int           // LoRA adapter, from 1, or model.NoAdapter
+}
+
+// ArrivalAt returns when the request arrives, after the start, if time goes by speed times as fast;
+// at a speed of 0 that is immediately. It returns an error if that is later than a [time.Duration]
+// can say.
+func (r *Request) ArrivalAt(speed float64) (time.Duration, error) {
+	if speed == 0 {
+		return 0, nil
+	}
+	at := float64(r.Arrival) / speed
+	if at >= math.MaxInt64 {
+		return 0, fmt.Errorf("request %d would arrive after %.3g s, want at most %.3g s", r.ID,
+			at/float64(time.Second), time.Duration(math.MaxInt64).Seconds())
+	}
+	return time.Duration(at), nil
 }
 
 // length is the number of tokens that end up in the KV cache: the last generated one is never fed
@@ -33,9 +50,10 @@ type sequence struct {
 	request    *Request
 	result     *Result
 	blockTable []int
-	computed   int   // tokens whose keys and values are in the cache
-	drafts     []int // guesses at the tokens after the known ones, not verified yet
-	span       trace.Span
+	computed   int        // tokens whose keys and values are in the cache
+	drafts     []int      // guesses at the tokens after the known ones, not verified yet
+	span       trace.Span // nil: it is not scheduled yet, or has ended
+	passes     int
 	arrived    time.Time
 	scheduled  time.Time // first
 	firstToken time.Time
@@ -116,6 +134,17 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 		take(seq)
 	}
 	return batch
+}
+
+// arrived is the number of sequences that wait since they have arrived.
+func (s *scheduler) arrived(now time.Time) int {
+	n, _ := slices.BinarySearchFunc(s.waiting, now, func(seq *sequence, now time.Time) int {
+		if seq.arrived.After(now) {
+			return 1
+		}
+		return -1
+	})
+	return n
 }
 
 // unfinished is the number of sequences that are waiting or running.

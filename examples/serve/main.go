@@ -20,7 +20,8 @@
 // The model computes what its weights say, in float64, and -check recomputes every request alone by
 // plain code, so a batch that was padded, chunked, exchanged or cached wrongly shows as a wrong
 // answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
-// processes all stop when one of them is interrupted. A second Ctrl-C ends it immediately.
+// processes all stop when one of them is interrupted. A second Ctrl-C, a second or more after the
+// first, ends it immediately.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, or if -check
 // found a difference or was interrupted, and with 2 for bad flags.
@@ -32,12 +33,11 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"log/slog"
 	"math"
-	"net"
 	"os"
 	"os/signal"
 	"syscall"
+	"time"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/engine"
@@ -47,9 +47,13 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // the next signal kills
+	context.AfterFunc(ctx, func() { time.AfterFunc(echo, stop) }) // a signal after that kills
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }
+
+// echo is for how long after the first signal others are taken for its echo: some programs, such as
+// timeout, signal a process and then the group that it is in.
+const echo = time.Second
 
 // maxLoRAs is the most adapters that -loras can ask for.
 const maxLoRAs = 64
@@ -71,54 +75,116 @@ type options struct {
 	speed      float64
 	check      bool
 	json       bool
-	otlp       string
 
 	rankOptions
+	telemetryOptions
 	given map[string]string // flags that are not left to their defaults
 }
 
-func parseFlags(args []string, stderr io.Writer) (o options, err error) {
-	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.StringVar(&o.trace, "trace", "",
-		"CSV `file` with TIMESTAMP, ContextTokens, GeneratedTokens (default: a small trace that is built in)")
+// flagGroup is a group of flags as the usage shows them.
+type flagGroup struct {
+	title string
+	flags *flag.FlagSet
+}
+
+// groups returns the flags in the order in which the usage explains them.
+func (o *options) groups() []flagGroup {
+	var all []flagGroup
+	add := func(title string, define func(*flag.FlagSet)) {
+		g := flagGroup{title, flag.NewFlagSet(title, flag.ContinueOnError)}
+		define(g.flags)
+		all = append(all, g)
+	}
+	add("Trace: what is served", o.defineTrace)
+	add("Ranks and models", o.defineRanks)
+	add("Graphs", o.defineGraphs)
+	add("Microbatches", o.defineUBatches)
+	add("Output", o.defineOutput)
+	add("Telemetry", o.telemetryOptions.define)
+	add("Ranks that are processes, with -processes or -nats", o.defineProcesses)
+	add("Many machines: this process is one rank, with -nats", o.defineMachines)
+	return all
+}
+
+func (o *options) defineTrace(flags *flag.FlagSet) {
+	flags.StringVar(&o.trace, "trace", "", "CSV `file` with TIMESTAMP, ContextTokens and GeneratedTokens\n"+
+		"(default: a small trace that is built in)")
 	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
-	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
-	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank, among which its rows are split")
-	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends to the experts in one exchange")
-	flags.IntVar(&o.loras, "loras", 0, "LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
-	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise,
-		"which passes run by graphs: `MODE` NONE, PIECEWISE, FULL, FULL_DECODE_ONLY or FULL_AND_PIECEWISE")
-	flags.IntVar(&o.spec, "spec", 0,
-		"speculative decoding: a draft model guesses `K` tokens for each request and step")
-	flags.IntVar(
-		&o.ubatches,
-		"ubatches",
-		1,
-		"split passes into `N` microbatches that run concurrently (1: don't)",
-	)
-	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4,
-		"split a pass in which all requests decode from `N` tokens on")
-	flags.IntVar(&o.prefillUB, "prefill-ubatch-threshold", 32, "split any other pass from `N` tokens on")
 	flags.Float64Var(&o.speed, "speed", 0,
-		"replay arrivals `X` times as fast as in the trace (0: as fast as possible)")
+		"replay arrivals `X` times as fast as in the trace\n(0: as fast as possible)")
+}
+
+func (o *options) defineRanks(flags *flag.FlagSet) {
+	flags.IntVar(&o.dp, "dp", 4, "data-parallel `ranks`")
+	flags.IntVar(&o.sp, "sp", 1, "expert-parallel `workers` of each rank,\namong which its rows are split")
+	flags.IntVar(&o.chunk, "chunk", 32, "most `rows` that a worker sends in one exchange")
+	flags.IntVar(&o.loras, "loras", 0,
+		"LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
+	flags.IntVar(&o.spec, "spec", 0,
+		"speculative decoding: a draft model guesses `K` tokens for each\nrequest and step")
+}
+
+func (o *options) defineGraphs(flags *flag.FlagSet) {
+	flags.TextVar(&o.graph, "graph", fwd.GraphFullAndPiecewise,
+		"which passes run by graphs: `MODE` NONE, PIECEWISE, FULL,\nFULL_DECODE_ONLY or FULL_AND_PIECEWISE")
+}
+
+func (o *options) defineUBatches(flags *flag.FlagSet) {
+	flags.IntVar(&o.ubatches, "ubatches", 1,
+		"split passes into `N` microbatches that run concurrently")
+	flags.IntVar(&o.decodeUB, "decode-ubatch-threshold", 4,
+		"split a pass in which all requests decode\nfrom `N` tokens on")
+	flags.IntVar(&o.prefillUB, "prefill-ubatch-threshold", 32, "split any other pass from `N` tokens on")
+}
+
+func (o *options) defineOutput(flags *flag.FlagSet) {
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
-	flags.StringVar(&o.otlp, "otlp", "",
-		"send traces and metrics to this OTLP gRPC `endpoint`, host:port, without TLS")
-	o.rankOptions.define(flags)
-	if err := flags.Parse(args); err != nil {
-		return o, err // flags has printed it
+}
+
+const examplesOfUse = `serve runs a request trace through a small mixture-of-experts model on
+data-parallel ranks, and says what came of it.
+
+  serve -check
+  serve -check -sp 2 -ubatches 2 -spec 2 -loras 3 -graph FULL_DECODE_ONLY
+  serve -requests 100 -speed 10 -otlp localhost:4317
+  serve -processes -dp 3 -results FILE
+  serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
+`
+
+// printUsage explains the flags.
+func printUsage(w io.Writer, groups []flagGroup) {
+	fmt.Fprint(w, examplesOfUse)
+	for _, g := range groups {
+		fmt.Fprintf(w, "\n%s\n", g.title)
+		g.flags.SetOutput(w)
+		g.flags.PrintDefaults()
 	}
-	o.given = map[string]string{}
-	flags.Visit(func(f *flag.Flag) { o.given[f.Name] = f.Value.String() })
-	if err := o.validate(flags.Args()); err != nil {
-		fmt.Fprintln(stderr, err)
-		flags.Usage()
-		return o, err
+}
+
+// parseFlags returns the options. Flags that are wrong are explained on stderr, with the sentence
+// about them last, where it is seen.
+func parseFlags(args []string, stdout, stderr io.Writer) (o options, err error) {
+	flags := flag.NewFlagSet("serve", flag.ContinueOnError)
+	flags.SetOutput(io.Discard) // what is wrong is printed below
+	groups := o.groups()
+	for _, g := range groups {
+		g.flags.VisitAll(func(f *flag.Flag) { flags.Var(f.Value, f.Name, f.Usage) })
 	}
-	return o, nil
+	if err = flags.Parse(args); err == nil {
+		o.given = map[string]string{}
+		flags.Visit(func(f *flag.Flag) { o.given[f.Name] = f.Value.String() })
+		err = o.validate(flags.Args())
+	} else if errors.Is(err, flag.ErrHelp) {
+		printUsage(stdout, groups)
+	} else {
+		err = fmt.Errorf("serve: %w", err)
+	}
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
+		fmt.Fprintf(stderr, "serve -h explains the flags.\n%v\n", err)
+	}
+	return o, err
 }
 
 func (o *options) validate(rest []string) error {
@@ -160,17 +226,13 @@ func (o *options) validate(rest []string) error {
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
-	if o.otlp != "" {
-		if host, port, err := net.SplitHostPort(o.otlp); err != nil || host == "" || port == "" {
-			bad("-otlp is %q, want host:port", o.otlp)
-		}
-	}
 	o.rankOptions.validate(o.dp, o.given, bad)
+	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
 }
 
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int) {
-	o, err := parseFlags(args, stderr)
+	o, err := parseFlags(args, stdout, stderr)
 	if errors.Is(err, flag.ErrHelp) {
 		return 0
 	}
@@ -212,14 +274,11 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		Speed:                  o.speed,
 		Logger:                 newLogger(stderr),
 	}
-	if o.otlp != "" {
-		t, err := startTelemetry(ctx, o.otlp, o.instance())
-		if err != nil {
-			return err
-		}
-		defer t.stop(stderr)
-		config.TracerProvider, config.MeterProvider, config.StepTrace = t.traces, t.metrics, true
+	watch, err := startWatch(ctx, &o, &config, stderr)
+	if err != nil {
+		return err
 	}
+	defer watch.stop(stderr)
 
 	var out outcome
 	if o.nats != "" {
@@ -228,6 +287,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		out.requests = requests
 		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)
 	}
+	watch.runEnded(stderr)
 	interrupted := errors.Is(err, engine.ErrInterrupted) ||
 		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
@@ -254,11 +314,6 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		err = checked.err()
 	}
 	return err
-}
-
-// newLogger returns a logger of warnings.
-func newLogger(stderr io.Writer) *slog.Logger {
-	return slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: slog.LevelWarn}))
 }
 
 // outcome is what came of a run.
@@ -313,6 +368,9 @@ func (o *options) readRequests() ([]engine.Request, error) {
 	requests := trace.Requests(rows, o.maxContext)
 	for i := range requests {
 		requests[i].Adapter = i % (o.loras + 1)
+		if _, err := requests[i].ArrivalAt(o.speed); err != nil {
+			return nil, fmt.Errorf("-speed is %v: %w", o.speed, err)
+		}
 	}
 	return requests, nil
 }

@@ -97,6 +97,7 @@ func (o *options) processArgs(rank int, url string) []string {
 		case "results":
 			value += "." + strconv.Itoa(rank)
 		}
+		value = o.telemetryOptions.ofRank(name, value, rank)
 		args = append(args, "-"+name+"="+value)
 	}
 	return args

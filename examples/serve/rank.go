@@ -36,44 +36,35 @@ type rankOptions struct {
 	natsKey         string
 }
 
-func (o *rankOptions) define(flags *flag.FlagSet) {
+func (o *rankOptions) defineProcesses(flags *flag.FlagSet) {
 	flags.BoolVar(&o.processes, "processes", false,
-		"run each rank as a process of its own, connected by a NATS server in this one")
-	flags.StringVar(&o.nats, "nats", "",
-		"be one rank of several processes that are connected by the NATS server at this `URL`")
-	flags.IntVar(&o.rank, "rank", 0,
-		"with -nats: be rank `R` of -dp, and serve every request i with i mod -dp = R")
-	flags.StringVar(
-		&o.group,
-		"group",
-		"serve",
-		"with -nats or -processes: `name` of the run, the same for all its ranks and no other run",
-	)
-	flags.StringVar(
-		&o.results,
-		"results",
-		"",
-		"with -nats or -processes: add each finished request to this `file`, and serve only what it lacks; "+
-			"with -processes, rank R has file.R",
-	)
+		"run each rank as a process of its own, connected by a NATS server\nin this one")
+	flags.StringVar(&o.group, "group", "serve",
+		"`name` of the run, the same for all its\nranks and no other run")
+	flags.StringVar(&o.results, "results", "",
+		"add each finished request to this `file`, and serve only what it\n"+
+			"lacks; with -processes, rank R has file.R")
 	flags.DurationVar(&o.exchangeTimeout, "exchange-timeout", 30*time.Second,
-		"with -nats or -processes: how long a rank waits in a step for the others")
-	flags.DurationVar(
-		&o.rejoin,
-		"rejoin",
-		0,
-		"with -nats or -processes: how long the ranks try again after a failed step (0: it ends the run)",
-	)
+		"how long a rank waits in a step for the others")
+	flags.DurationVar(&o.rejoin, "rejoin", 0,
+		"how long the ranks try again after a failed step (0: it ends the run)")
 	flags.DurationVar(&o.joinTimeout, "join-timeout", time.Minute,
-		"with -nats or -processes: how long a rank waits at the start for the others")
+		"how long a rank waits at the start for the others")
+}
+
+func (o *rankOptions) defineMachines(flags *flag.FlagSet) {
+	flags.StringVar(&o.nats, "nats", "",
+		"be one rank of several processes that are connected by the NATS\nserver at this `URL`")
+	flags.IntVar(&o.rank, "rank", 0,
+		"be rank `R` of -dp, and serve every request i with i mod -dp = R")
 	flags.StringVar(&o.natsCreds, "nats-creds", "",
-		"with -nats: `file` with the user's credentials, a JWT and its seed (a name and password go into the URL)")
+		"`file` with the user's credentials, a JWT and its seed\n(a name and password go into the URL)")
 	flags.StringVar(&o.natsCA, "nats-ca", "",
-		"with -nats: PEM `file` with the authorities that may vouch for the server")
+		"PEM `file` with the authorities that may vouch for the server")
 	flags.StringVar(&o.natsCert, "nats-cert", "",
-		"with -nats and -nats-key: PEM `file` with the certificate of this process")
+		"PEM `file` with the certificate of this process; it needs -nats-key")
 	flags.StringVar(&o.natsKey, "nats-key", "",
-		"with -nats and -nats-cert: PEM `file` with the key of the certificate")
+		"PEM `file` with the key of the certificate; it needs -nats-cert")
 }
 
 // groupName is what NATS has as a part of a subject.
@@ -141,7 +132,22 @@ func serveRank(
 	requests []engine.Request,
 	stderr io.Writer,
 ) (out outcome, err error) {
-	out = outcome{requests: requests, results: make([]engine.Result, len(requests))}
+	// The file comes first: ranks that have joined wait for each other.
+	file := &resultsFile{earlier: map[int]engine.Result{}}
+	if o.results != "" {
+		if file, err = openResults(o.results, requests); err != nil {
+			return outcome{requests: requests}, err
+		}
+		defer func() { err = errors.Join(err, file.close()) }()
+		config.Finished = file.add
+	}
+	out = outcome{requests: requests, resumed: len(file.earlier), results: make([]engine.Result, len(requests))}
+	results := file.earlier
+	defer func() {
+		for i, r := range requests {
+			out.results[i] = results[r.ID]
+		}
+	}()
 	groups, err := joinGroups(ctx, o)
 	if err != nil {
 		return out, err
@@ -149,26 +155,12 @@ func serveRank(
 	defer groups.close()
 	config.Process = &groups.process
 	config.ExchangeTimeout, config.StopGrace = o.exchangeTimeout, stopGrace
-	// No other process has this rank now, so the file is this one's alone.
-	file := &resultsFile{earlier: map[int]engine.Result{}}
-	if o.results != "" {
-		if file, err = openResults(o.results, requests); err != nil {
-			return out, err
-		}
-		defer func() { err = errors.Join(err, file.close()) }()
-		config.Finished = file.add
-	}
-	results := file.earlier
-	out.resumed = len(results)
 	rest := slices.DeleteFunc(slices.Clone(requests),
 		func(r engine.Request) bool { return results[r.ID].Finished })
 	served, stats, err := runEngine(ctx, config, weights, rest, stderr)
 	out.stats = stats
 	for _, r := range served {
 		results[r.ID] = r
-	}
-	for i, r := range requests {
-		out.results[i] = results[r.ID]
 	}
 	return out, err
 }
@@ -262,12 +254,4 @@ func (o *options) credentials() (opts []nats.Option) {
 		opts = append(opts, nats.ClientCert(o.natsCert, o.natsKey))
 	}
 	return opts
-}
-
-// instance tells the telemetry of a rank from that of the others; it is "" if there is one process.
-func (o *options) instance() string {
-	if o.nats == "" {
-		return ""
-	}
-	return fmt.Sprintf("%s-%d", o.group, o.rank)
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -29,41 +30,76 @@ type resultLine struct {
 	Logits  []float64 `json:"logits"` // that the last token was sampled from; as text they come back bit for bit
 }
 
-// openResults reads the file at path and opens it to add to it; one that isn't there is made. A
-// last line without an end is of a process that was killed while it wrote, and is cut off. Any line
-// that is not a result of one of requests is an error: the file belongs to another run.
+// openResults reads the file at path and opens it to add to it; one that isn't there is made. No
+// other process can have it open then. A last line without an end is of a process that was killed
+// while it wrote, and is cut off. Anything else that is not a result of one of requests is an
+// error, and the file stays as it is: it belongs to another run, or is no file of results at all.
 func openResults(path string, requests []engine.Request) (_ *resultsFile, err error) {
 	r := &resultsFile{requests: map[int]*engine.Request{}, earlier: map[int]engine.Result{}}
 	for i := range requests {
 		r.requests[requests[i].ID] = &requests[i]
 	}
+	// Opening a pipe would wait for its other end, and opening a device may do anything.
+	if about, err := os.Stat(path); err == nil && !about.Mode().IsRegular() {
+		return nil, fmt.Errorf("results %s: it is no regular file (%v)", path, about.Mode())
+	}
 	if r.file, err = os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o666); err != nil {
 		return nil, fmt.Errorf("results: %w", err)
 	}
-	if err := r.read(); err != nil {
+	if err = lockFile(r.file); err == nil {
+		err = r.read()
+	}
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("results %s: %w", path, err), r.close())
 	}
 	return r, nil
 }
 
+// errInUse is the error of a file that another process adds to.
+var errInUse = errors.New("another rank has it open; each needs a file of its own")
+
 func (r *resultsFile) read() error {
-	text, err := io.ReadAll(r.file)
-	if err != nil {
-		return err
-	}
-	whole := bytes.LastIndexByte(text, '\n') + 1
-	for i, line := range bytes.SplitAfter(text[:whole], []byte("\n")) {
-		if len(line) == 0 {
-			break // after the last
+	in := bufio.NewReader(r.file)
+	whole := int64(0)
+	for n := 1; ; n++ {
+		line, err := in.ReadBytes('\n')
+		if err == io.EOF {
+			return r.cut(line, whole, n)
 		}
-		if err := r.take(line); err != nil {
-			return fmt.Errorf("line %d: %w", i+1, err)
+		if err == nil {
+			err = r.take(line)
 		}
+		if err != nil {
+			return fmt.Errorf("line %d: %w", n, err)
+		}
+		whole += int64(len(line))
 	}
-	if whole == len(text) {
+}
+
+// cut cuts off the torn line that is left after so many bytes of whole lines.
+func (r *resultsFile) cut(torn []byte, whole int64, n int) error {
+	if len(torn) == 0 {
 		return nil
 	}
-	return r.file.Truncate(int64(whole))
+	if whole == 0 && !r.begins(torn) {
+		return fmt.Errorf("line %d: no result: it begins with %.40q", n, torn)
+	}
+	return r.file.Truncate(whole)
+}
+
+// begins reports whether text is the beginning of a line of one of the requests.
+func (r *resultsFile) begins(text []byte) bool {
+	for _, request := range r.requests {
+		start := fmt.Appendf(nil, `{"id":%d,"request":"%s","tokens":[`, request.ID, fingerprint(request))
+		if bytes.HasPrefix(start, text) {
+			return true
+		}
+		if bytes.HasPrefix(text, start) {
+			err := json.NewDecoder(bytes.NewReader(text)).Decode(&resultLine{})
+			return err == nil || errors.Is(err, io.ErrUnexpectedEOF)
+		}
+	}
+	return false
 }
 
 // take takes a line.
@@ -73,6 +109,9 @@ func (r *resultsFile) take(text []byte) error {
 	in.DisallowUnknownFields()
 	if err := in.Decode(&line); err != nil {
 		return fmt.Errorf("no result: %w", err)
+	}
+	if rest := bytes.TrimSpace(text[in.InputOffset():]); len(rest) > 0 {
+		return fmt.Errorf("there is text after the result of request %d: %.40q", line.ID, rest)
 	}
 	request := r.requests[line.ID]
 	if request == nil {

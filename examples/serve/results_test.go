@@ -149,8 +149,71 @@ func TestResultsForeign(t *testing.T) {
 			}
 		})
 	}
-	if _, err := openResults(t.TempDir(), requests); err == nil ||
-		!strings.HasPrefix(err.Error(), "results: open ") {
-		t.Errorf("a directory: %v", err)
+}
+
+// TestResultsNotOurs: a file that no run has written is refused and stays as it is, however it ends.
+func TestResultsNotOurs(t *testing.T) {
+	requests, results := resultRequests()
+	_, text := writeResults(t, requests, results[0])
+	for _, c := range []struct{ text, want string }{
+		{"a note without an end", `line 1: no result: it begins with "a note without an end"`},
+		{"{\"steps\": 5}", `line 1: no result: it begins with "{\"steps\": 5}"`},
+		{text[:40] + "x", "line 1: no result: it begins with "},
+		{strings.Replace(text, "{\"id\":1", "{\"id\":2", 1)[:60], "line 1: no result: it begins with "},
+		{"a note\n", "line 1: no result: "},
+		{strings.TrimSpace(text) + " {}\n", `line 1: there is text after the result of request 1: "{}"`},
+		{text + strings.TrimSpace(text) + "x\n", `line 2: there is text after the result of request 1: "x"`},
+	} {
+		path := filepath.Join(t.TempDir(), "results")
+		if err := os.WriteFile(path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openResults(path, requests); err == nil ||
+			!strings.Contains(err.Error(), "results "+path+": "+c.want) {
+			t.Errorf("%q: %v, want %q", c.text, err, c.want)
+		}
+		if got := readText(t, path); got != c.text {
+			t.Errorf("the file is %q now, it was %q", got, c.text)
+		}
 	}
+}
+
+// TestResultsNoFile: what is no regular file is refused, and nothing waits for its other end.
+func TestResultsNoFile(t *testing.T) {
+	requests, _ := resultRequests()
+	for _, path := range []string{t.TempDir(), os.DevNull} {
+		if _, err := openResults(path, requests); err == nil ||
+			!strings.Contains(err.Error(), "results "+path+": it is no regular file (") {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+}
+
+// TestOneResultsFile: of two ranks with one file the second is refused, before it joins the others.
+func TestOneResultsFile(t *testing.T) {
+	nats, err := startServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nats.Shutdown()
+	path := filepath.Join(t.TempDir(), "results")
+	first, err := openResults(path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.close()
+	exit, out, errs := runServe(t, "-nats", nats.ClientURL(), "-dp", "2", "-rank", "1", "-results", path,
+		"-join-timeout", "1h")
+	if want := "serve: results " + path + ": another rank has it open; each needs a file of its own\n"; exit != 1 ||
+		out != "" || errs != want {
+		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, out, errs, want)
+	}
+	if err := first.close(); err != nil {
+		t.Fatal(err)
+	}
+	again, err := openResults(path, nil)
+	if err != nil {
+		t.Fatalf("the file is free again: %v", err)
+	}
+	again.close()
 }

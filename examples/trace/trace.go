@@ -44,7 +44,8 @@ func Default() []Row {
 }
 
 // Read returns the rows of a trace by time. Columns may come in any order, and others beside them.
-// An error about a row says its line.
+// An error about a row says its line. A trace that is longer than a [time.Duration], 292 years, is
+// an error too.
 func Read(r io.Reader) ([]Row, error) {
 	in := csv.NewReader(r)
 	in.TrimLeadingSpace = true
@@ -85,6 +86,11 @@ func Read(r io.Reader) ([]Row, error) {
 		return nil, errors.New("line 1: the trace has a header and no rows")
 	}
 	slices.SortStableFunc(rows, func(a, b Row) int { return a.Time.Compare(b.Time) })
+	first, last := rows[0].Time, rows[len(rows)-1].Time
+	if span := last.Sub(first); !first.Add(span).Equal(last) { // it does not fit
+		return nil, fmt.Errorf("the trace begins at %s and ends at %s, want at most %v hours between them",
+			first.Format(time.DateTime), last.Format(time.DateTime), int(span.Hours()))
+	}
 	return rows, nil
 }
 
