@@ -239,7 +239,8 @@ func TestStepSpan(t *testing.T) {
 			return fwd.Schedule{NumScheduledTokens: []int{rank}}
 		}, "fwd.step FULL", with(ofTwo, "fwd.graph.mode", "FULL")},
 		"all are idle": {
-			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE", with(ofTwo, "fwd.graph.mode", nil),
+			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE",
+			with(ofTwo, "fwd.graph.mode", nil, "fwd.idle_ranks", 2),
 		},
 		"attributes": {
 			2, []fwd.Option{fwd.WithAttributes(attribute.String("replica", "a"))}, all(one), "fwd.step NONE",

@@ -233,12 +233,13 @@ func TestNoPeerOfExchange(t *testing.T) {
 	t.Parallel()
 	alone := lone{func() {}}
 	known := attrs{"fwd.step": 1, "fwd.dp.rank": 0, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 0}
+	other := with(known, "fwd.dp.last_rank", 1, "peer.service", "rank 1")
 	failed := with(known, "fwd.dp.max_tokens_rank", nil, "error.type", "lockstep")
 	for name, test := range map[string]struct {
 		coordinator fwd.Coordinator
 		want        attrs
 	}{
-		"the other rank":         {naming{alone, 1, nil}, with(known, "fwd.dp.last_rank", 1, "peer.service", "rank 1")},
+		"the other rank":         {naming{alone, 1, nil}, other},
 		"itself":                 {naming{alone, 0, nil}, with(known, "fwd.dp.last_rank", 0)},
 		"unknown":                {alone, known},
 		"none":                   {naming{alone, -1, nil}, known},
