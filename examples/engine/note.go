@@ -15,12 +15,17 @@ import (
 //
 //	bit  0       stop: this rank was interrupted
 //	bit  1       unfinished: this rank has requests that are waiting or running
-//	bits 2 to 63 idle: for how many milliseconds from now this rank has nothing to do, rounded up
+//	bits 2 to 62 idle: for how many milliseconds from now this rank has nothing to do, rounded up
+//	bit  63      greeting: this rank does not serve yet, and the other bits are a hash of how it was
+//	             started ([rank.greet])
 type note struct {
 	stop       bool
 	unfinished bool
 	idle       time.Duration
 }
+
+// greeting is the bit of a note that is none of a step.
+const greeting = 1 << 63
 
 // word returns the note as it is sent.
 func (n note) word() uint64 {

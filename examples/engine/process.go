@@ -18,6 +18,11 @@ type Process struct {
 	// Draft is nil if there is none.
 	Target, Draft fwd.Coordinator
 
+	// Same is what must be the same in all processes beside the configuration, in the same order. Ranks
+	// that differ in it refuse to serve together. They find out before they warm up; so does a rank
+	// that is started again.
+	Same []Setting
+
 	// Rejoin is how long the ranks wait for one that is missing or out of step, counted from the first
 	// exchange that failed: they try again until a step has gone well, and the first failure after
 	// that time ends the run. 0: any failure does.

@@ -53,11 +53,14 @@ func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
 	return nil
 }
 
-// warmUp captures all graphs, together with the other ranks.
+// warmUp captures all graphs, together with the other ranks, which must have been started alike.
 func (r *rank) warmUp(ctx context.Context) error {
 	ctx, span := r.startWarmUp(ctx)
 	defer span.End()
 	began := time.Now()
+	if err := r.greet(ctx); err != nil {
+		return err
+	}
 	for _, in := range r.instances() {
 		if err := in.warmUp(ctx); err != nil {
 			return err
@@ -144,7 +147,26 @@ func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, 
 	}
 	schedule := scheduleOf(step)
 	schedule.Note = own.word()
-	return r.target.runner.Plan(ctx, schedule)
+	pass, err := r.target.runner.Plan(ctx, schedule)
+	if err == nil && pass.Agreement != nil {
+		err = outOfStep(pass.Agreement, func(note uint64) bool { return note&greeting != 0 })
+	}
+	return pass, err
+}
+
+// outOfStep returns an error if some ranks greet the others, since they have been started again, and
+// some take a step. The note of either tells it from the other.
+func outOfStep(a *fwd.Agreement, is func(note uint64) bool) error {
+	var ranks []int
+	for rank, v := range a.Votes {
+		if is(v.Note) {
+			ranks = append(ranks, rank)
+		}
+	}
+	if ranks == nil {
+		return nil
+	}
+	return &fwd.RankError{Err: fwd.ErrLockstep, Step: a.Step, Ranks: ranks}
 }
 
 // run runs the pass of a step. Everything that follows from the model's output happens inside the

@@ -161,7 +161,7 @@ func TestServerConfiguration(t *testing.T) {
 		}
 	}
 	for _, p := range []*program{as("rank0:zero", "0"), as("rank1:one", "1")} {
-		if r := p.report(); r.Finished != 4 || *r.Check != (checkReport{4, 4}) {
+		if r := p.report(); r.Finished != 4 || *r.Check != (checkReport{Requests: 4, Agreed: 4}) {
 			t.Errorf("%+v, check %+v", r, r.Check)
 		}
 	}

@@ -12,7 +12,8 @@
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
-// All ranks have the same flags but -rank, -results and the credentials. A rank that dies can be
+// All ranks have the same flags but -rank, -results and the credentials; ranks that serve something
+// else than the others, or by other graphs, are refused at the start. A rank that dies can be
 // started again by the same command: the others wait for it, and it serves what its results file
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
 // groups are GROUP-target and, with -spec, GROUP-draft.
@@ -24,7 +25,8 @@
 // first, ends it immediately.
 //
 // It exits with 0 when all went well or the run was interrupted, with 1 on an error, or if -check
-// found a difference or was interrupted, and with 2 for bad flags.
+// found a difference or was itself interrupted, and with 2 for bad flags. After an interrupt -check
+// compares what is finished.
 package main
 
 import (
@@ -32,6 +34,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"math"
 	"os"
@@ -75,6 +78,7 @@ type options struct {
 	speed      float64
 	check      bool
 	json       bool
+	progress   bool
 
 	rankOptions
 	telemetryOptions
@@ -141,6 +145,8 @@ func (o *options) defineUBatches(flags *flag.FlagSet) {
 func (o *options) defineOutput(flags *flag.FlagSet) {
 	flags.BoolVar(&o.check, "check", false, "recompute every request alone and compare")
 	flags.BoolVar(&o.json, "json", false, "print the figures as one JSON object")
+	flags.BoolVar(&o.progress, "progress", false,
+		"with -json: print how far the run has come, too, as lines of JSON\nbefore the figures")
 }
 
 const examplesOfUse = `serve runs a request trace through a small mixture-of-experts model on
@@ -226,6 +232,9 @@ func (o *options) validate(rest []string) error {
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
+	if o.progress && !o.json {
+		bad("-progress is true: it needs -json")
+	}
 	o.rankOptions.validate(o.dp, o.given, bad)
 	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
@@ -239,7 +248,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 	if err != nil {
 		return 2
 	}
-	if err := serve(ctx, o, stdout, stderr); errors.Is(err, errCheck) {
+	if err := serve(ctx, o, stdout, o.screen(stdout, stderr)); errors.Is(err, errCheck) {
 		return 1
 	} else if err != nil {
 		fmt.Fprintf(stderr, "serve: %v\n", err)
@@ -248,11 +257,20 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) (exit int
 	return 0
 }
 
-func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
+// screen returns the screen for messages, with the progress that was asked for.
+func (o *options) screen(stdout, stderr io.Writer) *screen {
+	s := newScreen(stderr)
+	if o.progress {
+		s.lines = stdout
+	}
+	return s
+}
+
+func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) error {
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
-	requests, err := o.readRequests()
+	requests, fingerprint, err := o.readRequests()
 	if err != nil {
 		return err
 	}
@@ -282,6 +300,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 
 	var out outcome
 	if o.nats != "" {
+		config.Process = &engine.Process{Same: o.same(fingerprint)}
 		out, err = serveRank(ctx, &o, config, weights, share(requests, o.rank, o.dp), stderr)
 	} else {
 		out.requests = requests
@@ -291,7 +310,7 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 	interrupted := errors.Is(err, engine.ErrInterrupted) ||
 		err != nil && ctx.Err() != nil && errors.Is(err, context.Cause(ctx))
 	if err != nil && !interrupted {
-		return out.explain(err)
+		return out.explain(explainRanks(err))
 	}
 	report := newReport(&out, interrupted)
 	if !o.check {
@@ -302,6 +321,9 @@ func serve(ctx context.Context, o options, stdout, stderr io.Writer) error {
 		if err := report.print(stdout, false); err != nil {
 			return err
 		}
+	}
+	if interrupted {
+		ctx = context.WithoutCancel(ctx) // what is finished is compared; the next signal kills
 	}
 	checked := check(ctx, weights, out.requests, out.results, stderr)
 	report.Check = &checked
@@ -339,15 +361,15 @@ func runEngine(
 	config engine.Config,
 	weights *model.Weights,
 	requests []engine.Request,
-	stderr io.Writer,
+	stderr *screen,
 ) ([]engine.Result, engine.Stats, error) {
 	e, err := engine.New(model.New(weights), config)
 	if err != nil {
 		return nil, engine.Stats{}, err
 	}
-	bar := startBar(stderr, "serving", len(requests), func() (int, string) {
+	bar := startBar(stderr, func() progress {
 		finished, tokens := e.Progress()
-		return finished, fmt.Sprintf("%d tokens", tokens)
+		return progress{"serving", finished, len(requests), tokens}
 	})
 	defer bar.stop()
 	return e.Run(ctx, requests)
@@ -356,12 +378,15 @@ func runEngine(
 // errCheck ends the program with 1. What there is to say has been said by then.
 var errCheck = errors.New("not all requests agree with the reference")
 
-// readRequests returns the requests of the run, with their adapters.
-func (o *options) readRequests() ([]engine.Request, error) {
+// readRequests returns the requests of the run, with their adapters, and a fingerprint of the trace.
+func (o *options) readRequests() (_ []engine.Request, fingerprint string, err error) {
 	rows, err := readTrace(o.trace)
 	if err != nil {
-		return nil, err
+		return nil, "", err
 	}
+	h := fnv.New64a()
+	fmt.Fprint(h, rows)
+	fingerprint = fmt.Sprintf("one of %d rows with the fingerprint %016x", len(rows), h.Sum64())
 	if o.requests > 0 {
 		rows = rows[:min(o.requests, len(rows))]
 	}
@@ -369,10 +394,10 @@ func (o *options) readRequests() ([]engine.Request, error) {
 	for i := range requests {
 		requests[i].Adapter = i % (o.loras + 1)
 		if _, err := requests[i].ArrivalAt(o.speed); err != nil {
-			return nil, fmt.Errorf("-speed is %v: %w", o.speed, err)
+			return nil, "", fmt.Errorf("-speed is %v: %w", o.speed, err)
 		}
 	}
-	return requests, nil
+	return requests, fingerprint, nil
 }
 
 func readTrace(path string) ([]trace.Row, error) {
@@ -399,25 +424,30 @@ func check(
 	w *model.Weights,
 	requests []engine.Request,
 	results []engine.Result,
-	stderr io.Writer,
+	stderr *screen,
 ) checkReport {
 	const maxDifferences = 10
 	var done counter
-	bar := startBar(stderr, "checking", len(requests), func() (int, string) { return done.get(), "" })
+	bar := startBar(stderr, func() progress { return progress{"checking", done.get(), len(requests), 0} })
 	errs := engine.Check(ctx, w, requests, results, done.add)
 	bar.stop()
-	c := checkReport{Requests: len(requests)}
+	c := checkReport{}
 	if ctx.Err() != nil {
 		fmt.Fprintln(stderr, "serve: check: interrupted before all requests were compared")
 	}
 	different := 0
 	for i, err := range errs {
+		if !results[i].Finished {
+			c.Unfinished++
+			continue
+		}
+		c.Requests++
 		switch {
 		case err != nil && ctx.Err() == nil:
 			if different++; different <= maxDifferences {
 				fmt.Fprintf(stderr, "serve: %v\n", err)
 			}
-		case err == nil && results[i].Finished:
+		case err == nil:
 			c.Agreed++
 		}
 	}

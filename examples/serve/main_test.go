@@ -92,11 +92,28 @@ func TestInterrupted(t *testing.T) {
 		!strings.Contains(out.String(), "finished, interrupted\n") {
 		t.Errorf("exit %d, stderr %q, stdout %s", exit, &errs, &out)
 	}
-	out.Reset()
+}
+
+// TestInterruptedCheck: after an interrupt what is finished is compared, and nothing else counts. A
+// check that is itself interrupted says so.
+func TestInterruptedCheck(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	var out, errs bytes.Buffer
 	exit := run(ctx, []string{"-check"}, &out, &errs)
-	if want := "check: 0 of 400 requests agree with the reference\n"; exit != 1 ||
-		!strings.HasSuffix(out.String(), want) || !strings.Contains(errs.String(), "interrupted") {
-		t.Errorf("exit %d, stderr %q, stdout %s: want 1, and %q at the end", exit, &errs, &out, want)
+	if want := "check: 0 of 0 finished requests agree with the reference\n"; exit != 0 || errs.Len() > 0 ||
+		!strings.HasSuffix(out.String(), want) {
+		t.Errorf("exit %d, stderr %q, stdout %s: want 0, and %q at the end", exit, &errs, &out, want)
+	}
+	weights, err := model.NewWeights(model.DefaultConfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	requests := trace.Requests(trace.Default()[:2], 5)
+	got := check(ctx, weights, requests, []engine.Result{{Finished: true}, {ID: 1}}, newScreen(&errs))
+	if want := (checkReport{Requests: 1, Unfinished: 1}); got != want || got.err() == nil ||
+		errs.String() != "serve: check: interrupted before all requests were compared\n" {
+		t.Errorf("%+v, want %+v; stderr %q", got, want, &errs)
 	}
 }
 
@@ -200,18 +217,11 @@ func TestDifferences(t *testing.T) {
 	}
 	var errs bytes.Buffer
 	if got, want := check(t.Context(), weights, requests, results,
-		&errs), (checkReport{Requests: 14, Agreed: 2}); got != want {
+		newScreen(&errs)), (checkReport{Requests: 14, Agreed: 2}); got != want {
 		t.Errorf("%+v, want %+v", got, want)
 	}
 	if out := errs.String(); strings.Count(out, "\n") != 11 ||
 		!strings.Contains(out, "serve: request 2: served") || !strings.Contains(out, "and 2 more") {
 		t.Errorf("stderr %s", out)
-	}
-}
-
-func TestLine(t *testing.T) {
-	const want = "serving  [###############...............] 5/10 requests, 7 tokens"
-	if got := line("serving", 5, 10, "7 tokens"); got != want {
-		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -14,7 +14,9 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -26,8 +28,12 @@ import (
 const stopTimeout = stopGrace + shutdownTimeout + 10*time.Second
 
 // serveProcesses serves by a process for each rank, and a NATS server in this one that connects
-// them. It prints what came of all of them.
-func serveProcesses(ctx context.Context, o *options, stdout, stderr io.Writer) error {
+// them. It prints what came of all of them, or why the first one failed.
+func serveProcesses(ctx context.Context, o *options, stdout io.Writer, stderr *screen) error {
+	requests, _, err := o.readRequests()
+	if err != nil {
+		return err
+	}
 	program, err := os.Executable()
 	if err != nil {
 		return err
@@ -39,24 +45,22 @@ func serveProcesses(ctx context.Context, o *options, stdout, stderr io.Writer) e
 	defer nats.WaitForShutdown()
 	defer nats.Shutdown()
 	ranks := make([]*process, o.dp)
-	stderr = &oneAtATime{to: stderr}
 	for rank := range ranks {
-		ranks[rank] = newProcess(rank, program, o.processArgs(rank, nats.ClientURL()), stderr)
+		ranks[rank] = newProcess(rank, program, o.processArgs(rank, nats.ClientURL(), stderr.shows()), stderr)
 	}
-	runAll(ctx, ranks, max(o.joinTimeout, 2*o.exchangeTimeout+o.rejoin)+shutdownTimeout)
-
+	bar := startBar(stderr, func() progress { return progressOf(ranks, len(requests)) })
+	failed := runAll(ctx, ranks, o.check)
+	bar.stop()
+	if failed != nil {
+		return failed.failure()
+	}
 	var reports []*report
-	var errs []error
 	for _, p := range ranks {
 		r, err := p.report()
 		if err != nil {
-			errs = append(errs, fmt.Errorf("rank %d: %w", p.rank, err))
-			continue
+			return err
 		}
 		reports = append(reports, r)
-	}
-	if err := errors.Join(errs...); err != nil {
-		return err
 	}
 	all := mergeReports(reports)
 	err = all.print(stdout, o.json)
@@ -87,12 +91,12 @@ func startServer() (*server.Server, error) {
 }
 
 // processArgs returns the arguments of a rank's process: those of this one, and its place.
-func (o *options) processArgs(rank int, url string) []string {
-	args := []string{"-nats=" + url, "-rank=" + strconv.Itoa(rank), "-json"}
+func (o *options) processArgs(rank int, url string, progress bool) []string {
+	args := []string{"-nats=" + url, "-rank=" + strconv.Itoa(rank), "-json", "-progress=" + strconv.FormatBool(progress)}
 	for _, name := range slices.Sorted(maps.Keys(o.given)) {
 		value := o.given[name]
 		switch name {
-		case "processes", "json":
+		case "processes", "json", "progress":
 			continue
 		case "results":
 			value += "." + strconv.Itoa(rank)
@@ -105,33 +109,109 @@ func (o *options) processArgs(rank int, url string) []string {
 
 // process is the process of a rank.
 type process struct {
-	rank   int
-	cmd    *exec.Cmd
-	stdout bytes.Buffer
-	stderr *lines
-	err    error // how it ended
+	rank           int
+	cmd            *exec.Cmd
+	screen         io.Writer
+	stdout, stderr *lines
+	printed        bytes.Buffer // its report
+	sentence       string       // its last message, if that may be why it failed; not shown yet
+	err            error        // how it ended
+
+	progress atomic.Pointer[progress] // nil: it has said nothing yet
+	muted    atomic.Bool              // its messages are not shown
 }
 
-func newProcess(rank int, program string, args []string, stderr io.Writer) *process {
-	p := &process{
-		rank:   rank,
-		cmd:    exec.Command(program, args...),
-		stderr: newLines(stderr, fmt.Sprintf("rank %d: ", rank)),
-	}
-	p.cmd.Stdout, p.cmd.Stderr = &p.stdout, p.stderr
+func newProcess(rank int, program string, args []string, screen io.Writer) *process {
+	p := &process{rank: rank, cmd: exec.Command(program, args...), screen: screen}
+	p.stdout, p.stderr = &lines{each: p.print}, &lines{each: p.message}
+	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
 	p.cmd.WaitDelay = time.Second // it starts no others that could hold its output
 	onItsOwn(p.cmd)
 	return p
 }
 
-// runAll runs processes until all have ended. When ctx ends they are asked to stop, and after a
-// while they are killed; so are the others when one can't be started, or has failed and they have
-// not noticed by themselves within limit.
-func runAll(ctx context.Context, all []*process, limit time.Duration) {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
+// print takes a line of the process's output: its progress, or a part of its report.
+func (p *process) print(line []byte) {
+	var now progress
+	if bytes.HasPrefix(line, []byte(`{"progress":`)) && json.Unmarshal(line, &now) == nil {
+		p.progress.Store(&now)
+		return
+	}
+	p.printed.Write(line)
+}
+
+// message takes a line that the process says. The last sentence is kept: if the process fails, it
+// says why.
+func (p *process) message(line []byte) {
+	p.showSentence()
+	if sentence, ok := strings.CutPrefix(string(line), "serve: "); ok {
+		p.sentence = sentence
+		return
+	}
+	p.show(string(line))
+}
+
+func (p *process) showSentence() {
+	if p.sentence != "" {
+		p.show("serve: " + p.sentence)
+		p.sentence = ""
+	}
+}
+
+func (p *process) show(line string) {
+	if !p.muted.Load() {
+		fmt.Fprintf(p.screen, "rank %d: %s\n", p.rank, line)
+	}
+}
+
+// failure returns why the process failed, in its own words if it had any.
+func (p *process) failure() error {
+	place := fmt.Sprintf("rank %d: ", p.rank)
+	if p.sentence != "" {
+		return errors.New(place + strings.TrimPrefix(p.sentence, place))
+	}
+	_, err := p.report()
+	return fmt.Errorf("%s%w", place, err)
+}
+
+// progressOf returns how far all ranks are. Until each has said how many requests it serves, there
+// are so many.
+func progressOf(ranks []*process, requests int) progress {
+	all := progress{What: "serving"}
+	known := true
+	for _, p := range ranks {
+		now := p.progress.Load()
+		if now == nil {
+			known = false
+			continue
+		}
+		all.What = now.What
+		all.Done += now.Done
+		all.Of += now.Of
+		all.Tokens += now.Tokens
+	}
+	if !known {
+		all.Of = requests
+	}
+	return all
+}
+
+// runAll runs processes until all have ended, and returns the first that failed. When ctx ends, or
+// one fails or can't be started, the others are asked to stop: they can't go on without it. After a
+// while they are killed, but not while they compare what they have finished.
+func runAll(ctx context.Context, all []*process, check bool) (failed *process) {
 	var running, starting sync.WaitGroup
-	failed := make(chan struct{}, len(all))
+	var first sync.Once
+	failure := make(chan struct{})
+	fail := func(p *process) {
+		first.Do(func() {
+			for _, other := range all {
+				other.muted.Store(other != p) // what they say from now on follows from this
+			}
+			failed = p
+			close(failure)
+		})
+	}
 	starting.Add(len(all))
 	for _, p := range all {
 		running.Go(func() {
@@ -139,14 +219,15 @@ func runAll(ctx context.Context, all []*process, limit time.Duration) {
 			runtime.LockOSThread()
 			p.err = p.cmd.Start()
 			starting.Done()
-			if p.err != nil {
-				cancel()
-				return
+			if p.err == nil {
+				p.err = p.cmd.Wait()
+				p.stdout.flush()
+				p.stderr.flush()
 			}
-			p.err = p.cmd.Wait()
-			p.stderr.flush()
 			if _, err := p.report(); err != nil {
-				failed <- struct{}{}
+				fail(p)
+			} else {
+				p.showSentence()
 			}
 		})
 	}
@@ -157,27 +238,24 @@ func runAll(ctx context.Context, all []*process, limit time.Duration) {
 		close(ended)
 	}()
 
-	// until waits for the end, or for something else that calls for it.
-	until := func(timeout <-chan time.Time, failed <-chan struct{}) (over bool) {
-		select {
-		case <-ended:
-			return true
-		case <-ctx.Done():
-		case <-failed:
-		case <-timeout:
-		}
-		return false
-	}
-	if until(nil, failed) || until(time.After(limit), nil) {
-		return
-	}
-	signalAll(all, syscall.SIGTERM)
 	select {
 	case <-ended:
-	case <-time.After(stopTimeout):
+		return failed
+	case <-failure:
+	case <-ctx.Done():
+	}
+	signalAll(all, syscall.SIGTERM)
+	var kill <-chan time.Time // never: the next signal ends this process, and the others with it
+	if !check || ctx.Err() == nil {
+		kill = time.After(stopTimeout)
+	}
+	select {
+	case <-ended:
+	case <-kill:
 		signalAll(all, os.Kill)
 		<-ended
 	}
+	return failed
 }
 
 func signalAll(all []*process, s os.Signal) {
@@ -192,7 +270,7 @@ func signalAll(all []*process, s os.Signal) {
 // all, has a report and says so by its exit status too.
 func (p *process) report() (*report, error) {
 	var r report
-	if err := json.Unmarshal(p.stdout.Bytes(), &r); err != nil {
+	if err := json.Unmarshal(p.printed.Bytes(), &r); err != nil {
 		if p.err == nil {
 			return nil, fmt.Errorf("its report: %w", err)
 		}
@@ -204,14 +282,11 @@ func (p *process) report() (*report, error) {
 	return &r, nil
 }
 
-// lines writes whole lines, each with a prefix and in one piece.
+// lines cuts what is written to it into lines.
 type lines struct {
-	to     io.Writer
-	prefix string
-	begun  []byte // of the next line
+	each  func(line []byte) // without its end; it may not keep the line
+	begun []byte            // of the next line
 }
-
-func newLines(to io.Writer, prefix string) *lines { return &lines{to: to, prefix: prefix} }
 
 // Write implements [io.Writer].
 func (l *lines) Write(text []byte) (int, error) {
@@ -221,32 +296,15 @@ func (l *lines) Write(text []byte) (int, error) {
 		if !whole {
 			return len(text), nil
 		}
-		l.write(line)
+		l.each(line)
 		l.begun = rest
 	}
 }
 
-// flush writes a last line that has no end.
+// flush ends a last line that has no end.
 func (l *lines) flush() {
 	if len(l.begun) > 0 {
-		l.write(l.begun)
+		l.each(l.begun)
 		l.begun = nil
 	}
-}
-
-func (l *lines) write(line []byte) {
-	fmt.Fprintf(l.to, "%s%s\n", l.prefix, line)
-}
-
-// oneAtATime lets several goroutines write to one writer.
-type oneAtATime struct {
-	mu sync.Mutex
-	to io.Writer
-}
-
-// Write implements [io.Writer].
-func (w *oneAtATime) Write(text []byte) (int, error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.to.Write(text)
 }

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 )
 
 // children returns the processes that a program has started and that still run, by rank.
@@ -61,35 +60,22 @@ func gone(ranks map[int]int) bool {
 	return true
 }
 
-// TestProcessesKilled: a rank that dies ends the run within the exchange timeout, named by all
-// others, and nobody is left.
+// TestProcessesKilled: a rank that dies ends the run, long before the others miss it, and nobody is
+// left. What they say then is not shown.
 func TestProcessesKilled(t *testing.T) {
-	const timeout = 2 * time.Second
 	results := filepath.Join(t.TempDir(), "results")
-	p := start(t, strings.Fields("-processes -dp 3 -speed 2 -exchange-timeout 2s -results "+results)...)
+	p := start(t, strings.Fields("-processes -dp 3 -speed 2 -exchange-timeout 1h -results "+results)...)
 	eventually(t, "results of rank 2", hasResults(results+".2", 3))
 	ranks := p.children()
 	if len(ranks) != 3 {
 		t.Fatalf("the processes are %v, want 3", ranks)
 	}
-	began := time.Now()
 	if err := syscall.Kill(ranks[2], syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 	exit := p.wait()
-	if took := time.Since(began); took < timeout/2 || took > timeout+10*time.Second {
-		t.Errorf("it took %v to end", took)
-	}
-	if exit != 1 || p.stdout.Len() > 0 {
-		t.Errorf("exit %d, stdout %q", exit, &p.stdout)
-	}
-	for _, want := range []string{
-		"serve: rank 0: exit status 1\n", "rank 1: exit status 1\n", "rank 2: signal: killed\n",
-		"rank 0: serve: rank 0: ", "rank 1: serve: rank 1: ", "missing: ranks [2])",
-	} {
-		if !strings.Contains(p.stderr.String(), want) {
-			t.Errorf("no %q in %s", want, &p.stderr)
-		}
+	if exit != 1 || p.stdout.Len() > 0 || p.stderr.String() != "serve: rank 2: signal: killed\n" {
+		t.Errorf("exit %d, stdout %q, stderr %q", exit, &p.stdout, &p.stderr)
 	}
 	if !gone(ranks) {
 		t.Errorf("some of the processes %v are left", ranks)

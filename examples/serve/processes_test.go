@@ -128,7 +128,7 @@ func TestProcesses(t *testing.T) {
 			t.Parallel()
 			r := start(t, strings.Fields("-processes -json -check -requests 43 -max-context 150 "+flags)...).report()
 			if r.Requests != 43 || r.Finished != 43 || r.Interrupted || r.FailedSteps != 0 || r.Check == nil ||
-				*r.Check != (checkReport{43, 43}) {
+				*r.Check != (checkReport{Requests: 43, Agreed: 43}) {
 				t.Errorf("%+v, check %+v", r, r.Check)
 			}
 			passes, modes := 0, 0
@@ -195,7 +195,7 @@ func TestProcessesInterrupted(t *testing.T) {
 	}
 	again := start(t, append(args, "-check", "-speed", "0")...).report()
 	if again.Interrupted || again.Finished != 400 || again.Resumed != r.Finished ||
-		*again.Check != (checkReport{400, 400}) {
+		*again.Check != (checkReport{Requests: 400, Agreed: 400}) {
 		t.Errorf("%+v, check %+v, want %d resumed", again, again.Check, r.Finished)
 	}
 	if again.GeneratedTokens == 0 ||
@@ -203,9 +203,71 @@ func TestProcessesInterrupted(t *testing.T) {
 		t.Errorf("%d tokens and then %d: not all were generated", r.GeneratedTokens, again.GeneratedTokens)
 	}
 	p = start(t, append(args, "-check", "-speed", "0", "-max-context", "10")...)
-	if exit := p.wait(); exit != 1 ||
+	if exit := p.wait(); exit != 1 || strings.Count(p.stderr.String(), "\n") != 1 ||
 		!strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
 		t.Errorf("files of another run: exit %d, stderr %q", exit, &p.stderr)
+	}
+}
+
+// TestProcessesInterruptedCheck: what all ranks have finished by then is compared. Two signals shortly
+// after each other are one.
+func TestProcessesInterruptedCheck(t *testing.T) {
+	results := filepath.Join(t.TempDir(), "results")
+	p := start(t, "-processes", "-dp", "2", "-check", "-results", results, "-speed", "2")
+	eventually(t, "results of both ranks", func() bool {
+		return hasResults(results+".0", 3)() && hasResults(results+".1", 3)()
+	})
+	p.signal(syscall.SIGTERM)
+	p.signal(syscall.SIGINT)
+	exit := p.wait()
+	written := strings.Count(readText(t, results+".0")+readText(t, results+".1"), "\n")
+	want := fmt.Sprintf("\ncheck: %d of %d finished requests agree with the reference\n", written, written)
+	if exit != 0 || p.stderr.Len() > 0 || !strings.HasSuffix(p.stdout.String(), want) {
+		t.Errorf("exit %d, stderr %q, stdout %s: want %q at the end", exit, &p.stderr, &p.stdout, want)
+	}
+}
+
+// TestProcessesFailAtOnce: a rank that fails before it joins ends the run, by its own sentence; the
+// others don't wait for it.
+func TestProcessesFailAtOnce(t *testing.T) {
+	results := filepath.Join(t.TempDir(), "results")
+	if err := os.WriteFile(results+".1", []byte("a note"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, "-processes", "-dp", "3", "-results", results, "-join-timeout", "1h")
+	want := "serve: rank 1: results " + results + ".1: line 1: no result: it begins with \"a note\"\n"
+	if exit := p.wait(); exit != 1 || p.stdout.Len() > 0 || p.stderr.String() != want {
+		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, &p.stdout, &p.stderr, want)
+	}
+}
+
+// TestProcessesProgress: how far all ranks have come is printed before the figures.
+func TestProcessesProgress(t *testing.T) {
+	p := start(t, "-processes", "-dp", "2", "-requests", "30", "-speed", "3", "-json", "-progress")
+	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
+		t.Fatalf("exit %d, stderr %q", exit, &p.stderr)
+	}
+	in := json.NewDecoder(&p.stdout)
+	last := progress{}
+	for {
+		var text json.RawMessage
+		if err := in.Decode(&text); err != nil {
+			t.Fatalf("no figures: %v", err)
+		}
+		now := progress{}
+		if err := json.Unmarshal(text, &now); err != nil {
+			t.Fatal(err)
+		}
+		if now.What == "" { // the figures
+			break
+		}
+		if now.What != "serving" || now.Of != 30 || now.Done < last.Done || now.Tokens < last.Tokens {
+			t.Errorf("%+v after %+v", now, last)
+		}
+		last = now
+	}
+	if last.Tokens == 0 || in.More() {
+		t.Errorf("the last progress is %+v, and there is more after the figures: %v", last, in.More())
 	}
 }
 
@@ -288,7 +350,7 @@ func TestProcessesRejoin(t *testing.T) {
 	for rank, p := range ranks {
 		r := p.report()
 		own := len(share(make([]engine.Request, 400), rank, 3))
-		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{own, own}) || len(r.Waiting) != 1 ||
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) || len(r.Waiting) != 1 ||
 			r.Waiting[0].Rank != rank {
 			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
 		}
@@ -366,7 +428,7 @@ func TestMergeReports(t *testing.T) {
 // TestLines: lines stay whole, whatever pieces they are written in.
 func TestLines(t *testing.T) {
 	var out bytes.Buffer
-	l := newLines(&out, "p: ")
+	l := lines{each: func(line []byte) { fmt.Fprintf(&out, "p: %s\n", line) }}
 	for _, piece := range []string{"a", "b\nc\n", "\n", "d"} {
 		if n, err := l.Write([]byte(piece)); n != len(piece) || err != nil {
 			t.Fatal(n, err)

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"net/url"
 	"regexp"
 	"slices"
@@ -85,10 +84,10 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 		}
 	}
 	if o.nats != "" && o.processes {
-		bad("-nats is %s beside -processes, which starts a server of its own", withoutPasswords(o.nats))
+		bad("-nats is %s beside -processes, which starts a server of its own", withoutSecrets(o.nats))
 	}
 	if o.nats != "" && !given("rank") {
-		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", withoutPasswords(o.nats), dp-1, dp)
+		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", withoutSecrets(o.nats), dp-1, dp)
 	} else if o.nats != "" && (o.rank < 0 || o.rank >= dp) {
 		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
 	}
@@ -107,6 +106,30 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	if o.joinTimeout <= 0 {
 		bad("-join-timeout is %v, want more than 0", o.joinTimeout)
 	}
+}
+
+// same returns what all ranks must have been started with, beside the trace, of which this is the
+// fingerprint. What else there is may differ.
+func (o *options) same(trace string) []engine.Setting {
+	same := []engine.Setting{{Name: "-trace", Value: trace}}
+	for name, value := range map[string]any{
+		"-requests": o.requests, "-max-context": o.maxContext, "-speed": o.speed,
+		"-sp": o.sp, "-chunk": o.chunk, "-loras": o.loras, "-spec": o.spec, "-graph": o.graph,
+		"-ubatches": o.ubatches, "-decode-ubatch-threshold": o.decodeUB, "-prefill-ubatch-threshold": o.prefillUB,
+	} {
+		same = append(same, engine.Setting{Name: name, Value: fmt.Sprint(value)})
+	}
+	slices.SortFunc(same, func(a, b engine.Setting) int { return strings.Compare(a.Name, b.Name) })
+	return same
+}
+
+// explainRanks adds to an error what to do about ranks that fwd finds configured differently.
+func explainRanks(err error) error {
+	if ranks := (*fwd.RankError)(nil); errors.As(err, &ranks) && errors.Is(err, fwd.ErrInvalid) {
+		return fmt.Errorf("%w: compare their flags -graph, -loras, -spec, -ubatches, -decode-ubatch-threshold "+
+			"and -prefill-ubatch-threshold", err)
+	}
+	return err
 }
 
 // stopGrace is how long a rank may take to end its step when it is interrupted. The ranks stop
@@ -130,7 +153,7 @@ func serveRank(
 	config engine.Config,
 	weights *model.Weights,
 	requests []engine.Request,
-	stderr io.Writer,
+	stderr *screen,
 ) (out outcome, err error) {
 	// The file comes first: ranks that have joined wait for each other.
 	file := &resultsFile{earlier: map[int]engine.Result{}}
@@ -153,6 +176,7 @@ func serveRank(
 		return out, err
 	}
 	defer groups.close()
+	groups.process.Same = config.Process.Same
 	config.Process = &groups.process
 	config.ExchangeTimeout, config.StopGrace = o.exchangeTimeout, stopGrace
 	rest := slices.DeleteFunc(slices.Clone(requests),
@@ -178,27 +202,38 @@ func joinGroups(ctx context.Context, o *options) (*groups, error) {
 		fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
 	defer cancel()
 	conn, err := natsdp.Connect(ctx, o.nats, o.credentials()...)
+	if quoted := (*url.Error)(nil); errors.As(err, &quoted) {
+		err = errNoURL
+	}
 	if err != nil {
-		return nil, fmt.Errorf("-nats %s: %w", withoutPasswords(o.nats), err)
+		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
 	}
 	g := &groups{conn: conn, process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
 	if err := g.join(ctx, cancel, o); err != nil {
 		g.close()
-		return nil, fmt.Errorf("-nats %s: %w", withoutPasswords(o.nats), err)
+		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
 	}
 	return g, nil
 }
 
-// withoutPasswords returns URLs as they may be printed.
-func withoutPasswords(urls string) string {
-	list := strings.Split(urls, ",")
-	for i, text := range list {
-		if u, err := url.Parse(text); err == nil {
-			list[i] = u.Redacted()
-		}
+// userinfo is all that may be a name, a password or a token in a URL, or in what was meant as one.
+var userinfo = regexp.MustCompile(`^([A-Za-z]+://)?.*@`)
+
+// nextURL is where the next URL of a list begins.
+var nextURL = regexp.MustCompile(`,[A-Za-z]+://`)
+
+// withoutSecrets returns URLs as they may be printed.
+func withoutSecrets(urls string) string {
+	begin, shown := 0, ""
+	for _, at := range nextURL.FindAllStringIndex(urls, -1) {
+		shown += userinfo.ReplaceAllString(urls[begin:at[0]], "${1}xxxxx@") + ","
+		begin = at[0] + 1
 	}
-	return strings.Join(list, ",")
+	return shown + userinfo.ReplaceAllString(urls[begin:], "${1}xxxxx@")
 }
+
+// errNoURL stands for the errors of a URL that can't be parsed: they quote it.
+var errNoURL = errors.New("it is no URL; a name, password or token in it must be percent-encoded")
 
 // join joins all groups concurrently, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
@@ -222,6 +257,9 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 			}
 			if failed == nil {
 				failed = fmt.Errorf("group %s-%s: %w", o.group, name, err)
+				if name == "draft" {
+					failed = fmt.Errorf("%w (a rank without -spec does not join it)", failed)
+				}
 			}
 			cancel()
 		})

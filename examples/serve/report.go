@@ -60,13 +60,19 @@ type rankReport struct {
 	Forward float64 `json:"forward"`
 }
 
+// checkReport is what -check found.
 type checkReport struct {
-	Requests int `json:"requests"`
-	Agreed   int `json:"agreed"`
+	Requests   int `json:"requests"` // finished
+	Agreed     int `json:"agreed"`
+	Unfinished int `json:"unfinished,omitempty"` // after an interrupt
 }
 
 func (c *checkReport) print(w io.Writer) error {
-	_, err := fmt.Fprintf(w, "check: %d of %d requests agree with the reference\n", c.Agreed, c.Requests)
+	finished := ""
+	if c.Unfinished > 0 {
+		finished = "finished "
+	}
+	_, err := fmt.Fprintf(w, "check: %d of %d %srequests agree with the reference\n", c.Agreed, c.Requests, finished)
 	return err
 }
 
@@ -177,6 +183,7 @@ func (r *report) add(rank *report) {
 		}
 		r.Check.Requests += c.Requests
 		r.Check.Agreed += c.Agreed
+		r.Check.Unfinished += c.Unfinished
 	}
 }
 

@@ -1,0 +1,89 @@
+// Ranks that are started with different flags, and what is never printed.
+
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// runRanks runs ranks, each with its own flags beside the common ones, and returns how they exit and
+// what they say.
+func runRanks(t *testing.T, common []string, flags ...[]string) (exits []int, messages []string) {
+	t.Helper()
+	nats, err := startServer()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nats.Shutdown()
+	exits, messages = make([]int, len(flags)), make([]string, len(flags))
+	var wg sync.WaitGroup
+	for rank, own := range flags {
+		wg.Go(func() {
+			args := []string{"-nats", nats.ClientURL(), "-dp", fmt.Sprint(len(flags)), "-rank", fmt.Sprint(rank), "-json"}
+			var out, errs bytes.Buffer
+			exits[rank] = run(t.Context(), append(append(args, common...), own...), &out, &errs)
+			messages[rank] = errs.String()
+		})
+	}
+	wg.Wait()
+	return exits, messages
+}
+
+// TestOtherFlags: every rank names the ranks that serve something else, and the flag.
+func TestOtherFlags(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "trace.csv")
+	text := "TIMESTAMP,ContextTokens,GeneratedTokens\n2026-01-01 00:00:00,5,5\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		odd  string // flags of rank 1
+		want string // what all say
+	}{
+		{"-requests 6", "ranks [1] were started with another -requests than rank 0; here it is "},
+		{"-max-context 9", "ranks [1] were started with another -max-context than rank 0; here it is "},
+		{"-speed 1e6 -chunk 3", "ranks [1] were started with another -speed than rank 0; here it is "},
+		{"-chunk 3 -speed 1e6", "ranks [1] were started with another -chunk than rank 0; here it is "},
+		{"-trace " + path, "ranks [1] were started with another -trace than rank 0; here it is one of "},
+		{"-loras 2", "not like the others: ranks [1]): compare their flags -graph, -loras, "},
+		{"-graph NONE", "not like the others: ranks [1]): compare their flags -graph, "},
+	} {
+		t.Run(c.odd, func(t *testing.T) {
+			t.Parallel()
+			exits, messages := runRanks(t, []string{"-max-context", "16"}, []string{"-requests", "12"},
+				append([]string{"-requests", "12"}, strings.Fields(c.odd)...), []string{"-requests", "12"})
+			for rank, message := range messages {
+				if exits[rank] != 1 || !strings.Contains(message, c.want) {
+					t.Errorf("rank %d: exit %d, stderr %q, want 1 and %q", rank, exits[rank], message, c.want)
+				}
+			}
+		})
+	}
+}
+
+// TestSecrets: what may be a password or a token is not printed, wherever it stands in -nats.
+func TestSecrets(t *testing.T) {
+	for _, c := range []struct{ url, want string }{
+		{"nats://s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: nats: no servers available"},
+		{"nats://rank0:s3cret@127.0.0.1:1,nats://rank0:s3cret@127.0.0.1:2",
+			"-nats nats://xxxxx@127.0.0.1:1,nats://xxxxx@127.0.0.1:2: nats: no servers available"},
+		{"nats://rank0:%s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: it is no URL; "},
+		{"nats://rank0:a/s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: it is no URL; "},
+		{"nats://rank0:a,s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: "},
+		{"rank0:s3cret@127.0.0.1:1", "-nats xxxxx@127.0.0.1:1: nats: no servers available"},
+	} {
+		t.Run(c.url, func(t *testing.T) {
+			t.Parallel()
+			exit, _, errs := runServe(t, "-nats", c.url, "-dp", "2", "-rank", "0", "-join-timeout", "300ms")
+			if exit != 1 || !strings.Contains(errs, c.want) || strings.Contains(errs, "s3cret") {
+				t.Errorf("exit %d, stderr %q, want %q", exit, errs, c.want)
+			}
+		})
+	}
+}
