@@ -34,6 +34,8 @@ func newSteps() map[string][]Span {
 				Attributes: attrs{Rank: 0, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2}},
 			{ID: "f1", Name: Forward, Start: 140, End: 900,
 				Attributes: attrs{Rank: 1, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2, WaitTime: 0.0005}},
+			{ID: "w0", Parent: "f1", Name: Wait, Start: 200, End: 600, Attributes: attrs{PeerRank: 0}},
+			{ID: "w1", Parent: "f1", Name: Wait, Start: 700, End: 800, Attributes: attrs{PeerRank: 0}},
 		},
 		"a root of no rank": {
 			{ID: "root", Parent: "elsewhere", Name: "fwd.step NONE", End: 5500, Attributes: attrs{Step: 8}},
@@ -179,7 +181,9 @@ func TestWords(t *testing.T) {
 			"Step 8: 5.50 ms on 4 ranks", ">fwd.step NONE<", "<title>fwd.wait &lt;rows&gt;, 0.90 ms",
 		},
 		"waits": {
-			"Rank 0 votes last, and the others wait for its vote. Inside their passes the ranks wait",
+			"Rank 0 votes last, and the others wait for its vote. Inside their passes ranks wait " +
+				"for each other too, rank 1 longest: 0.50 ms for rank 0.",
+			">for rank 0<",
 			"Rank 1: waits 50 µs for votes; FULL exact, 2 tokens, 0.76 ms, 0.50 ms of it waiting for rows.",
 			">0.76 ms, 0.50 ms of it waiting for rows<",
 		},
