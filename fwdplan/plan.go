@@ -98,12 +98,23 @@ type Plan struct {
 	// possible to one size more than the plan may have. It ends where more graphs save nothing.
 	Curve []Point `json:"curve"`
 
+	// Steps says what each size of the ladder is for.
+	Steps []Step `json:"steps"`
+
 	Confidence Confidence `json:"confidence"`
 
 	// Adjusted is the number of measured sizes, with Config.Measured, that had another time than the
 	// plan goes by. Times that fall with size are noise: they are made equal to those of their neighbours,
 	// weighted by passes.
 	Adjusted int `json:"adjusted"`
+}
+
+// Step is one size of a ladder, and the passes that pad to it.
+type Step struct {
+	Size    int    `json:"size"`
+	Mixed   bool   `json:"mixed,omitempty"` // in MixedSizes
+	Passes  uint64 `json:"passes"`
+	Padding uint64 `json:"padding"` // tokens
 }
 
 // Point is the best ladder with at most that many graphs.
@@ -149,6 +160,7 @@ func Choose(s Snapshot, cfg Config) (Plan, error) {
 	}
 	plan.Ladder = best
 	plan.Outcome = t.evaluate(best)
+	plan.Steps = t.steps(best)
 	return plan, nil
 }
 
@@ -364,6 +376,27 @@ func (t *task) share(kind int, sizes []int, cost *float64) (s Share) {
 	return s
 }
 
+func (t *task) steps(l Ladder) (steps []Step) {
+	for i, kinds := range t.ladders() {
+		sizes := [][]int{l.Sizes, l.MixedSizes}[i]
+		first := len(steps)
+		for _, size := range sizes {
+			steps = append(steps, Step{Size: size, Mixed: i > 0})
+		}
+		for _, kind := range kinds {
+			for k, size := range t.sizes {
+				next, _ := slices.BinarySearch(sizes, size)
+				if next < len(sizes) && t.serves(kind, sizes[next]) {
+					step := &steps[first+next]
+					step.Passes += t.passes[kind][k]
+					step.Padding += t.passes[kind][k]*uint64(step.Size) - t.tokens[kind][k]
+				}
+			}
+		}
+	}
+	return steps
+}
+
 // plannable reports whether some graph could serve the batches of that kind and size.
 func (t *task) plannable(kind, size int) bool { return size <= t.Max && t.serves(kind, size) }
 
@@ -411,12 +444,12 @@ func (t *task) choose(plan *Plan) (Ladder, error) {
 		most = t.MaxGraphs / t.cases
 	}
 	for _, l := range lists {
-		l.solve(most, t.GraphPrice*float64(t.cases))
+		l.choose(most, t.GraphPrice*float64(t.cases))
 	}
-	costs, first := lists[0].costs, []int(nil) // by graphs; how many of them are of the first list
+	costs, first := lists[0].best.costs, []int(nil) // by graphs; how many of them are of the first list
 	ideal := lists[0].ideal
 	for _, l := range lists[1:] {
-		costs, first = convolve(costs, l.costs)
+		costs, first = convolve(costs, l.best.costs)
 		ideal += l.ideal
 	}
 	at := -1
@@ -490,15 +523,15 @@ func convolve(a, b []float64) (costs []float64, first []int) {
 type list struct {
 	problem
 	kinds []int
-	sizes []int // candidates, from index 1 of the problem
+	sizes []int // the candidates, from index 1 of the problem
 	needs int   // graphs at least
 	ideal float64
-	costs []float64 // of the best ladders with exactly so many graphs
-	ends  []int
+	best  *solution
 }
 
-// newList returns the problem of choosing the sizes for some kinds of batches. Only sizes that were seen
-// are candidates, and those of Must: a size in between costs more and serves nothing more.
+// newList returns the problem of choosing the sizes for some kinds of batches. Candidates are sizes that
+// were seen, and those of Must: a size in between costs more and serves nothing more. But above the
+// largest decode batch with a full graph sizes need one graph less, so the first of them is one too.
 func (t *task) newList(kinds []int) *list {
 	l := &list{kinds: kinds}
 	musts := slices.DeleteFunc(slices.Clone(t.Must), func(size int) bool { return !t.serves(kinds[0], size) })
@@ -509,6 +542,10 @@ func (t *task) newList(kinds []int) *list {
 				l.sizes = append(l.sizes, size)
 			}
 		}
+	}
+	if above := t.roundUp(t.maxDecode + 1); above <= t.Max &&
+		t.graphs(kinds, above) != t.graphs(kinds, t.multiple) && t.serves(kinds[0], above) {
+		l.sizes = append(l.sizes, above)
 	}
 	slices.Sort(l.sizes)
 	l.sizes = slices.Compact(l.sizes)
@@ -581,9 +618,9 @@ func (t *task) add(l *list, kind int) {
 // onceMore is how many graphs one size more may need.
 const onceMore = 2
 
-// solve computes the costs by graphs, up to one size more than most, and as long as a graph can be worth
-// its price.
-func (l *list) solve(most int, price float64) {
+// choose finds the best ladders by graphs, up to one size more than most, and as long as a graph can be
+// worth its price.
+func (l *list) choose(most int, price float64) {
 	all := 0
 	for _, graphs := range l.graphs {
 		all += graphs
@@ -592,7 +629,7 @@ func (l *list) solve(most int, price float64) {
 		all = min(all, most+onceMore)
 	}
 	least := math.Inf(1)
-	l.costs, l.ends = l.curve(all, func(v int, cost float64) bool {
+	l.best = l.solve(all, func(v int, cost float64) bool {
 		least = min(least, cost+price*float64(v))
 		return l.ideal+price*float64(v) >= least
 	})
@@ -601,7 +638,7 @@ func (l *list) solve(most int, price float64) {
 // ladder returns the sizes of the best ladder with exactly so many graphs.
 func (l *list) ladder(graphs int) []int {
 	var sizes []int
-	for _, i := range l.problem.ladder(0, l.ends[graphs], graphs) {
+	for _, i := range l.best.ladder(graphs) {
 		sizes = append(sizes, l.sizes[i-1])
 	}
 	return sizes

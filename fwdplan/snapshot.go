@@ -100,8 +100,8 @@ func ReadSnapshot(r io.Reader) (Snapshot, error) {
 		return Snapshot{}, invalidf("line %d: %v", lineOf(data, syntax.Offset), err)
 	}
 	if typed := (*json.UnmarshalTypeError)(nil); errors.As(err, &typed) {
-		return Snapshot{}, invalidf("line %d: %s is a %s, want a %v",
-			lineOf(data, typed.Offset), cmp.Or(typed.Field, "the snapshot"), typed.Value, typed.Type)
+		return Snapshot{}, invalidf("line %d: found a JSON %s for %s, want type %v",
+			lineOf(data, typed.Offset), typed.Value, cmp.Or(typed.Field, "the snapshot"), typed.Type)
 	}
 	if err != nil && !errors.Is(err, fwd.ErrInvalid) {
 		err = invalidf("%v", err)
