@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strings"
 
 	"github.com/forwardctx/fwd"
 )
@@ -91,7 +92,8 @@ func ReadSnapshot(r io.Reader) (Snapshot, error) {
 	if len(data) > maxSnapshot {
 		return Snapshot{}, invalidf("the snapshot has more than %d bytes", maxSnapshot)
 	}
-	if len(bytes.TrimSpace(data)) == 0 {
+	space := len(data) - len(bytes.TrimLeft(data, " \t\r\n"))
+	if space == len(data) {
 		return Snapshot{}, invalidf("line 1: the snapshot is empty")
 	}
 	var s Snapshot
@@ -101,7 +103,8 @@ func ReadSnapshot(r io.Reader) (Snapshot, error) {
 	}
 	if typed := (*json.UnmarshalTypeError)(nil); errors.As(err, &typed) {
 		return Snapshot{}, invalidf("line %d: found a JSON %s for %s, want type %v",
-			lineOf(data, typed.Offset), typed.Value, cmp.Or(typed.Field, "the snapshot"), typed.Type)
+			lineOf(data, int64(space)+typed.Offset), typed.Value,
+			cmp.Or(strings.TrimPrefix(typed.Field, "plain."), "the snapshot"), typed.Type)
 	}
 	if err != nil && !errors.Is(err, fwd.ErrInvalid) {
 		err = invalidf("%v", err)
