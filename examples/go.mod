@@ -4,6 +4,7 @@ go 1.26.0
 
 require (
 	github.com/forwardctx/fwd v0.0.0
+	github.com/forwardctx/fwd/fwdplan v0.0.0
 	github.com/forwardctx/fwd/fwdtrace v0.0.0
 	github.com/forwardctx/fwd/natsdp v0.0.0
 	github.com/google/go-cmp v0.7.0
@@ -61,6 +62,7 @@ require (
 
 replace (
 	github.com/forwardctx/fwd => ../
+	github.com/forwardctx/fwd/fwdplan => ../fwdplan
 	github.com/forwardctx/fwd/fwdtest => ../fwdtest
 	github.com/forwardctx/fwd/fwdtrace => ../fwdtrace
 	github.com/forwardctx/fwd/natsdp => ../natsdp
