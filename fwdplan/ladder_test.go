@@ -67,6 +67,46 @@ func randomCase(rng *rand.Rand) (Snapshot, Config) {
 	return s, cfg
 }
 
+// TestUnseen compares plans that allow for unseen sizes with all others on the passes that they expect.
+func TestUnseen(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(300) {
+		s, cfg := randomCase(rand.New(rand.NewPCG(seed, 2)))
+		cfg.Unseen = true
+		task, err := newTask(s, cfg)
+		if err != nil || cfg.MaxGraphs == 0 || cfg.Separate || cfg.Measured || cfg.EagerPrice > 0 {
+			continue
+		}
+		plan, err := Choose(s, cfg)
+		if err != nil {
+			continue
+		}
+		total := func(l Ladder) float64 {
+			sum := task.priceOf(l)
+			for kind := range kinds {
+				for _, u := range task.unseen(kind) {
+					next, _ := slices.BinarySearch(l.Sizes, u.size)
+					if next == len(l.Sizes) || !task.serves(kind, l.Sizes[next]) {
+						return math.Inf(1)
+					}
+					sum += u.passes * float64(l.Sizes[next])
+				}
+			}
+			return sum
+		}
+		var sizes []int
+		for size := task.multiple; size <= task.Max; size += task.multiple {
+			sizes = append(sizes, size)
+		}
+		got := total(plan.Ladder)
+		for _, l := range subsets(sizes) {
+			if want := total(Ladder{Sizes: l}); want < got-1e-9*got {
+				t.Fatalf("Choose(%+v, %+v) = %v costs %v, but %v costs %v", s, cfg, plan.Sizes, got, l, want)
+			}
+		}
+	}
+}
+
 // bruteForce returns the least that any ladder costs with its graphs, graphs above MaxGraphs excluded, or
 // +Inf. It tries every set of multiples up to the largest size.
 func bruteForce(t *task) float64 {

@@ -39,6 +39,12 @@ type Config struct {
 	// that was seen up to it. With Measured, eager passes cost what was measured; it must be 0 then.
 	EagerPrice float64
 
+	// Unseen allows for sizes that were not seen. It adds one pass of each kind of batch before it
+	// chooses, spread over the sizes up to Max that were not seen, in inverse proportion to their squares.
+	// So graphs that would save little or nothing otherwise serve sizes that may come. Only Plan.Curve
+	// counts that pass.
+	Unseen bool
+
 	// Separate chooses one list of sizes for uniform decode batches and one for mixed batches, for
 	// dispatchers that have both. Dispatcher.Mode must be FULL_AND_PIECEWISE.
 	Separate bool
@@ -543,6 +549,11 @@ func (t *task) newList(kinds []int) *list {
 			}
 		}
 	}
+	for _, kind := range kinds {
+		for _, u := range t.unseen(kind) {
+			l.sizes = append(l.sizes, u.size)
+		}
+	}
 	if above := t.roundUp(t.maxDecode + 1); above <= t.Max &&
 		t.graphs(kinds, above) != t.graphs(kinds, t.multiple) && t.serves(kinds[0], above) {
 		l.sizes = append(l.sizes, above)
@@ -588,15 +599,11 @@ func (t *task) newList(kinds []int) *list {
 func (t *task) add(l *list, kind int) {
 	always := 0.0
 	eager := make([]float64, len(l.sizes)+1) // by the smallest candidate that would serve it
-	for i, size := range t.sizes {
-		passes := float64(t.passes[kind][i])
-		if passes == 0 {
-			continue
-		}
+	add := func(size int, passes float64) {
 		price, ok := t.eagerPrice(kind, size)
 		if !t.plannable(kind, size) {
 			always += price * passes
-			continue
+			return
 		}
 		if !ok {
 			price = math.Inf(1)
@@ -604,6 +611,14 @@ func (t *task) add(l *list, kind int) {
 		at, _ := slices.BinarySearch(l.sizes, size)
 		l.passes[kind][at+1] += passes
 		eager[at+1] += price * passes
+	}
+	for i, size := range t.sizes {
+		if passes := t.passes[kind][i]; passes > 0 {
+			add(size, float64(passes))
+		}
+	}
+	for _, u := range t.unseen(kind) {
+		add(u.size, u.passes)
 	}
 	above := always
 	for i := len(l.sizes); i >= 0; i-- {
@@ -613,6 +628,37 @@ func (t *task) add(l *list, kind int) {
 	for i := 1; i < len(l.passes[kind]); i++ {
 		l.passes[kind][i] += l.passes[kind][i-1]
 	}
+}
+
+// expected is how many passes of a size are expected that was not seen.
+type expected struct {
+	size   int
+	passes float64
+}
+
+// unseen returns what Config.Unseen adds for one kind of batch. Large sizes are taken in steps of about
+// a hundredth, so that they are not too many.
+func (t *task) unseen(kind int) (list []expected) {
+	seen := map[int]bool{}
+	for i, size := range t.sizes {
+		if t.passes[kind][i] > 0 && t.plannable(kind, size) {
+			seen[size] = true
+		}
+	}
+	if !t.Unseen || len(seen) == 0 {
+		return nil
+	}
+	sum := 0.0
+	for size := t.multiple; t.plannable(kind, size); size += t.roundUp(max(size/128, 1)) {
+		if !seen[size] {
+			list = append(list, expected{size, math.Pow(float64(size), -2)})
+			sum += math.Pow(float64(size), -2)
+		}
+	}
+	for i := range list {
+		list[i].passes /= sum
+	}
+	return list
 }
 
 // onceMore is how many graphs one size more may need.

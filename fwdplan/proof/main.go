@@ -43,8 +43,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	flags.IntVar(&e.ranks, "ranks", 4, "data-parallel ranks")
 	flags.IntVar(&e.budget, "batched-tokens", 2048, "most `tokens` of a rank in a step")
 	flags.IntVar(&e.maxSeqs, "max-seqs", 512, "most `requests` of a rank in a step; also the largest capture size")
-	flags.DurationVar(&e.step, "step", 20*time.Millisecond, "what every step takes")
-	flags.DurationVar(&e.token, "token", 50*time.Microsecond, "what each token of the largest rank adds to a step")
+	flags.DurationVar(&e.step, "step", 10*time.Millisecond, "what every step takes")
+	flags.DurationVar(&e.token, "token", 10*time.Microsecond, "what each token of the largest rank adds to a step")
 	text := flags.String("speeds", "4,16,40", "how much faster than in the trace requests come, a list of `numbers`")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -104,6 +104,7 @@ func (e *engine) prove(ctx context.Context, rows []reqtrace.Row, stdout io.Write
 	}
 	cfg := fwdplan.Config{
 		Must:       []int{e.maxSeqs},
+		Unseen:     true,
 		Dispatcher: fwd.DispatcherConfig{Mode: fwd.GraphFullDecodeOnly, MaxNumSeqs: e.maxSeqs},
 	}
 	var powers []int

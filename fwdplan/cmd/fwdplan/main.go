@@ -121,6 +121,7 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.BoolVar(&c.Measured, "measured", false, "passes cost the time that they took, not their tokens")
 	flags.Float64Var(&c.EagerPrice, "eager-price", 0, "what a `token` costs without a graph, if it costs 1 with one; "+
 		"if 0, all passes up to -max get graphs")
+	flags.BoolVar(&c.Unseen, "unseen", false, "allow for sizes that were not seen")
 	flags.BoolVar(&c.Separate, "separate", false, "one list for decode batches, one for mixed batches")
 	d := &c.Dispatcher
 	flags.TextVar(&d.Mode, "mode", fwd.GraphPiecewise, "the dispatcher's graph `mode`")

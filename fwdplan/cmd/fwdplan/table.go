@@ -85,14 +85,15 @@ func neighbours(p fwdplan.Plan) string {
 		return ""
 	}
 	var parts []string
+	now := p.Curve[at].Cost
 	if at > 0 {
 		less := p.Curve[at-1]
 		parts = append(parts, fmt.Sprintf("With %d graphs these passes would cost %s more",
-			less.Graphs, percent(less.Cost/p.Cost-1)))
+			less.Graphs, percent(less.Cost/now-1)))
 	}
 	if at+1 < len(p.Curve) {
 		more := p.Curve[at+1]
-		parts = append(parts, fmt.Sprintf("with %d, %s less", more.Graphs, percent(1-more.Cost/p.Cost)))
+		parts = append(parts, fmt.Sprintf("with %d, %s less", more.Graphs, percent(1-more.Cost/now)))
 	} else {
 		parts = append(parts, "more graphs would save nothing")
 	}
