@@ -10,12 +10,14 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -45,6 +47,8 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	flags.IntVar(&e.maxSeqs, "max-seqs", 512, "most `requests` of a rank in a step; also the largest capture size")
 	flags.DurationVar(&e.step, "step", 10*time.Millisecond, "what every step takes")
 	flags.DurationVar(&e.token, "token", 10*time.Microsecond, "what each token of the largest rank adds to a step")
+	save := flags.String("save", "", "write the snapshots of both halves at the last speed into this `folder`, as first.json "+
+		"and second.json")
 	text := flags.String("speeds", "4,16,40", "how much faster than in the trace requests come, a list of `numbers`")
 	if err := flags.Parse(args); err != nil {
 		return err
@@ -69,11 +73,26 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	}
 	for _, speed := range speeds {
 		e.speed = speed
-		if err := e.prove(ctx, rows, stdout); err != nil {
+		first, second, err := e.run(ctx, rows)
+		if err == nil {
+			err = e.prove(first, second, stdout)
+		}
+		if err == nil && *save != "" {
+			err = errors.Join(write(*save, "first.json", first), write(*save, "second.json", second))
+		}
+		if err != nil {
 			return fmt.Errorf("at %g times the trace's speed: %w", speed, err)
 		}
 	}
 	return nil
+}
+
+func write(folder, name string, s fwdplan.Snapshot) error {
+	data, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(folder, name), data, 0o644)
 }
 
 func readTrace(path string, stdin io.Reader) ([]reqtrace.Row, error) {
@@ -97,11 +116,7 @@ func readTrace(path string, stdin io.Reader) ([]reqtrace.Row, error) {
 }
 
 // prove prints the table for one speed.
-func (e *engine) prove(ctx context.Context, rows []reqtrace.Row, stdout io.Writer) error {
-	first, second, err := e.run(ctx, rows)
-	if err != nil {
-		return err
-	}
+func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 	cfg := fwdplan.Config{
 		Must:       []int{e.maxSeqs},
 		Unseen:     true,
