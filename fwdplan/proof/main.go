@@ -141,7 +141,7 @@ func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 			sizes []int
 		}{fmt.Sprintf("plan, at most %d", graphs), plan.Sizes})
 	}
-	fmt.Fprintf(stdout, "%g times as fast as the trace\n%-18s %6s %16s %15s %12s\n", e.speed, "", "graphs",
+	fmt.Fprintf(stdout, "%g times as fast as the trace\n%-18s %6s %17s %15s %12s\n", e.speed, "", "graphs",
 		"padding, 1st half", "2nd half", "eager steps")
 	for _, l := range ladders {
 		seen, err := fwdplan.Evaluate(first, cfg, fwdplan.Ladder{Sizes: l.sizes})
@@ -152,7 +152,7 @@ func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 		if err != nil {
 			return fmt.Errorf("the second half: %w", err)
 		}
-		fmt.Fprintf(stdout, "%-18s %6d %15.2f %% %13.2f %% %10.1f %%\n", l.name, unseen.Graphs,
+		fmt.Fprintf(stdout, "%-18s %6d %16.2f%% %14.2f%% %11.1f%%\n", l.name, unseen.Graphs,
 			100*seen.Decode.PaddingRatio(), 100*unseen.Decode.PaddingRatio(), 100*unseen.All().EagerRatio())
 	}
 	fmt.Fprintln(stdout)

@@ -44,11 +44,12 @@ func picture(s fwdplan.Snapshot, r *result) []byte {
 	fmt.Fprintf(d, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif">`+"\n",
 		pictureWidth, pictureHeight)
 	fmt.Fprintf(d, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", pictureWidth, pictureHeight)
-	d.text(left, 28, 16, ink, "start", fmt.Sprintf("%d capture sizes for %s passes: %s padding",
-		len(r.Plan.Steps), grouped(r.Plan.Confidence.Passes), percent(r.Plan.All().PaddingRatio())))
-	d.text(left, 56, 12, faint, "start", "passes by size in tokens; each line is a capture size")
-	d.swatch(right-190, 56, decodeInk, "decode")
-	d.swatch(right-110, 56, mixedInk, "mixed")
+	d.text(left, 28, 16, ink, "start", fmt.Sprintf("%d capture sizes for %s passes; padding: decode %s, mixed %s",
+		len(r.Plan.Steps), grouped(r.Plan.Confidence.Passes), padding(r.Plan.Decode), padding(r.Plan.Mixed)))
+	d.text(left, 56, 12, faint, "start", "Up: passes by size in tokens, height by square root. Lines: capture sizes. "+
+		"Down: padded tokens of each.")
+	d.swatch(right-130, 56, decodeInk, "decode")
+	d.swatch(right-55, 56, mixedInk, "mixed")
 	d.histogram(s, r)
 	d.steps(r)
 	d.curve(r)
@@ -85,21 +86,24 @@ func (d *drawing) histogram(s fwdplan.Snapshot, r *result) {
 		}
 		most = max(most, b.decode+b.mixed)
 	}
-	scale := (histogramBottom - histogramTop) / max(most, 1)
-	for x := left - 1; x <= right+1; x++ { // in order, so that the same plan gives the same picture
-		if b := bars[x]; b != nil {
-			width := max(b.to-b.from-0.4, 0.6)
-			d.rect(b.from, histogramBottom-b.decode*scale, width, b.decode*scale, decodeInk)
-			d.rect(b.from, histogramBottom-(b.decode+b.mixed)*scale, width, b.mixed*scale, mixedInk)
-		}
-	}
-	d.text(left-6, histogramTop+10, 11, faint, "end", short(most))
 	for _, step := range r.Plan.Steps {
 		x := d.x(float64(step.Size) + 0.5)
 		d.line(x, histogramTop-8, x, stepsBottom, stepInk, 1)
 	}
+	height := func(passes float64) float64 {
+		return (histogramBottom - histogramTop) * math.Sqrt(passes/max(most, 1))
+	}
+	for x := left - 1; x <= right+1; x++ { // in order, so that the same plan gives the same picture
+		if b := bars[x]; b != nil {
+			width := max(b.to-b.from-0.4, 2)
+			all, decode := height(b.decode+b.mixed), height(b.decode)
+			d.rect(b.from, histogramBottom-all, width, all-decode, mixedInk)
+			d.rect(b.from, histogramBottom-decode, width, decode, decodeInk)
+		}
+	}
+	d.text(left-6, histogramTop+10, 11, faint, "end", short(most))
 	for size := 1.0; size <= d.largest; size *= 2 {
-		d.text(d.x(size), stepsBottom+16, 11, faint, "middle", fmt.Sprintf("%.0f", size))
+		d.text(min(d.x(size), right-12), stepsBottom+16, 11, faint, "middle", fmt.Sprintf("%.0f", size))
 	}
 	d.line(left, histogramBottom, right, histogramBottom, ink, 1)
 }
@@ -121,7 +125,6 @@ func (d *drawing) steps(r *result) {
 		last = size
 	}
 	d.text(left-6, histogramBottom+16, 11, faint, "end", short(float64(most)))
-	d.text(left+4, stepsBottom-6, 12, faint, "start", "padded tokens of each capture size, downwards")
 }
 
 // curve draws the excess cost by graphs, on a logarithmic axis.

@@ -51,21 +51,21 @@ func table(s fwdplan.Snapshot, r *result, o *options) string {
 
 // outcomes writes one line for each ladder.
 func outcomes(b *strings.Builder, title string, rows []compared, o *options) {
-	unit := "cost, tokens"
+	unit := "cost, tok."
 	if o.config.Measured {
 		unit = "cost, s"
 	}
 	if title != "" {
 		wrap(b, title)
 	}
-	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s %12s\n", "", "", "", "decode", "mixed", "eager", "")
-	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s %12s\n", "", "sizes", "graphs", "padding", "padding", "passes", unit)
+	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s\n", "", "", "", "decode", "mixed", "eager")
+	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s %11s\n", "", "sizes", "graphs", "padding", "padding", "passes", unit)
 	for _, row := range rows {
 		name := []rune(row.Name)
 		if len(name) > 12 {
 			name = append(name[:11], '…')
 		}
-		fmt.Fprintf(b, "%-12s %5d %6d %7s %7s %6s %12s\n", string(name), len(row.Sizes)+extra(row.Ladder, o), row.Graphs,
+		fmt.Fprintf(b, "%-12s %5d %6d %7s %7s %6s %11s\n", string(name), len(row.Sizes)+extra(row.Ladder, o), row.Graphs,
 			padding(row.Decode), padding(row.Mixed), percent(row.All().EagerRatio()), cost(row.Cost))
 	}
 }
@@ -103,12 +103,15 @@ func neighbours(p fwdplan.Plan) string {
 
 // confidence says how much traffic stands behind the plan.
 func confidence(c fwdplan.Confidence) string {
-	var parts []string
-	for _, e := range c.Evidence {
-		parts = append(parts, fmt.Sprintf("%s %d", percent(e.Share), e.AtLeast))
+	text := ""
+	for i, e := range c.Evidence {
+		if i == 0 {
+			text = fmt.Sprintf("%s of the passes have a size that was seen %d times or more", percent(e.Share), e.AtLeast)
+		} else {
+			text += fmt.Sprintf(", %s one seen %s times", percent(e.Share), grouped(e.AtLeast))
+		}
 	}
-	return fmt.Sprintf("Passes whose size was seen at least so often: %s. Sizes seen once: %d of %d.",
-		strings.Join(parts, ", "), c.SeenOnce, c.Sizes)
+	return fmt.Sprintf("%s. %d of %d sizes were seen once.", text, c.SeenOnce, c.Sizes)
 }
 
 func list(sizes []int) string {
@@ -130,10 +133,12 @@ func percent(ratio float64) string {
 	switch p := ratio * 100; {
 	case math.IsNaN(p) || math.IsInf(p, 0):
 		return "–"
-	case p != 0 && math.Abs(p) < 0.1:
-		return fmt.Sprintf("%.2f %%", p)
+	case math.Abs(p) < 0.005:
+		return "0%"
+	case math.Abs(p) < 0.1:
+		return fmt.Sprintf("%.2f%%", p)
 	default:
-		return fmt.Sprintf("%.1f %%", p)
+		return fmt.Sprintf("%.1f%%", p)
 	}
 }
 
@@ -141,7 +146,7 @@ func cost(c float64) string {
 	if c < 1e6 {
 		return fmt.Sprintf("%.6g", c)
 	}
-	if c < 1e11 {
+	if c < 1e9 {
 		return grouped(uint64(math.Round(c)))
 	}
 	return fmt.Sprintf("%.5g", c)
