@@ -110,3 +110,24 @@ func TestSnapshotSums(t *testing.T) {
 		t.Errorf("a sum that overflows: %v", err)
 	}
 }
+
+func FuzzReadSnapshot(f *testing.F) {
+	f.Add(`{"format":"fwdplan.snapshot.1","ranks":1,"rows":[{"tokens":5,"uniform":true,"passes":300}],"left_out":{}}`)
+	f.Fuzz(func(t *testing.T, in string) {
+		s, err := fwdplan.ReadSnapshot(strings.NewReader(in))
+		if err != nil {
+			if !errors.Is(err, fwd.ErrInvalid) {
+				t.Errorf("%q: %v does not wrap ErrInvalid", in, err)
+			}
+			return
+		}
+		data, err := json.Marshal(s)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := fwdplan.ReadSnapshot(strings.NewReader(string(data)))
+		if err != nil || len(again.Rows) != len(s.Rows) {
+			t.Errorf("%q became %s, %v", in, data, err)
+		}
+	})
+}

@@ -163,3 +163,28 @@ func TestDefault(t *testing.T) {
 		t.Errorf("%d rows", len(rows))
 	}
 }
+
+func FuzzRead(f *testing.F) {
+	files, err := filepath.Glob(filepath.Join("testdata", "*.*"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(data)
+	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		got, err := Read(bytes.NewReader(data))
+		if err == nil && len(got.Rows) == 0 {
+			t.Errorf("%q has no rows and no error", data)
+		}
+		for i, row := range got.Rows {
+			if row.ContextTokens < 1 || row.GeneratedTokens < 1 || i > 0 && row.Time.Before(got.Rows[i-1].Time) {
+				t.Errorf("row %d of %q is %+v", i, data, row)
+			}
+		}
+	})
+}

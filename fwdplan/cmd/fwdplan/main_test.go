@@ -182,3 +182,23 @@ func TestErrors(t *testing.T) {
 		}
 	}
 }
+
+// TestReadmePicture draws README's picture again, so that it can't rot.
+func TestReadmePicture(t *testing.T) {
+	t.Parallel()
+	svg := filepath.Join(t.TempDir(), "plan.svg")
+	testdata := filepath.Join("..", "..", "testdata")
+	command(t, "-graphs", "12", "-must", "512", "-mode", "FULL_DECODE_ONLY", "-max-seqs", "512", "-unseen",
+		"-svg", svg, filepath.Join(testdata, "first.json"))
+	got, err := os.ReadFile(svg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.ReadFile(filepath.Join(testdata, "plan.svg"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Error("testdata/plan.svg is another picture; draw it anew with the commands in README.md")
+	}
+}
