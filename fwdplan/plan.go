@@ -187,7 +187,8 @@ func Evaluate(s Snapshot, cfg Config, l Ladder) (Outcome, error) {
 		}
 	}
 	if len(l.MixedSizes) > 0 && !cfg.Separate {
-		return Outcome{}, invalidf("a ladder with capture sizes %v for mixed batches alone without Separate", l.MixedSizes)
+		return Outcome{}, invalidf("a ladder with capture sizes %v for mixed batches alone without Separate",
+			l.MixedSizes)
 	}
 	return t.evaluate(l), nil
 }
@@ -264,11 +265,13 @@ func (t *task) configure() error {
 		return invalidf("GraphPrice is %v and EagerPrice %v, want 0 to %d",
 			t.GraphPrice, t.EagerPrice, uint64(maxNumber))
 	case t.EagerPrice > 0 && t.Measured:
-		return invalidf("EagerPrice is %v with Measured, which takes the measured price of eager passes", t.EagerPrice)
+		return invalidf("EagerPrice is %v with Measured, which takes the measured price of eager passes",
+			t.EagerPrice)
 	case t.Separate && t.mode != fwd.GraphFullAndPiecewise:
 		return invalidf("Separate with graph mode %v, want %v", t.mode, fwd.GraphFullAndPiecewise)
 	case t.multiple < 1 || t.multiple > maxTokens || t.multiple%q != 0:
-		return invalidf("Multiple is %d, want a multiple of the query length %d, up to %d", t.Multiple, q, maxTokens)
+		return invalidf("Multiple is %d, want a multiple of the query length %d, up to %d",
+			t.Multiple, q, maxTokens)
 	case t.Max < 0 || t.Max > maxTokens || t.Max%t.multiple != 0:
 		return invalidf("Max is %d, want a multiple of %d, up to %d", t.Max, t.multiple, maxTokens)
 	}
@@ -438,8 +441,8 @@ func (t *task) confidence() Confidence {
 // choose returns the best ladder, and adds the curve to the plan.
 func (t *task) choose(plan *Plan) (Ladder, error) {
 	if plan.Confidence.Passes == 0 {
-		return Ladder{}, invalidf("none of the snapshot's passes, of %d to %d tokens, could use a graph of at most %d "+
-			"tokens in mode %v", t.sizes[0], t.sizes[len(t.sizes)-1], t.Max, t.mode)
+		return Ladder{}, invalidf("none of the snapshot's passes, of %d to %d tokens, could use a graph "+
+			"of at most %d tokens in mode %v", t.sizes[0], t.sizes[len(t.sizes)-1], t.Max, t.mode)
 	}
 	var lists []*list
 	for _, kinds := range t.ladders() {
