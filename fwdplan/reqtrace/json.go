@@ -89,7 +89,8 @@ func (b *builder) result(line int, start, context, generated, failures []entry) 
 	if len(start) == 0 || len(start) != len(context) || len(start) != len(generated) ||
 		len(failures) > 0 && len(failures) != len(start) {
 		return fmt.Errorf("line %d: %d start_times, %d input_lens, %d output_lens and %d errors, "+
-			"want as many of each (save with --save-detailed)", line, len(start), len(context), len(generated), len(failures))
+			"want as many of each (save with --save-detailed)",
+			line, len(start), len(context), len(generated), len(failures))
 	}
 	for i := range start {
 		if len(failures) > 0 && failures[i].text != "" {
