@@ -89,6 +89,34 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+func TestPlanUnseen(t *testing.T) {
+	t.Parallel()
+	s := snapshotOf(map[int]uint64{1: 100, 2: 2})
+	cfg := fwdplan.Config{MaxGraphs: 3, Max: 5, Unseen: true}
+	plan, err := fwdplan.Choose(s, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// One pass of 3, 4 or 5 tokens is expected, with chances as 1/9, 1/16 and 1/25.
+	want := 104 + (1/9.0+1/16.0+1/25.0)*5/(1/9.0+1/16.0+1/25.0)
+	if !slices.Equal(plan.Sizes, []int{1, 2, 5}) || plan.Cost != 104 || plan.Confidence.SeenOnce != 0 ||
+		math.Abs(plan.Curve[2].Cost-want) > 1e-9 {
+		t.Errorf("plan %+v, want sizes [1 2 5] and a cost of %v on the curve", plan, want)
+	}
+	cfg.MaxGraphs = 4
+	if plan, err = fwdplan.Choose(s, cfg); err != nil || !slices.Equal(plan.Sizes, []int{1, 2, 3, 5}) {
+		t.Errorf("plan %+v, %v, want 3 as the next size", plan, err)
+	}
+	want = 104 + (3/9.0+5/16.0+5/25.0)/(1/9.0+1/16.0+1/25.0)
+	if len(plan.Curve) < 4 || math.Abs(plan.Curve[3].Cost-want) > 1e-9 {
+		t.Errorf("the curve is %+v, want %v for 4 graphs", plan.Curve, want)
+	}
+	cfg.Unseen = false
+	if plan, err = fwdplan.Choose(s, cfg); err != nil || !slices.Equal(plan.Sizes, []int{1, 2}) {
+		t.Errorf("plan %+v, %v, want only what was seen", plan, err)
+	}
+}
+
 func TestPlanMeasured(t *testing.T) {
 	t.Parallel()
 	row := func(tokens, captured int, passes, ms uint64) fwdplan.Row {

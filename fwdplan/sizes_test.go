@@ -71,6 +71,16 @@ func TestObserve(t *testing.T) {
 			rec:  fwd.Record{NumTokensUnpadded: 6, Votes: []fwd.Vote{vote(6, true), {NumTokens: 1, Eager: true}}},
 			left: fwdplan.LeftOut{NoGraph: 1},
 		},
+		"no full graph by choice": {
+			rec: fwd.Record{NumTokensUnpadded: 6, Votes: []fwd.Vote{vote(6, true),
+				{NumTokens: 1, ExcludeFull: true}}},
+			left: fwdplan.LeftOut{NoGraph: 1},
+		},
+		"eager with adapters": {
+			rec: fwd.Record{Rank: 1, Votes: []fwd.Vote{
+				{NumTokens: 7, NumActiveLoRAs: 1}, {NumTokens: 2, NumActiveLoRAs: 3}}},
+			want: fwdplan.Row{Tokens: 7, Adapters: 3, Passes: 1},
+		},
 		"too many adapters": {
 			rec:  fwd.Record{NumTokensUnpadded: 6, Reason: fwd.ReasonLoRA},
 			left: fwdplan.LeftOut{NoGraph: 1},
@@ -181,6 +191,36 @@ func TestObserveBound(t *testing.T) {
 	}
 	if counted+snap.LeftOut.Beyond != routines*each || snap.LeftOut.Beyond == 0 || len(snap.Rows) > 1<<15 {
 		t.Errorf("%d rows with %d passes, and %d beyond", len(snap.Rows), counted, snap.LeftOut.Beyond)
+	}
+}
+
+// TestObserveTogether lets goroutines meet new sizes concurrently.
+func TestObserveTogether(t *testing.T) {
+	t.Parallel()
+	const routines, sizesEach = 8, 64
+	for range 30 {
+		var sizes fwdplan.Sizes
+		var group sync.WaitGroup
+		begin := make(chan struct{})
+		for range routines {
+			group.Go(func() {
+				<-begin
+				for n := range sizesEach {
+					sizes.Observe(context.Background(), &fwd.Record{NumTokensUnpadded: n + 1})
+				}
+			})
+		}
+		close(begin)
+		group.Wait()
+		snap := sizes.Snapshot()
+		if len(snap.Rows) != sizesEach {
+			t.Fatalf("%d rows, want %d", len(snap.Rows), sizesEach)
+		}
+		for _, r := range snap.Rows {
+			if r.Passes != routines {
+				t.Fatalf("row %+v, want %d passes", r, routines)
+			}
+		}
 	}
 }
 

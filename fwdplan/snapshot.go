@@ -204,9 +204,10 @@ func (s Snapshot) combine(
 			row = &kind
 			rows[kind] = row
 		}
+		was := *row
 		if add(row, r); bad {
-			return Snapshot{}, invalidf("can't %s passes of %d tokens: %d and %d, in %d and %d ns",
-				verb, r.Tokens, row.Passes, r.Passes, row.Nanoseconds, r.Nanoseconds)
+			return Snapshot{}, invalidf("can't %s passes of %d tokens: %d and %d, dummies %d and %d, in %d and %d ns",
+				verb, r.Tokens, was.Passes, r.Passes, was.Dummies, r.Dummies, was.Nanoseconds, r.Nanoseconds)
 		}
 	}
 	for _, r := range rows {
