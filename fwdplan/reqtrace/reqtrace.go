@@ -186,5 +186,5 @@ func after(row *Row, name, text string, unit time.Duration) error {
 // known tells the formats, for errors about traces in no such format.
 const known = "known are CSV as of the Azure traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of " +
 	"BurstGPT (Timestamp, Request tokens, Response tokens), lines of JSON as of Mooncake (timestamp, " +
-	"input_length, output_length), and the JSON of vLLM (start_times, input_lens, output_lens) and of inference-perf " +
-	"(start_time, info)"
+	"input_length, output_length), and the JSON of vLLM (start_times, input_lens, output_lens) and of " +
+	"inference-perf (start_time, info)"
