@@ -239,7 +239,8 @@ func TestStepSpan(t *testing.T) {
 			return fwd.Schedule{NumScheduledTokens: []int{rank}}
 		}, "fwd.step FULL", with(ofTwo, "fwd.graph.mode", "FULL")},
 		"all are idle": {
-			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE", with(ofTwo, "fwd.graph.mode", nil),
+			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE",
+			with(ofTwo, "fwd.graph.mode", nil, "fwd.idle_ranks", 2),
 		},
 		"attributes": {
 			2, []fwd.Option{fwd.WithAttributes(attribute.String("replica", "a"))}, all(one), "fwd.step NONE",
@@ -415,6 +416,23 @@ func TestStepsOneAhead(t *testing.T) {
 	run(t, runners[1], second[1], nothing)
 	o.wantSteps(t, 2)
 	checkInside(t, o)
+}
+
+// A rank that runs its passes in another order is done in a step once, so the step waits for the others.
+func TestStepOfALatePass(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	runners := o.steppers(t, 3)
+	first, second := planAll(t, runners, one), planAll(t, runners, one)
+	run(t, runners[1], second[1], nothing)
+	run(t, runners[1], first[1], nothing)
+	run(t, runners[2], first[2], nothing)
+	o.wantSteps(t, 0)
+	run(t, runners[0], first[0], nothing)
+	o.wantSteps(t, 1)
+	run(t, runners[0], second[0], nothing)
+	run(t, runners[2], second[2], nothing)
+	o.wantSteps(t, 2)
 }
 
 // Steps of which nobody runs a pass, or one rank does not, don't stay open for ever.
