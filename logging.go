@@ -1099,6 +1099,9 @@ type coordinateSpan struct {
 // that of the step, whose context is in its vote.
 func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
 	l := t.listening(ctx)
+	if t != nil && t.stepTrace && e.runner.local != nil {
+		e.runner.local.inSteps.Store(l&listenSpans != 0)
+	}
 	if l == 0 {
 		return nil
 	}
@@ -1251,6 +1254,9 @@ func (e *exchange) joinStep(ended time.Time, word string) {
 		}
 		e.step.show(mode, e.stepNumber(), vote.WarmUp)
 		e.step.span.SetAttributes(a.appendIdle(nil)...)
+		for range r.local.strangers() {
+			e.step.rankDone(ended)
+		}
 	}
 	if nobody {
 		e.step.rankDone(ended)
@@ -1347,6 +1353,18 @@ func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
 		}
 	}
 	return nil
+}
+
+// strangers returns how many ranks of the group take no part in the span of a step: nobody records their
+// spans, or their coordinator is one that hides that of the group.
+func (c *localRank) strangers() (n int) {
+	if c == nil {
+		return 0
+	}
+	for _, other := range c.group.ranks {
+		n += toInt(!other.inSteps.Load())
+	}
+	return n
 }
 
 // joinStep notes that the Runner will run a pass of a step.

@@ -39,10 +39,11 @@ type meters struct {
 	attributes                     metric.MeasurementOption
 	firstToken, perToken, request  metric.Float64Histogram
 	promptTokens, generationTokens metric.Int64Counter
-	registration                   metric.Registration
+	running, waiting               metric.Int64Gauge
+	blocksUsed, blocks             metric.Int64Gauge
 }
 
-func newMeters(provider metric.MeterProvider, rank int, l *load) (*meters, error) {
+func newMeters(provider metric.MeterProvider, rank int) (*meters, error) {
 	m := &meters{attributes: metric.WithAttributeSet(attribute.NewSet(
 		attribute.Int("fwd.dp.rank", rank),
 		attribute.String("gen_ai.operation.name", "text_completion"),
@@ -56,7 +57,10 @@ func newMeters(provider metric.MeterProvider, rank int, l *load) (*meters, error
 	tokens := func(name, what string) (metric.Int64Counter, error) {
 		return meter.Int64Counter(name, metric.WithUnit("{token}"), metric.WithDescription(what))
 	}
-	var errs [6]error
+	gauge := func(name, unit, what string) (metric.Int64Gauge, error) {
+		return meter.Int64Gauge(name, metric.WithUnit(unit), metric.WithDescription(what))
+	}
+	var errs [9]error
 	m.firstToken, errs[0] = histogram("gen_ai.server.time_to_first_token", firstTokenBounds,
 		"Time from a request's arrival to its first token.")
 	m.perToken, errs[1] = histogram("gen_ai.server.time_per_output_token", perTokenBounds,
@@ -65,39 +69,20 @@ func newMeters(provider metric.MeterProvider, rank int, l *load) (*meters, error
 		"Time from a request's arrival to its last token.")
 	m.promptTokens, errs[3] = tokens("serve.prompt_tokens", "Tokens of prompts that were computed.")
 	m.generationTokens, errs[4] = tokens("serve.generation_tokens", "Tokens that were generated.")
-	errs[5] = m.observe(meter, l)
+	m.running, errs[5] = gauge("serve.num_requests_running", "{request}", "Requests in the batch.")
+	m.waiting, errs[6] = gauge("serve.num_requests_waiting", "{request}", "Requests that have arrived and wait.")
+	m.blocksUsed, errs[7] = gauge("serve.kv_cache_blocks_used", "{block}",
+		"Blocks of the KV cache that are in use.")
+	m.blocks, errs[8] = gauge("serve.kv_cache_blocks", "{block}", "Blocks of the KV cache.")
 	return m, errors.Join(errs[:]...)
 }
 
-// observe registers the instruments that show the load.
-func (m *meters) observe(meter metric.Meter, l *load) error {
-	gauge := func(name, unit, what string) (metric.Int64ObservableUpDownCounter, error) {
-		return meter.Int64ObservableUpDownCounter(name, metric.WithUnit(unit), metric.WithDescription(what))
-	}
-	running, err1 := gauge("serve.num_requests_running", "{request}", "Requests in the batch.")
-	waiting, err2 := gauge("serve.num_requests_waiting", "{request}", "Requests that have arrived and wait.")
-	used, err3 := gauge("serve.kv_cache_blocks_used", "{block}", "Blocks of the KV cache that are in use.")
-	all, err4 := gauge("serve.kv_cache_blocks", "{block}", "Blocks of the KV cache.")
-	if err := errors.Join(err1, err2, err3, err4); err != nil {
-		return err
-	}
-	var err error
-	m.registration, err = meter.RegisterCallback(func(_ context.Context, o metric.Observer) error {
-		o.ObserveInt64(running, l.running.Load(), m.attributes)
-		o.ObserveInt64(waiting, l.waiting.Load(), m.attributes)
-		o.ObserveInt64(used, l.blocks.Load(), m.attributes)
-		o.ObserveInt64(all, l.allBlocks, m.attributes)
-		return nil
-	}, running, waiting, used, all)
-	return err
-}
-
-// close ends the callback with the run. What was recorded stays.
-func (m *meters) close() error {
-	if m.registration == nil {
-		return nil
-	}
-	return m.registration.Unregister()
+// noteLoad records what the rank holds.
+func (m *meters) noteLoad(ctx context.Context, l *load) {
+	m.running.Record(ctx, l.running.Load(), m.attributes)
+	m.waiting.Record(ctx, l.waiting.Load(), m.attributes)
+	m.blocksUsed.Record(ctx, l.blocks.Load(), m.attributes)
+	m.blocks.Record(ctx, l.allBlocks, m.attributes)
 }
 
 // countTokens counts what a pass has computed. ctx is the pass's, to which an exemplar leads.

@@ -96,7 +96,7 @@ func (r *rank) instances() []*instance {
 func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
 	now := time.Now()
 	step := r.scheduler.schedule(now)
-	r.load.note(r.scheduler, now)
+	r.noteLoad(ctx, now)
 	own := r.note(now, interrupt)
 	links, leftOut := r.links(ctx, step)
 	pass, err := r.plan(fwdtrace.ContextWithLinks(ctx, links...), step, own)
@@ -117,6 +117,12 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 	}
 	pass.Links = links
 	return true, r.run(ctx, &pass, step, leftOut)
+}
+
+// noteLoad shows what the rank holds.
+func (r *rank) noteLoad(ctx context.Context, now time.Time) {
+	r.load.note(r.scheduler, now)
+	r.meters.noteLoad(ctx, &r.load)
 }
 
 // note returns what this rank has to say with its vote.

@@ -45,10 +45,6 @@ func (e *Engine) newRun(requests []Request) (*run, error) {
 func (r *run) supervise(ctx context.Context) error {
 	steps, fail := context.WithCancelCause(context.WithoutCancel(ctx))
 	defer fail(nil)
-	if err := r.meter(); err != nil {
-		return err
-	}
-	defer r.unmeter()
 	defer r.limit(ctx, fail)()
 	var serving sync.WaitGroup
 	for _, rank := range r.ranks {
@@ -91,27 +87,6 @@ func (r *run) limit(ctx context.Context, fail context.CancelCauseFunc) (stop fun
 	}
 }
 
-// meter lets the metrics show this run.
-func (r *run) meter() (err error) {
-	for _, rank := range r.ranks {
-		_, meters := r.engine.config.providers(rank.rank)
-		if rank.meters, err = newMeters(meters, rank.rank, &rank.load); err != nil {
-			r.unmeter()
-			return fmt.Errorf("rank %d: metrics: %w", rank.rank, err)
-		}
-	}
-	return nil
-}
-
-// unmeter ends that.
-func (r *run) unmeter() {
-	for _, rank := range r.ranks {
-		if rank.meters != nil {
-			_ = rank.meters.close() // nothing depends on it
-		}
-	}
-}
-
 // end returns the figures of a run that is over.
 func (r *run) end() Stats {
 	now := time.Now()
@@ -119,7 +94,7 @@ func (r *run) end() Stats {
 		s.endSpan(now)
 	}
 	for _, rank := range r.ranks {
-		rank.load.note(rank.scheduler, now)
+		rank.noteLoad(context.Background(), now)
 	}
 	return collect(r.ranks, len(r.results))
 }
@@ -142,8 +117,12 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 			figures: newFigures(cfg.DataParallelSize),
 			load:    load{allBlocks: int64(numBlocks)},
 		}
-		tracers, _ := cfg.providers(r.rank)
+		tracers, meters := cfg.providers(r.rank)
 		r.tracer = tracers.Tracer(scopeName)
+		var err error
+		if r.meters, err = newMeters(meters, r.rank); err != nil {
+			return nil, fmt.Errorf("rank %d: metrics: %w", r.rank, err)
+		}
 		for i := d; i < len(sequences); i += count {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
 		}

@@ -259,8 +259,8 @@ var coordinationFaults = []fault{
 	{
 		name: "group-step-ignored", kind: protocol, file: "fwd.go",
 		what: "a rank that is out of step does not go on from the group's step",
-		old:  "\t\tstep = rankErr.Step\n",
-		new:  "\t\tstep = min(step, rankErr.Step)\n",
+		old:  "\t\treturn e.Step\n",
+		new:  "\t\treturn min(step, e.Step)\n",
 	},
 	{
 		name: "missing-includes-self", kind: protocol, file: "dp.go",
@@ -275,10 +275,16 @@ var coordinationFaults = []fault{
 		new:  "\tg.end(c, 0, v.Step, nil)\n",
 	},
 	{
+		name: "last-survives-a-broken-step", kind: protocol, file: "dp.go",
+		what: "a rank names who came last although the step broke",
+		old:  "c.here, c.last, c.lastRank = false, step, last",
+		new:  "c.here, c.last, c.lastRank = false, step, max(c.lastRank, last)",
+	},
+	{
 		name: "begin-without-timeout", kind: protocol, file: "dp.go",
 		what: "the timeout of a begun exchange never breaks the round",
-		old:  "\tif timeout > 0 {\n\t\tc.begun.deadline",
-		new:  "\tif timeout > 0 && v == nil {\n\t\tc.begun.deadline",
+		old:  "\tif deadline != 0 {\n\t\tc.begun.deadline",
+		new:  "\tif deadline != 0 && v == nil {\n\t\tc.begun.deadline",
 	},
 	{
 		name: "begin-without-cancel", kind: protocol, file: "dp.go",

@@ -35,14 +35,14 @@ var planningFaults = []fault{
 	{
 		name: "zeros-are-not-idle", kind: planning, file: "batch.go",
 		what: "a rank whose requests have no tokens does not count as idle",
-		old:  "Note: s.Note, Idle: reqs == 0,",
-		new:  "Note: s.Note, Idle: len(s.NumScheduledTokens) == 0,",
+		old:  "uniform && !s.Prefill, reqs == 0\n",
+		new:  "uniform && !s.Prefill, len(s.NumScheduledTokens) == 0\n",
 	},
 	{
 		name: "prefill-ignored", kind: planning, file: "batch.go",
 		what: "a prompt of the query length counts as uniform decode",
-		old:  "Uniform: uniform && !s.Prefill,",
-		new:  "Uniform: uniform,",
+		old:  "v.Idle = uniform && !s.Prefill,",
+		new:  "v.Idle = uniform,",
 	},
 	{
 		name: "tokens-not-rounded", kind: planning, file: "batch.go",
@@ -53,8 +53,8 @@ var planningFaults = []fault{
 	{
 		name: "rounding-voted", kind: planning, file: "batch.go",
 		what: "a vote counts rounded tokens as scheduled",
-		old:  "\tv.NumTokensPadded = d.query.NumTokens\n",
-		new:  "\tv.NumTokens, v.NumTokensPadded = d.query.NumTokens, d.query.NumTokens\n",
+		old:  "\tv.GraphMode, v.NumTokensPadded, d.reason = GraphNone,",
+		new:  "\tv.NumTokens = tokens\n\tv.GraphMode, v.NumTokensPadded, d.reason = GraphNone,",
 	},
 	{
 		name: "threshold-of-rounded-tokens", kind: planning, file: "batch.go",
@@ -71,8 +71,8 @@ var planningFaults = []fault{
 	{
 		name: "note-not-voted", kind: planning, file: "batch.go",
 		what: "the engine's own word does not reach the other ranks",
-		old:  "Note: s.Note, Idle: reqs == 0,",
-		new:  "Idle: reqs == 0,",
+		old:  "= s.ExcludeFull, s.Eager, s.Note\n",
+		new:  "= s.ExcludeFull, s.Eager, 0\n",
 	},
 	{
 		name: "decode-is-mixed-phase", kind: planning, file: "batch.go",
@@ -159,8 +159,8 @@ var planningFaults = []fault{
 	{
 		name: "reuse-exchanges", kind: planning, file: "batch.go",
 		what: "a further pass exchanges votes again",
-		old:  "\tcase s.Reuse != nil:\n",
-		new:  "\tcase s.Reuse != nil && len(s.Reuse.Votes) == 0:\n",
+		old:  "\tif s.Reuse != nil || !r.parallel.coordinated() {\n\t\treturn",
+		new:  "\tif s.Reuse != nil && len(s.Reuse.Votes) == 0 || !r.parallel.coordinated() {\n\t\treturn",
 	},
 	{
 		name: "reuse-under-rank-0", kind: planning, file: "batch.go",

@@ -7,21 +7,16 @@ import (
 	"context"
 	"encoding/json"
 	"io"
-	"net"
 	"os"
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/forwardctx/fwd/examples/engine"
 	"github.com/forwardctx/fwd/examples/model"
 	"github.com/forwardctx/fwd/examples/trace"
-	collectormetrics "go.opentelemetry.io/proto/otlp/collector/metrics/v1"
-	collectortrace "go.opentelemetry.io/proto/otlp/collector/trace/v1"
-	"google.golang.org/grpc"
 )
 
 func runServe(t *testing.T, args ...string) (exit int, stdout, stderr string) {
@@ -143,7 +138,6 @@ func TestBadFlags(t *testing.T) {
 		{"-speed -1", "serve: -speed is -1, want a finite number of at least 0"},
 		{"-speed NaN", "serve: -speed is NaN"},
 		{"-speed Inf", "serve: -speed is +Inf"},
-		{"-otlp nowhere", `serve: -otlp is "nowhere", want host:port`},
 		{"-dp 0 -chunk -3", "serve: -chunk is -3"},
 		{"-unknown", "flag provided but not defined: -unknown"},
 		{"trace.csv", `serve: unexpected arguments ["trace.csv"]`},
@@ -232,123 +226,5 @@ func TestDifferences(t *testing.T) {
 	if out := errs.String(); strings.Count(out, "\n") != 11 ||
 		!strings.Contains(out, "serve: request 2: served") || !strings.Contains(out, "and 2 more") {
 		t.Errorf("stderr %s", out)
-	}
-}
-
-// collector is an OTLP receiver that counts spans and metrics by name, and sees which traces there
-// are and who sends them.
-type collector struct {
-	collectortrace.UnimplementedTraceServiceServer
-	mu        sync.Mutex
-	names     map[string]int
-	traces    map[string]bool
-	instances map[string]bool
-}
-
-type metricsService struct {
-	collectormetrics.UnimplementedMetricsServiceServer
-	*collector
-}
-
-func (c *collector) Export(
-	_ context.Context,
-	in *collectortrace.ExportTraceServiceRequest,
-) (*collectortrace.ExportTraceServiceResponse, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, r := range in.ResourceSpans {
-		for _, a := range r.Resource.Attributes {
-			if a.Key == "service.instance.id" {
-				c.instances[a.Value.GetStringValue()] = true
-			}
-		}
-		for _, s := range r.ScopeSpans {
-			for _, span := range s.Spans {
-				c.names[span.Name]++
-				c.traces[string(span.TraceId)] = true
-			}
-		}
-	}
-	return &collectortrace.ExportTraceServiceResponse{}, nil
-}
-
-func (c metricsService) Export(
-	_ context.Context,
-	in *collectormetrics.ExportMetricsServiceRequest,
-) (*collectormetrics.ExportMetricsServiceResponse, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, r := range in.ResourceMetrics {
-		for _, s := range r.ScopeMetrics {
-			for _, m := range s.Metrics {
-				c.names[m.Name]++
-			}
-		}
-	}
-	return &collectormetrics.ExportMetricsServiceResponse{}, nil
-}
-
-// startCollector returns a collector, and where it listens.
-func startCollector(t *testing.T) (*collector, string) {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := &collector{names: map[string]int{}, traces: map[string]bool{}, instances: map[string]bool{}}
-	server := grpc.NewServer()
-	collectortrace.RegisterTraceServiceServer(server, c)
-	collectormetrics.RegisterMetricsServiceServer(server, metricsService{collector: c})
-	go server.Serve(listener)
-	t.Cleanup(server.Stop)
-	return c, listener.Addr().String()
-}
-
-func TestTelemetry(t *testing.T) {
-	c, endpoint := startCollector(t)
-	exit, out, errs := runServe(t, "-requests", "5", "-max-context", "30", "-json", "-otlp", endpoint)
-	if exit != 0 || errs != "" {
-		t.Fatalf("exit %d, stderr %q", exit, errs)
-	}
-	var got report
-	if err := json.Unmarshal([]byte(out), &got); err != nil {
-		t.Fatal(err)
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	passes := c.names["fwd.forward"] / 4
-	if c.names["request"] != 5 || c.names["warm-up"] != 4 || passes <= got.Steps ||
-		c.names["fwd.forward.duration"] == 0 {
-		t.Errorf("%v after %d steps of 4 ranks", c.names, got.Steps)
-	}
-	// Each pass has an exchange, those of the warm-up too. Two more end the warm-up and the run.
-	if exchanges, want := c.names["fwd.coordinate"], 4*(passes+2); exchanges != want {
-		t.Errorf("%d exchanges of 4 ranks with %d passes each, want %d", exchanges, passes, want)
-	}
-}
-
-// TestTelemetryAbsent: a collector that isn't there, or never answers, costs a message and a
-// bounded time. It comes after TestTelemetry: what it leaves behind in the process still tries to
-// export for a while, and reports to whoever listens.
-func TestTelemetryAbsent(t *testing.T) {
-	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts, as the kernel does, and never answers
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	for _, endpoint := range []string{"127.0.0.1:1", silent.Addr().String()} {
-		t.Run(endpoint, func(t *testing.T) {
-			t.Parallel()
-			began := time.Now()
-			exit, out, errs := runServe(t, "-requests", "12", "-max-context", "20", "-dp", "2", "-check", "-otlp",
-				endpoint)
-			if exit != 0 || !strings.HasSuffix(out, "check: 12 of 12 requests agree with the reference\n") ||
-				!strings.Contains(errs, "telemetry is incomplete") {
-				t.Errorf("exit %d, stderr %q, stdout %s", exit, errs, out)
-			}
-			if took := time.Since(began); took > shutdownTimeout+10*time.Second {
-				t.Errorf("took %v", took)
-			}
-		})
 	}
 }

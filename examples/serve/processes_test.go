@@ -361,30 +361,6 @@ func TestProcessesRejoin(t *testing.T) {
 	}
 }
 
-// TestProcessesTelemetry: every process exports what it does, and the steps of all of them are
-// traces in common.
-func TestProcessesTelemetry(t *testing.T) {
-	c, endpoint := startCollector(t)
-	r := start(t, "-processes", "-dp", "3", "-requests", "5", "-max-context", "30", "-json", "-otlp",
-		endpoint).report()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	passes := c.names["fwd.forward"] / 3
-	if c.names["request"] != 5 || c.names["warm-up"] != 3 || passes <= r.Steps ||
-		c.names["fwd.forward.duration"] == 0 {
-		t.Errorf("%v after %d steps of 3 ranks", c.names, r.Steps)
-	}
-	// Each pass has an exchange, those of the warm-up too. One more begins the warm-up, by which the ranks
-	// see that all have the same flags, one ends it and one ends the run.
-	if got, want := c.names["fwd.coordinate"], 3*(passes+3); got != want {
-		t.Errorf("%d exchanges of 3 ranks with %d passes each, want %d", got, passes, want)
-	}
-	// The warm-ups of the ranks are traces of their own, as the requests and the last exchange are.
-	if want := r.Steps + 1 + 3 + 5; len(c.traces) != want || len(c.instances) != 3 {
-		t.Errorf("%d traces of %d instances, want %d of 3", len(c.traces), len(c.instances), want)
-	}
-}
-
 func TestBadRankFlags(t *testing.T) {
 	for _, c := range []struct{ args, want string }{
 		{"-nats nats://x", "serve: -nats is nats://x without a -rank, want 0 to 3 for -dp 4"},

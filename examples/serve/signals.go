@@ -102,8 +102,13 @@ type pointCounter struct {
 // Export implements [sdkmetric.Exporter].
 func (c *pointCounter) Export(ctx context.Context, data *metricdata.ResourceMetrics) error {
 	n := countPoints(data)
-	c.counts.ended.Add(n)
 	err := c.Exporter.Export(ctx, data)
+	if err != nil && errors.Is(ctx.Err(), context.Canceled) {
+		// The reader is shut down. It collects once more, and these points are sums since the start, so
+		// nothing is lost with them.
+		return nil
+	}
+	c.counts.ended.Add(n)
 	c.counts.exported(n, err)
 	return c.problems.note(err)
 }

@@ -438,7 +438,8 @@ func TestUBatchSpans(t *testing.T) {
 			t.Errorf("microbatch %d's parent is %v, want the pass", i, s.Parent().SpanID())
 		}
 		if s.Name() != fmt.Sprint("fwd.ubatch ", i) || s.SpanKind() != trace.SpanKindInternal {
-			t.Errorf("microbatch %d is %q of kind %v, want fwd.ubatch %d of kind internal", i, s.Name(), s.SpanKind(), i)
+			t.Errorf("microbatch %d is %q of kind %v, want fwd.ubatch %d of kind internal",
+				i, s.Name(), s.SpanKind(), i)
 		}
 		if !s.EndTime().Equal(began.Add(time.Second)) {
 			t.Errorf("microbatch %d ended at %v, want the clock's %v", i, s.EndTime(), began.Add(time.Second))

@@ -239,7 +239,8 @@ func TestStepSpan(t *testing.T) {
 			return fwd.Schedule{NumScheduledTokens: []int{rank}}
 		}, "fwd.step FULL", with(ofTwo, "fwd.graph.mode", "FULL")},
 		"all are idle": {
-			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE", with(ofTwo, "fwd.graph.mode", nil),
+			2, []fwd.Option{full}, all(fwd.Schedule{}), "fwd.step IDLE",
+			with(ofTwo, "fwd.graph.mode", nil, "fwd.idle_ranks", 2),
 		},
 		"attributes": {
 			2, []fwd.Option{fwd.WithAttributes(attribute.String("replica", "a"))}, all(one), "fwd.step NONE",
@@ -417,6 +418,23 @@ func TestStepsOneAhead(t *testing.T) {
 	checkInside(t, o)
 }
 
+// A rank that runs its passes in another order is done in a step once, so the step waits for the others.
+func TestStepOfALatePass(t *testing.T) {
+	t.Parallel()
+	o := newTelemetry()
+	runners := o.steppers(t, 3)
+	first, second := planAll(t, runners, one), planAll(t, runners, one)
+	run(t, runners[1], second[1], nothing)
+	run(t, runners[1], first[1], nothing)
+	run(t, runners[2], first[2], nothing)
+	o.wantSteps(t, 0)
+	run(t, runners[0], first[0], nothing)
+	o.wantSteps(t, 1)
+	run(t, runners[0], second[0], nothing)
+	run(t, runners[2], second[2], nothing)
+	o.wantSteps(t, 2)
+}
+
 // Steps of which nobody runs a pass, or one rank does not, don't stay open for ever.
 func TestOpenStepsAreBounded(t *testing.T) {
 	t.Parallel()
@@ -590,6 +608,50 @@ func TestStepsOfOtherPasses(t *testing.T) {
 		wantTrace(t, o.only(t, "fwd.forward"), trace.SpanContext{})
 		o.wantSteps(t, 0)
 	})
+}
+
+// A rank that is not seen, since nobody records its spans or since its coordinator hides that of the group,
+// holds up no step.
+func TestStepWithStrangers(t *testing.T) {
+	t.Parallel()
+	for name, stranger := range map[string]func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error){
+		"without spans": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			return fwd.New(fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace())
+		},
+		"with metrics alone": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			return fwd.New(fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace(), o.opts[1])
+		},
+		"hidden": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			opts := append(o.opts, fwd.WithCoordinator(struct{ fwd.Coordinator }{c}), fwd.WithStepTrace())
+			return fwd.New(fwd.Config{Name: "target"}, opts...)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o, group := newTelemetry(), localGroup(t, 3)
+			runners := make([]*fwd.Runner, 3)
+			for rank, c := range group {
+				if rank < 2 {
+					runners[rank] = o.runner(t, fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace())
+					continue
+				}
+				var err error
+				if runners[rank], err = stranger(o, c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for step := range 2 {
+				passes := planAll(t, runners, one)
+				run(t, runners[0], passes[0], nothing)
+				o.wantSteps(t, step)
+				run(t, runners[1], passes[1], nothing)
+				o.wantSteps(t, step+1)
+				run(t, runners[2], passes[2], nothing)
+			}
+			planAll(t, runners, fwd.Schedule{})
+			o.wantSteps(t, 3)
+		})
+	}
 }
 
 // With a coordinator whose other ranks are elsewhere, the step ends with rank 0's pass.

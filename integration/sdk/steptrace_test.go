@@ -284,6 +284,9 @@ func checkChildren(t *testing.T, o *telemetry, root sdktrace.ReadOnlySpan, calle
 			continue
 		}
 		kinds[kindOf(s)]++
+		if client := s.SpanKind() == trace.SpanKindClient; client != (kindOf(s) == "fwd.coordinate") {
+			t.Errorf("%s is a span of kind %v", s.Name(), s.SpanKind())
+		}
 		rank, _ := attrsOf(s.Attributes())["fwd.dp.rank"].(int)
 		wantTrace(t, s, root.SpanContext(), callers[rank])
 	}

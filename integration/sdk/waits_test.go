@@ -22,7 +22,8 @@ import (
 func TestWaitSpan(t *testing.T) {
 	t.Parallel()
 	o, clock := newTelemetry(), newSimClock()
-	r := o.runner(t, fwd.Config{}, fwd.WithClock(clock.Now), fwd.WithAttributes(attribute.String("replica", "a")))
+	r := o.runner(t, fwd.Config{},
+		fwd.WithClock(clock.Now), fwd.WithAttributes(attribute.String("replica", "a")))
 	began := clock.Now()
 	run(t, r, fwd.Pass{NumTokens: 1}, func(ctx context.Context) error {
 		clock.advance(2 * time.Second)
@@ -209,15 +210,51 @@ func TestPeerOfExchange(t *testing.T) {
 			}
 		})
 	}
-	t.Run("unknown", func(t *testing.T) {
-		t.Parallel()
-		o := newTelemetry()
-		r := o.runner(t, ofTwo(0), fwd.WithCoordinator(lone{func() {}}))
-		if _, err := r.Plan(context.Background(), one); err != nil {
-			t.Fatal(err)
-		}
-		wantAttrs(t, o.only(t, "fwd.coordinate"), attrs{
-			"fwd.step": 1, "fwd.dp.rank": 0, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 0,
+}
+
+// naming is a coordinator of rank 0 of 2 that names a rank as the last, whatever its exchange returns.
+type naming struct {
+	lone
+	last int
+	err  error
+}
+
+func (c naming) Last() int { return c.last }
+
+func (c naming) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+	if c.err != nil {
+		return nil, c.err
+	}
+	return c.lone.Exchange(ctx, v)
+}
+
+// If nobody knows who came last, or nobody can have, an exchange has no peer.
+func TestNoPeerOfExchange(t *testing.T) {
+	t.Parallel()
+	alone := lone{func() {}}
+	known := attrs{"fwd.step": 1, "fwd.dp.rank": 0, "fwd.dp.size": 2, "fwd.dp.max_tokens_rank": 0}
+	other := with(known, "fwd.dp.last_rank", 1, "peer.service", "rank 1")
+	failed := with(known, "fwd.dp.max_tokens_rank", nil, "error.type", "lockstep")
+	for name, test := range map[string]struct {
+		coordinator fwd.Coordinator
+		want        attrs
+	}{
+		"the other rank":         {naming{alone, 1, nil}, other},
+		"itself":                 {naming{alone, 0, nil}, with(known, "fwd.dp.last_rank", 0)},
+		"unknown":                {alone, known},
+		"none":                   {naming{alone, -1, nil}, known},
+		"below none":             {naming{alone, -2, nil}, known},
+		"no such rank":           {naming{alone, 2, nil}, known},
+		"that of an earlier one": {naming{alone, 1, fwd.ErrLockstep}, failed},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o := newTelemetry()
+			r := o.runner(t, ofTwo(0), fwd.WithCoordinator(test.coordinator))
+			if _, err := r.Plan(context.Background(), one); (err != nil) != (test.want["error.type"] != nil) {
+				t.Fatal(err)
+			}
+			wantAttrs(t, o.only(t, "fwd.coordinate"), test.want)
 		})
-	})
+	}
 }
