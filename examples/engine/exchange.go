@@ -26,6 +26,7 @@ var ErrRefused = errors.New("refused exchange")
 type expertGroup struct {
 	// The group begins at worker first of the total workers of all ranks, which all have local sizes.
 	first, total int
+	owners       []int // the rank that has each expert of a layer
 
 	mu     sync.Mutex
 	size   int
@@ -88,6 +89,7 @@ func (w *expertWorker) Dispatch(
 	if err != nil {
 		return nil, err
 	}
+	countSent(ctx, rows, w.group.owners)
 	all := make([]model.Routed, len(messages))
 	for i, m := range messages {
 		all[i] = m.routed
@@ -155,6 +157,7 @@ func (w *expertWorker) meet(ctx context.Context, m *message) ([]*message, error)
 	case <-r.done:
 		if r.last != w.rank {
 			fwd.Waited(ctx, r.last, began)
+			countWait(ctx, r.last, time.Since(began))
 		}
 		return r.messages, nil
 	case <-g.broken:

@@ -20,7 +20,7 @@ type instance struct {
 
 // newInstance puts a model on a rank. observe is told of every pass.
 func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd.Coordinator,
-	group *expertGroup, observe func(*fwd.Record)) (*instance, error) {
+	group *expertGroup, observe func(context.Context, *fwd.Record)) (*instance, error) {
 	in := &instance{
 		blueprint: b,
 		experts:   group.workersOf(rank, cfg.SequenceParallel),
@@ -32,7 +32,7 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 		fwd.WithCoordinator(coordinator),
 		fwd.WithExchangeTimeout(cfg.ExchangeTimeout),
 		fwd.WithMiddleware(in.experts.inPass),
-		fwd.WithObserver(func(_ context.Context, rec *fwd.Record) { observe(rec) }),
+		fwd.WithObserver(observe),
 		fwd.WithObserver(cfg.Observe),
 		fwd.WithLogger(cfg.Logger),
 		fwd.WithTracerProvider(tracers),

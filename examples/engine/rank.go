@@ -174,7 +174,10 @@ func outOfStep(a *fwd.Agreement, is func(note uint64) bool) error {
 // step the pass has no links to.
 func (r *rank) run(ctx context.Context, pass *fwd.Pass, step []scheduled, leftOut int) error {
 	batch := r.target.newBatch(pass, step)
-	return r.target.runner.Run(ctx, *pass, func(ctx context.Context) error {
+	if a := pass.Agreement; a != nil && a.LowestModeRank >= 0 {
+		r.figures.lowered[a.LowestModeRank]++
+	}
+	return r.target.runner.Run(r.figures.traffic.in(ctx), *pass, func(ctx context.Context) error {
 		linkPass(ctx, step, leftOut)
 		prompt, generated := r.figures.promptTokens, r.figures.generated
 		hidden, err := r.target.executor.Forward(ctx, batch.tokens)

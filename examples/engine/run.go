@@ -114,7 +114,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 				maxSeqs: cfg.MaxNumSeqs,
 				drafts:  cfg.NumSpeculativeTokens,
 			},
-			figures: newFigures(),
+			figures: newFigures(cfg.DataParallelSize),
 			load:    load{allBlocks: int64(numBlocks)},
 		}
 		tracers, meters := cfg.providers(r.rank)
@@ -146,10 +146,11 @@ func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators 
 	}
 	group := newExpertGroup(len(ranks) * sp)
 	group.first, group.total = ranks[0].rank*sp, size*sp
+	group.spread(len(b.model.Weights().Layers[0].Experts), sp)
 	for i, r := range ranks {
-		on, observe := &r.target, r.figures.observe
+		on, observe := &r.target, func(ctx context.Context, rec *fwd.Record) { r.figures.observe(ctx, rec, sp) }
 		if b == e.draft {
-			on, observe = &r.draft, r.figures.observeDraft
+			on, observe = &r.draft, func(_ context.Context, rec *fwd.Record) { r.figures.observeDraft(rec) }
 		}
 		var err error
 		*on, err = newInstance(b, &e.config, r.rank, numBlocks, coordinators[i], group, observe)

@@ -1,9 +1,13 @@
 package engine
 
 import (
+	"cmp"
+	"context"
+	"slices"
 	"time"
 
 	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // Stats are the figures of a run.
@@ -23,15 +27,38 @@ type Stats struct {
 	Captures, Replays             int // of graphs: a full pass replays one, a piecewise one several
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
+	Lowered                       []int  // by rank: steps in which it made the others take a lower graph mode
+	Slowest                       []Step // of each rank the slowest steps, at most 8
 }
 
-// RankStats are the figures of one rank. Forward includes Experts, and the draft model with its
-// votes.
+// RankStats are the figures of one rank, without its warm-up. Forward includes Experts, and the
+// draft model.
 type RankStats struct {
-	Rank    int
-	Votes   time.Duration // waiting for the other ranks' votes, in Plan and at the gate
-	Experts time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
-	Forward time.Duration // in passes
+	Rank      int
+	Votes     time.Duration // waiting for the other ranks' votes
+	Experts   time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
+	Forward   time.Duration // in passes
+	WaitedFor []Wait        // by rank: whose vote or rows came last
+	Sent      []int         // by rank: rows for its experts; a row counts for each expert that it goes to
+}
+
+// Wait is how long, and how often, a rank has waited for another.
+type Wait struct {
+	Votes, Experts         time.Duration
+	VoteTimes, ExpertTimes int
+}
+
+// Step is what a step was like for one rank.
+type Step struct {
+	Step     uint64
+	Rank     int
+	Took     time.Duration // from its vote to the end of its pass
+	Votes    time.Duration // of Took, waiting for votes
+	Work     time.Duration // of Took, in the pass and not waiting for other ranks
+	LastRank int           // whose vote came last, or -1
+	Reason   fwd.Reason
+	Tokens   int
+	TraceID  string // if its pass was recorded
 }
 
 // collect adds up the figures of the ranks of this process.
@@ -66,9 +93,9 @@ func collect(ranks []*rank, requests int) Stats {
 			s.Captures += captures
 			s.Replays += replays
 		}
-		f.own.Rank = r.rank
-		f.own.Experts /= time.Duration(len(r.target.experts))
-		s.Ranks = append(s.Ranks, f.own)
+		s.Ranks = append(s.Ranks, f.rankStats(r.rank, len(r.target.experts)))
+		s.Slowest = append(s.Slowest, f.slowest...)
+		s.Lowered = mostOf(s.Lowered, f.lowered)
 	}
 	return s
 }
@@ -86,21 +113,87 @@ type figures struct {
 	reasons                   map[fwd.Reason]int
 	modes                     map[fwd.GraphMode]int
 	graphPadding, dataPadding int
-	own                       RankStats // the experts' time is that of all workers
+	votes, experts, forward   time.Duration // the experts' time is that of all workers
+	lastVotes                 []Wait        // by rank
+	lowered                   []int         // by rank
+	slowest                   []Step
+	draftWaited               time.Duration // in the draft's passes of this step
+	traffic                   *traffic
 }
 
-func newFigures() figures {
-	return figures{reasons: map[fwd.Reason]int{}, modes: map[fwd.GraphMode]int{}}
+// maxSlowest is how many of its slowest steps a rank keeps.
+const maxSlowest = 8
+
+func newFigures(ranks int) figures {
+	return figures{
+		reasons: map[fwd.Reason]int{}, modes: map[fwd.GraphMode]int{},
+		lastVotes: make([]Wait, ranks), lowered: make([]int, ranks), traffic: newTraffic(ranks),
+	}
 }
 
-// observe notes a pass of the target model, or a failed exchange.
-func (f *figures) observe(rec *fwd.Record) {
-	f.own.Votes += rec.Wait
-	f.own.Experts += rec.Waited
-	if rec.Err != nil || rec.Phase == warmUpPhase {
+// rankStats returns the figures of one rank, which has so many workers.
+func (f *figures) rankStats(rank, workers int) RankStats {
+	s := RankStats{
+		Rank: rank, Votes: f.votes, Experts: f.experts / time.Duration(workers), Forward: f.forward,
+		WaitedFor: slices.Clone(f.lastVotes), Sent: f.traffic.sent,
+	}
+	for other, w := range f.traffic.waits {
+		s.WaitedFor[other].Experts = w.Experts / time.Duration(workers)
+		s.WaitedFor[other].ExpertTimes = w.ExpertTimes / workers
+	}
+	return s
+}
+
+// mostOf returns the larger of each two counts.
+func mostOf(a, b []int) []int {
+	most := slices.Clone(b)
+	for i, n := range a {
+		most[i] = max(most[i], n)
+	}
+	return most
+}
+
+// wait notes a wait for votes.
+func (f *figures) wait(rec *fwd.Record) {
+	f.votes += rec.Wait
+	if last := rec.LastRank; rec.Err == nil && last >= 0 && last != rec.Rank {
+		f.lastVotes[last].Votes += rec.Wait
+		f.lastVotes[last].VoteTimes++
+	}
+}
+
+// noteSlow keeps a pass if it is among the slowest.
+func (f *figures) noteSlow(ctx context.Context, rec *fwd.Record, workers int) {
+	took := rec.Wait + rec.Duration
+	if len(f.slowest) == maxSlowest && took <= f.slowest[maxSlowest-1].Took {
 		return
 	}
-	f.own.Forward += rec.Duration
+	waits := (rec.Waited + f.draftWaited) / time.Duration(workers*max(1, rec.UBatches)) // these overlap
+	s := Step{
+		Step: rec.Step, Rank: rec.Rank, Took: took, Votes: rec.Wait, Work: rec.Duration - waits,
+		LastRank: rec.LastRank, Reason: rec.Reason, Tokens: rec.NumTokensUnpadded,
+	}
+	if sc := trace.SpanContextFromContext(ctx); sc.IsSampled() {
+		s.TraceID = sc.TraceID().String()
+	}
+	f.slowest = append(f.slowest, s)
+	slices.SortStableFunc(f.slowest, func(a, b Step) int { return cmp.Compare(b.Took, a.Took) })
+	f.slowest = f.slowest[:min(maxSlowest, len(f.slowest))]
+}
+
+// observe notes a pass of the target model, or a failed exchange. The rank has so many workers.
+func (f *figures) observe(ctx context.Context, rec *fwd.Record, workers int) {
+	if rec.Phase == warmUpPhase {
+		return
+	}
+	f.wait(rec)
+	if rec.Err != nil {
+		return
+	}
+	f.noteSlow(ctx, rec, workers)
+	f.draftWaited = 0
+	f.experts += rec.Waited
+	f.forward += rec.Duration
 	f.steps++
 	if rec.Dummy {
 		f.dummies++
@@ -114,11 +207,12 @@ func (f *figures) observe(rec *fwd.Record) {
 	f.dataPadding += rec.NumTokens - rec.NumTokensGraph
 }
 
-// observeDraft does the same with the draft model. Its passes lie inside those of the target.
+// observeDraft does the same with the draft model. Its passes lie inside those of the target, and
+// reuse their votes.
 func (f *figures) observeDraft(rec *fwd.Record) {
-	f.own.Votes += rec.Wait
-	f.own.Experts += rec.Waited
 	if rec.Err == nil && rec.Phase != warmUpPhase {
+		f.experts += rec.Waited
+		f.draftWaited += rec.Waited
 		f.draftPasses++
 	}
 }

@@ -21,7 +21,9 @@ type watch struct {
 }
 
 // startWatch starts what the flags want, and makes the engine tell of itself.
-func startWatch(ctx context.Context, o *options, config *engine.Config, stderr io.Writer) (_ *watch, err error) {
+func startWatch(
+	ctx context.Context, o *options, config *engine.Config, stderr io.Writer,
+) (_ *watch, err error) {
 	w := &watch{}
 	defer func() {
 		if err != nil {

@@ -132,12 +132,18 @@ func showsAll(spans []timeline.Span) bool {
 		count[timeline.GraphPadding] > 0 && count[timeline.DPPadding] > 1
 }
 
-// clarity rises with the share of a step in which ranks waited for the last vote, as long as there
-// is room in the picture to write on the passes. It falls with the time that ranks waited after the
-// last vote: by then they only waited for a processor. A rank that is idle should not be the last
-// one.
+// clarity rises with the share of a step in which ranks waited for the last vote, and for each other's
+// rows, as long as there is room in the picture to write on the passes. It falls with the time that
+// ranks waited after the last vote: by then they only waited for a processor. A rank that is idle
+// should not be the last one.
 func clarity(spans []timeline.Span) float64 {
-	var last, end, shortest float64
+	var last, end, shortest, waits float64
+	by := -1 // the rank that votes last
+	for i := range spans {
+		if rank, ok := spans[i].Int(timeline.LastRank); ok {
+			by = rank
+		}
+	}
 	idle := false // the last rank is
 	for i := range spans {
 		s := &spans[i]
@@ -150,11 +156,12 @@ func clarity(spans []timeline.Span) float64 {
 				shortest = d
 			}
 			rank, _ := s.Int(timeline.Rank)
-			by, _ := spans[0].Int(timeline.LastRank)
 			idle = idle || s.IsDummy() && rank == by
+		case s.Kind() == timeline.Wait:
+			waits += s.Duration()
 		}
 	}
-	var score float64
+	score := waits / 4
 	for i := range spans {
 		if s := &spans[i]; s.Kind() == timeline.Coordinate {
 			score += (last - s.Start) - 2*(s.End-last)

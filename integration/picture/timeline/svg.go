@@ -32,6 +32,7 @@ const (
 	grid         = "#e4e8ec"
 	border       = "#d1d9e0"
 	waitColour   = "#e8a317"
+	rowsColour   = "#f5cf80"
 	ubatchColour = "#a9c8e6"
 	restColour   = "#8c959f"
 )
@@ -208,9 +209,11 @@ func (p *picture) bar(s *Span, r row) {
 		switch {
 		case needs+pad <= w:
 			p.text(x+pad, baseline, textSize, c.text, "start", "", text)
-			if s.Kind() != Coordinate {
+			if s.Kind() != Coordinate && s.Kind() != Wait {
 				p.durationIn(s, x+w-pad, baseline, w-needs-4*pad, c)
 			}
+		case s.Kind() == Wait: // the next bar may be there
+			continue
 		case x+w+needs <= right:
 			p.text(x+w+pad, baseline, textSize, ink, "start", "", text)
 		case x-needs >= left:
@@ -250,6 +253,10 @@ func (p *picture) colourOf(s *Span) colour {
 		}
 	case UBatch:
 		c = colour{name: "microbatch", fill: ubatchColour, text: ink}
+	case Wait:
+		c = colour{name: "waiting for another rank's rows", fill: rowsColour, text: ink}
+	case Root:
+		c.name = "step"
 	}
 	if !slices.Contains(p.colour, c) {
 		p.colour = append(p.colour, c)

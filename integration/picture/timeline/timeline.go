@@ -23,9 +23,11 @@ type Span struct {
 
 // Kinds of spans. A span is of a kind if its name is the kind's, or begins with it and a space.
 const (
+	Root       = "fwd.step"
 	Coordinate = "fwd.coordinate"
 	Forward    = "fwd.forward"
 	UBatch     = "fwd.ubatch"
+	Wait       = "fwd.wait"
 )
 
 // Attributes that the picture shows. A span need not have any other ones.
@@ -43,6 +45,7 @@ const (
 	MaxTokensRank  = "fwd.dp.max_tokens_rank"
 	LowestModeRank = "fwd.dp.lowest_mode_rank"
 	LastRank       = "fwd.dp.last_rank" // whose vote came last
+	PeerRank       = "fwd.dp.peer_rank" // who is waited for inside a pass
 	IdleRanks      = "fwd.idle_ranks"   // how many
 	WaitTime       = "fwd.wait_time"    // seconds that a pass waited for other ranks
 	UBatchIndex    = "fwd.ubatch.index"
@@ -52,7 +55,7 @@ const (
 func Attributes() []string {
 	return []string{
 		Rank, Step, Phase, Mode, Reason, Dummy, Tokens, Unpadded, GraphPadding, DPPadding,
-		MaxTokensRank, LowestModeRank, LastRank, IdleRanks, WaitTime, UBatchIndex,
+		MaxTokensRank, LowestModeRank, LastRank, PeerRank, IdleRanks, WaitTime, UBatchIndex,
 	}
 }
 
@@ -99,8 +102,8 @@ func (s *Span) IsDummy() bool {
 // noRank is the rank of spans that are not of any.
 const noRank = -1
 
-// row is a row of bars: that of one span, with a label, or thin ones of spans with the same name
-// that don't overlap.
+// row is a row of bars: that of one span, or those of waits or of spans with the same name that don't
+// overlap. The latter, and the root's, are thin and have no labels.
 type row struct {
 	depth int
 	thin  bool
@@ -148,10 +151,8 @@ func newStep(spans []Span) (*step, error) {
 	for i := range st.spans {
 		s := &st.spans[i]
 		parent := byID[s.Parent]
-		// The spans of a step are below rank 0's exchange, or below a root of no rank, only to be in
-		// one trace.
-		rank := rankOf(s, byID)
-		if parent == nil || parent.Kind() == Coordinate || rankOf(parent, byID) != rank {
+		rank := rankOf(s, byID) // the root has none: the spans of all ranks are below it
+		if parent == nil || rankOf(parent, byID) != rank {
 			tops[rank] = append(tops[rank], s)
 		} else {
 			children[s.Parent] = append(children[s.Parent], s)
@@ -197,12 +198,12 @@ func (g *group) add(siblings []*Span, children map[string][]*Span, depth int) {
 		default:
 			fits := func(r row) bool {
 				last := r.spans[len(r.spans)-1]
-				return r.thin && r.depth == depth && last.Name == s.Name && last.End <= s.Start
+				return r.depth == depth && last.Name == s.Name && last.End <= s.Start
 			}
 			if i := slices.IndexFunc(g.rows[first:], fits); i >= 0 {
 				g.rows[first+i].spans = append(g.rows[first+i].spans, s)
 			} else {
-				g.rows = append(g.rows, row{depth: depth, thin: true, spans: []*Span{s}})
+				g.rows = append(g.rows, row{depth: depth, thin: s.Kind() != Wait, spans: []*Span{s}})
 			}
 		}
 		g.add(children[s.ID], children, depth+1)

@@ -25,15 +25,17 @@ func newSteps() map[string][]Span {
 		"one span": {{ID: "a", Name: "fwd.forward", Start: 5e5, End: 5e5 + 3}},
 		"microbatches": {
 			{ID: "c0", Name: Coordinate, Start: 100, End: 900, Attributes: attrs{Rank: 0, Step: 7}},
-			{ID: "c1", Parent: "c0", Name: Coordinate, Start: 899, End: 901, Attributes: attrs{Rank: 1}},
+			{ID: "c1", Name: Coordinate, Start: 899, End: 901, Attributes: attrs{Rank: 1}},
 		},
 		"waits": { // the clock of rank 1 is late, so its exchange seems to begin last
 			{ID: "c0", Name: Coordinate, Start: 50, End: 100, Attributes: attrs{Rank: 0, LastRank: 0}},
-			{ID: "c1", Parent: "c0", Name: Coordinate, Start: 90, End: 140, Attributes: attrs{Rank: 1, LastRank: 0}},
-			{ID: "f0", Parent: "c0", Name: Forward, Start: 100, End: 900,
+			{ID: "c1", Name: Coordinate, Start: 90, End: 140, Attributes: attrs{Rank: 1, LastRank: 0}},
+			{ID: "f0", Name: Forward, Start: 100, End: 900,
 				Attributes: attrs{Rank: 0, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2}},
-			{ID: "f1", Parent: "c0", Name: Forward, Start: 140, End: 900,
+			{ID: "f1", Name: Forward, Start: 140, End: 900,
 				Attributes: attrs{Rank: 1, Mode: "FULL", Reason: "exact", Tokens: 2, Unpadded: 2, WaitTime: 0.0005}},
+			{ID: "w0", Parent: "f1", Name: Wait, Start: 200, End: 600, Attributes: attrs{PeerRank: 0}},
+			{ID: "w1", Parent: "f1", Name: Wait, Start: 700, End: 800, Attributes: attrs{PeerRank: 0}},
 		},
 		"a root of no rank": {
 			{ID: "root", Parent: "elsewhere", Name: "fwd.step NONE", End: 5500, Attributes: attrs{Step: 8}},
@@ -44,7 +46,7 @@ func newSteps() map[string][]Span {
 		pass := attrs{Rank: rank, Mode: "FULL", Reason: "exact", Tokens: 8, Unpadded: 7, GraphPadding: 1}
 		first, second := attrs{UBatchIndex: 0, Tokens: 4}, attrs{UBatchIndex: 1, Tokens: 4}
 		steps["microbatches"] = append(steps["microbatches"],
-			Span{ID: id, Parent: "c0", Name: Forward, Start: 950, End: 4000, Attributes: pass},
+			Span{ID: id, Name: Forward, Start: 950, End: 4000, Attributes: pass},
 			Span{ID: id + "u0", Parent: id, Name: UBatch, Start: 960, End: 3000, Attributes: first},
 			Span{ID: id + "u1", Parent: id, Name: UBatch, Start: 3900, End: 3950, Attributes: second})
 	}
@@ -179,9 +181,11 @@ func TestWords(t *testing.T) {
 			"Step 8: 5.50 ms on 4 ranks", ">fwd.step NONE<", "<title>fwd.wait &lt;rows&gt;, 0.90 ms",
 		},
 		"waits": {
-			"Rank 0 votes last, and the others wait for its vote. Inside their passes the ranks wait",
-			"Rank 1: waits 50 µs for votes; FULL exact, 2 tokens, 0.76 ms, of which 0.50 ms waiting for rows.",
-			">0.76 ms, of which 0.50 ms waiting for rows<",
+			"Rank 0 votes last, and the others wait for its vote. Inside their passes ranks wait " +
+				"for each other too, rank 1 longest: 0.50 ms for rank 0.",
+			">for rank 0<",
+			"Rank 1: waits 50 µs for votes; FULL exact, 2 tokens, 0.76 ms, 0.50 ms of it waiting for rows.",
+			">0.76 ms, 0.50 ms of it waiting for rows<",
 		},
 		"many ranks": {
 			"A step: 70.0 ms on 40 ranks", "9 ranks are idle", "dummy pass, A_MODE_OF_THE_FUTURE",

@@ -15,7 +15,12 @@ func (st *step) explanation() (sentences []string) {
 		}
 	}
 	if slices.ContainsFunc(st.spans, func(s Span) bool { return s.Waited() > 0 }) {
-		add("Inside their passes the ranks wait for each other too.")
+		if w := st.longestWait(); w.time > 0 {
+			add("Inside their passes ranks wait for each other too, rank %d longest: %s for rank %d.",
+				w.rank, milliseconds(w.time), w.peer)
+		} else {
+			add("Inside their passes the ranks wait for each other too.")
+		}
 	}
 	var lowered, padded *Span
 	var idle []int // ranks
@@ -52,6 +57,31 @@ func (st *step) explanation() (sentences []string) {
 	return sentences
 }
 
+// wait is how long a rank waits for another one inside its passes, in microseconds.
+type wait struct {
+	rank, peer int
+	time       float64
+}
+
+// longestWait returns who waits longest for whom, from the spans of the waits.
+func (st *step) longestWait() (longest wait) {
+	sums := map[[2]int]float64{}
+	for _, g := range st.groups {
+		for _, r := range g.rows {
+			for _, s := range r.spans {
+				if peer, ok := s.Int(PeerRank); ok && s.Kind() == Wait {
+					pair := [2]int{g.rank, peer}
+					sums[pair] += s.Duration()
+					if sums[pair] > longest.time {
+						longest = wait{g.rank, peer, sums[pair]}
+					}
+				}
+			}
+		}
+	}
+	return longest
+}
+
 // title returns what the picture is of.
 func (st *step) title() string {
 	ranks := 0
@@ -76,7 +106,7 @@ func (st *step) description() string {
 		var does []string
 		for _, r := range g.rows {
 			for _, s := range r.spans {
-				if r.thin {
+				if r.thin || s.Kind() == Wait { // the pass says how long it has waited in all
 					continue
 				}
 				label := strings.ReplaceAll(labels(s)[0], gap, ", ")
@@ -105,6 +135,9 @@ func labels(s *Span) []string {
 	case Forward:
 		mode := strings.TrimSpace(s.Text(Mode) + " " + s.Text(Reason))
 		return []string{mode + gap + tokens(s), mode, s.Text(Mode)}
+	case Wait:
+		peer, _ := s.Int(PeerRank)
+		return []string{fmt.Sprintf("for rank %d", peer), fmt.Sprintf("for %d", peer)}
 	case UBatch:
 		index, _ := s.Int(UBatchIndex)
 		n, _ := s.Int(Tokens)
@@ -134,7 +167,7 @@ func durations(s *Span) []string {
 	all := milliseconds(s.Duration())
 	if waited := s.Waited(); waited > 0 {
 		wait := milliseconds(waited)
-		return []string{all + ", of which " + wait + " waiting for rows", all + ", " + wait + " waiting", all}
+		return []string{all + ", " + wait + " of it waiting for rows", all + ", " + wait + " waiting", all}
 	}
 	return []string{all}
 }
