@@ -36,14 +36,17 @@ func TestTable(t *testing.T) {
 		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`,
 		`(?m)^passes +\d+ `, `(?m)^ +\d+ +of them split into microbatches`, `(?m)^  FULL +\d+ `,
 		`(?m)^reasons `, `(?m)^  exact +\d+ `,
-		`(?m)^graphs +\d+ +captured in \S+, \d+ replays`, `(?m)^guesses +\d+ +\d+ accepted`,
+		`(?m)^graphs +\d+ +captured in \S+$`, `(?m)^ +\d+ +replays$`, `(?m)^guesses +\d+ +\d+ accepted$`,
 		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `,
+		`(?m)^held up others +votes  times +experts  times$`, `(?m)^rows sent to experts, from rank to rank$`,
+		`(?m)^slowest steps +took$`, `(?m)^  \d+ +\d+ ms  rank \d: `,
 		`check: 20 of 20 requests agree with the reference\n$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("no %s in\n%s", want, out)
 		}
 	}
+	checkWidth(t, out)
 }
 
 func TestJSON(t *testing.T) {
