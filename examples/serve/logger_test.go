@@ -41,7 +41,8 @@ func newLogged(t *testing.T) *logged {
 
 func (l *logged) newRank(rank int) *fwd.Runner {
 	l.Helper()
-	r, err := fwd.New(fwd.Config{}, fwd.WithCoordinator(l.coordinators[rank]), fwd.WithLogger(newLogger(&l.log)),
+	r, err := fwd.New(fwd.Config{}, fwd.WithCoordinator(l.coordinators[rank]),
+		fwd.WithLogger(newLogger(&l.log).With("replica", "a")),
 		fwd.WithTracerProvider(sdktrace.NewTracerProvider()), fwd.WithMeterProvider(noop.NewMeterProvider()),
 		fwd.WithStepTrace())
 	if err != nil {
@@ -95,7 +96,7 @@ func TestLogMissing(t *testing.T) {
 		t.Fatalf("%q, want one line", lines)
 	}
 	l.check(lines[0], "level=WARN", `msg="exchange of votes failed"`, "fwd.step=1", "fwd.dp.rank=0", `\[1\]`,
-		"error.type=rank_missing", inATrace)
+		"replica=a", "error.type=rank_missing", inATrace)
 }
 
 // TestLogRestart: if a rank is started anew, both say so in one line each.

@@ -18,6 +18,11 @@
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
 // groups are GROUP-target and, with -spec, GROUP-draft.
 //
+// With -otlp each rank sends its spans and metrics, as the service serve-rank-N, and the last lines
+// say how much was sent. -debug shows metrics, status, profiles and the last passes without a
+// collector, -cpuprofile writes a profile that splits by rank and mode, and -flight writes Go's
+// execution trace when a rank is missing or a step takes long.
+//
 // The model computes what its weights say, in float64, and -check recomputes every request alone by
 // plain code, so a batch that was padded, chunked, exchanged or cached wrongly shows as a wrong
 // answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
