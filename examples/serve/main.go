@@ -318,6 +318,9 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		return out.explain(explainRanks(err))
 	}
 	report := newReport(&out, interrupted)
+	if o.otlp == "" { // passes may be recorded for -debug or -flight, but nobody can look for them
+		report.dropTraces()
+	}
 	if !o.check {
 		return report.print(stdout, o.json)
 	}

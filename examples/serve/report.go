@@ -175,6 +175,13 @@ func newReport(o *outcome, interrupted bool) *report {
 	return r
 }
 
+// dropTraces leaves out the traces of the slowest steps.
+func (r *report) dropTraces() {
+	for i := range r.Slowest {
+		r.Slowest[i].Trace = ""
+	}
+}
+
 // addHeldUp adds waits for the same ranks.
 func addHeldUp(a, b []heldUpReport) []heldUpReport {
 	if a == nil {
