@@ -435,3 +435,17 @@ func TestBadTelemetryFlags(t *testing.T) {
 		}
 	}
 }
+
+// TestTracesNotSent: passes are recorded for -debug, but a trace that nobody can look for is not named.
+func TestTracesNotSent(t *testing.T) {
+	exit, out, errs := runServe(t, "-requests", "5", "-max-context", "20", "-json", "-debug", "127.0.0.1:0")
+	var r report
+	if err := json.Unmarshal([]byte(out), &r); err != nil || exit != 0 || len(r.Slowest) == 0 {
+		t.Fatalf("exit %d, %v, stderr %q, %d slowest steps", exit, err, errs, len(r.Slowest))
+	}
+	for _, s := range r.Slowest {
+		if s.Trace != "" {
+			t.Errorf("step %d names the trace %s", s.Step, s.Trace)
+		}
+	}
+}
