@@ -350,8 +350,8 @@ func TestProcessesRejoin(t *testing.T) {
 	for rank, p := range ranks {
 		r := p.report()
 		own := len(share(make([]engine.Request, 400), rank, 3))
-		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) || len(r.Waiting) != 1 ||
-			r.Waiting[0].Rank != rank {
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) ||
+			len(r.Waiting) != 1 || r.Waiting[0].Rank != rank {
 			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
 		}
 		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
