@@ -20,7 +20,8 @@ func TestGreet(t *testing.T) {
 		{"one", [][]Setting{{{"x", "1"}, {"y", "2"}}, {{"x", "1"}, {"y", "3"}}, {{"x", "1"}, {"y", "3"}}},
 			[]string{"engine: ranks [0] were started with another y than rank 1; here it is "}},
 		{"two", [][]Setting{{{"x", "1"}, {"y", "2"}}, {{"x", "2"}, {"y", "2"}}, {{"x", "1"}, {"y", "3"}}},
-			[]string{"ranks [1] were started with another x than rank 0", "ranks [2] were started with another y than rank 0"}},
+			[]string{"ranks [1] were started with another x than rank 0",
+				"ranks [2] were started with another y than rank 0"}},
 		{"another version", [][]Setting{{{"x", "1"}}, {{"x", "1"}, {"y", "2"}}, {{"x", "1"}}},
 			[]string{"ranks [1] were not started like rank 0: they are of another version of the program"}},
 	} {

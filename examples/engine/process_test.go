@@ -65,7 +65,8 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 // config returns the configuration of a rank.
 func (f *fleet) config(rank int, rejoin time.Duration) Config {
 	cfg := f.cfg
-	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin, Same: []Setting{{"x", "1"}, {"y", "2"}}}
+	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin}
+	cfg.Process.Same = []Setting{{"x", "1"}, {"y", "2"}}
 	if cfg.NumSpeculativeTokens > 0 {
 		cfg.Process.Draft = f.draft[rank]
 	}

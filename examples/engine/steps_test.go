@@ -163,7 +163,8 @@ func TestWaited(t *testing.T) {
 		if got := stats.Ranks[1].Experts; got != 0 {
 			t.Errorf("rank 1, for which rank 0 waited, has waited %v", got)
 		}
-		if got := stats.Ranks[0].WaitedFor; got[1].Experts != want || got[1].ExpertTimes < stats.Steps || got[0] != (Wait{}) {
+		if got := stats.Ranks[0].WaitedFor; got[1].Experts != want || got[1].ExpertTimes < stats.Steps ||
+			got[0] != (Wait{}) {
 			t.Errorf("rank 0 waited for %+v, want %v for rank 1", got, want)
 		}
 		for _, s := range stats.Slowest {

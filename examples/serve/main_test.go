@@ -147,7 +147,8 @@ func TestBadFlags(t *testing.T) {
 			t.Errorf("%s: exit %d, stdout %q, stderr %q; want 2 and %q", c.args, exit, out, errs, c.want)
 		}
 	}
-	const want = "serve -h explains the flags.\nserve: -dp is 0, want 1 to 64\nserve: -chunk is -3, want at least 1\n"
+	const want = "serve -h explains the flags.\n" +
+		"serve: -dp is 0, want 1 to 64\nserve: -chunk is -3, want at least 1\n"
 	if _, _, errs := runServe(t, "-dp", "0", "-chunk", "-3"); errs != want {
 		t.Errorf("%q, want what is wrong last: %q", errs, want)
 	}
@@ -194,8 +195,8 @@ func TestBadTrace(t *testing.T) {
 // TestSlowReplay: arrivals that a run can't wait for are refused, and don't come immediately.
 func TestSlowReplay(t *testing.T) {
 	exit, out, errs := runServe(t, "-dp", "1", "-requests", "3", "-speed", "1e-15", "-json")
-	if want := "serve: -speed is 1e-15: request 1 would arrive after 1.88e+14 s, want at most 9.22e+09 s\n"; exit != 1 ||
-		out != "" || errs != want {
+	const want = "serve: -speed is 1e-15: request 1 would arrive after 1.88e+14 s, want at most 9.22e+09 s\n"
+	if exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, out, errs, want)
 	}
 }

@@ -103,7 +103,8 @@ func (c *checkReport) print(w io.Writer) error {
 	if c.Unfinished > 0 {
 		finished = "finished "
 	}
-	_, err := fmt.Fprintf(w, "check: %d of %d %srequests agree with the reference\n", c.Agreed, c.Requests, finished)
+	_, err := fmt.Fprintf(w, "check: %d of %d %srequests agree with the reference\n", c.Agreed, c.Requests,
+		finished)
 	return err
 }
 

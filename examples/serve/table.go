@@ -111,10 +111,13 @@ func (r *report) printWaiting(t io.Writer) {
 	for _, w := range r.Waiting {
 		votes, experts, forward = append(votes, w.Votes), append(experts, w.Experts), append(forward, w.Forward)
 	}
-	forVotes, forExperts, ofPasses := times("votes", votes), times("experts", experts), times("of passes", forward)
-	fmt.Fprintf(t, "waiting\t%s\t%s\t%s\n", forVotes[0], forExperts[0], ofPasses[0])
-	for i, w := range r.Waiting {
-		fmt.Fprintf(t, "  rank %d\t%s\t%s\t%s\n", w.Rank, forVotes[i+1], forExperts[i+1], ofPasses[i+1])
+	columns := [][]string{times("votes", votes), times("experts", experts), times("of passes", forward)}
+	for i := range len(r.Waiting) + 1 {
+		name := "waiting"
+		if i > 0 {
+			name = fmt.Sprintf("  rank %d", r.Waiting[i-1].Rank)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", name, columns[0][i], columns[1][i], columns[2][i])
 	}
 }
 
@@ -137,7 +140,8 @@ func (r *report) printHeldUp(t io.Writer) {
 		voteTimes, expertTimes = append(voteTimes, h.VoteTimes), append(expertTimes, h.ExpertTimes)
 	}
 	columns := [][]string{
-		times("votes", votes), numbers("times", voteTimes), times("experts", experts), numbers("times", expertTimes),
+		times("votes", votes), numbers("times", voteTimes),
+		times("experts", experts), numbers("times", expertTimes),
 	}
 	for i := range len(ranks) + 1 {
 		name := "held up others"
@@ -256,9 +260,10 @@ func printMore(t io.Writer, ranks int) {
 func times(title string, seconds []float64) []string {
 	longest := slices.Max(append([]float64{0}, seconds...))
 	unit, per, digits := "s", 1.0, 1
-	if longest < 0.01 {
+	switch {
+	case longest < 0.01:
 		unit, per, digits = "µs", 1e6, 0
-	} else if longest < 10 {
+	case longest < 10:
 		unit, per, digits = "ms", 1e3, 0
 	}
 	column := []string{title}

@@ -24,10 +24,12 @@ func checkWidth(t *testing.T, table string) {
 // largeReport returns the report of many ranks with large figures.
 func largeReport(ranks int) *report {
 	r := &report{
-		Requests: 1e6, Finished: 999_999, Resumed: 100_000, Interrupted: true, Seconds: 86_399.999, Steps: 10_000_000,
-		FailedSteps: 1000, Tokens: 12_345_678, PromptTokens: 1_234_567, GeneratedTokens: 1_234_567,
+		Requests: 1e6, Finished: 999_999, Resumed: 100_000, Interrupted: true, Seconds: 86_399.999,
+		Steps: 10_000_000, FailedSteps: 1000,
+		Tokens: 12_345_678, PromptTokens: 1_234_567, GeneratedTokens: 1_234_567,
 		Passes: map[string]int{}, Modes: map[string]int{}, DummyPasses: 1_234_567, SplitPasses: 1, DraftPasses: 1,
-		Graphs: graphReport{WarmUp: 1234.567, Captures: 1000, Replays: 10_000_000}, Speculation: &specReport{1e7, 1e7},
+		Graphs:      graphReport{WarmUp: 1234.567, Captures: 1000, Replays: 10_000_000},
+		Speculation: &specReport{1e7, 1e7},
 	}
 	for reason := range reasonMeaning {
 		r.Passes[reason] = 1_234_567
@@ -59,7 +61,8 @@ func TestTableLarge(t *testing.T) {
 	}
 	checkWidth(t, out.String())
 	for _, want := range []string{
-		"held up others      votes    times  experts     times\n  rank 63       86399.1 s  1234567   63.0 s  12345678\n",
+		"held up others      votes    times  experts     times\n" +
+			"  rank 63       86399.1 s  1234567   63.0 s  12345678\n",
 		"  rank 59       86399.1 s  1234567   59.0 s  12345678\n  and 59 more ranks\n",
 		"lowered the mode  steps\n  rank 63          6300\n", "  rank 59          5900\n  and 58 more ranks\n",
 		"  rank 63 to 62  63000062\n  rank 63 to 61  63000061\n", "  and fewer between 4027 other pairs\n",
@@ -86,7 +89,8 @@ func TestTableSent(t *testing.T) {
   rank 0       5  12345
   rank 1      60      0
 `
-	if diff := cmp.Diff(want, table(sentReport{0, 1, 12345}, sentReport{0, 0, 5}, sentReport{1, 0, 60})); diff != "" {
+	got := table(sentReport{0, 1, 12345}, sentReport{0, 0, 5}, sentReport{1, 0, 60})
+	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
 	if got := table(sentReport{0, 0, 5}, sentReport{1, 1, 6}); got != "" {
