@@ -59,7 +59,8 @@ func TestReadErrors(t *testing.T) {
 			`line 2: ContextTokens "99999999999999999999" is not`},
 		{header + row + "2023-11-16 18:17:04,3\n", "line 3: wrong number of fields"},
 		{header + row + "1623-11-16 18:17:04,3,1\n",
-			"the trace begins at 1623-11-16 18:17:04 and ends at 2023-11-16 18:17:03, want at most 2562047 hours between"},
+			"the trace begins at 1623-11-16 18:17:04 and ends at 2023-11-16 18:17:03, " +
+				"want at most 2562047 hours between"},
 		{header + row + "2023-11-16 18:17:04,\"3,1\n", `line 3: extraneous or missing " in quoted-field`},
 	} {
 		rows, err := Read(strings.NewReader(c.in))
