@@ -6,6 +6,7 @@ require (
 	github.com/charmbracelet/x/vt v0.1.0
 	github.com/creack/pty v1.1.24
 	github.com/forwardctx/fwd v0.0.0
+	github.com/forwardctx/fwd/fwdplan v0.0.0
 	github.com/forwardctx/fwd/fwdtrace v0.0.0
 	github.com/forwardctx/fwd/natsdp v0.0.0
 	github.com/google/go-cmp v0.7.0
@@ -78,6 +79,7 @@ require (
 
 replace (
 	github.com/forwardctx/fwd => ../
+	github.com/forwardctx/fwd/fwdplan => ../fwdplan
 	github.com/forwardctx/fwd/fwdtest => ../fwdtest
 	github.com/forwardctx/fwd/fwdtrace => ../fwdtrace
 	github.com/forwardctx/fwd/natsdp => ../natsdp

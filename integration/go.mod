@@ -5,6 +5,7 @@ go 1.26.0
 replace (
 	github.com/forwardctx/fwd => ../
 	github.com/forwardctx/fwd/examples => ../examples
+	github.com/forwardctx/fwd/fwdplan => ../fwdplan
 	github.com/forwardctx/fwd/fwdtest => ../fwdtest
 	github.com/forwardctx/fwd/fwdtrace => ../fwdtrace
 	github.com/forwardctx/fwd/natsdp => ../natsdp
@@ -46,6 +47,7 @@ require (
 	github.com/dennwc/varint v1.0.0 // indirect
 	github.com/edsrzf/mmap-go v1.2.0 // indirect
 	github.com/facette/natsort v0.0.0-20181210072756-2cd4dd1e2dcb // indirect
+	github.com/forwardctx/fwd/fwdplan v0.0.0 // indirect
 	github.com/forwardctx/fwd/fwdtrace v0.0.0 // indirect
 	github.com/go-logr/logr v1.4.4 // indirect
 	github.com/go-logr/stdr v1.2.2 // indirect
