@@ -182,7 +182,7 @@ func TestBadTrace(t *testing.T) {
 		0o600); err != nil {
 		t.Fatal(err)
 	}
-	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 1 to 1048576\n"
+	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 0 to 1048576\n"
 	if exit, out, errs := runServe(t, "-trace", path); exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and %q", exit, out, errs, want)
 	}
