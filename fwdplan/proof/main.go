@@ -141,8 +141,9 @@ func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 			sizes []int
 		}{fmt.Sprintf("plan, at most %d", graphs), plan.Sizes})
 	}
-	fmt.Fprintf(stdout, "%g times as fast as the trace\n%-18s %6s %17s %15s %12s\n", e.speed, "", "graphs",
-		"padding, 1st half", "2nd half", "eager steps")
+	fmt.Fprintf(stdout, "%g times as fast as the trace: %d decode steps in the first half, %d in the second\n", e.speed,
+		decodeSteps(first), decodeSteps(second))
+	fmt.Fprintf(stdout, "%-18s %6s %17s %15s %12s\n", "", "graphs", "padding, 1st half", "2nd half", "eager steps")
 	for _, l := range ladders {
 		seen, err := fwdplan.Evaluate(first, cfg, fwdplan.Ladder{Sizes: l.sizes})
 		if err != nil {
@@ -157,4 +158,13 @@ func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 	}
 	fmt.Fprintln(stdout)
 	return nil
+}
+
+func decodeSteps(s fwdplan.Snapshot) (n uint64) {
+	for _, r := range s.Rows {
+		if r.Uniform {
+			n += r.Passes + r.Dummies
+		}
+	}
+	return n
 }

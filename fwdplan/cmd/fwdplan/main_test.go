@@ -188,8 +188,7 @@ func TestReadmePicture(t *testing.T) {
 	t.Parallel()
 	svg := filepath.Join(t.TempDir(), "plan.svg")
 	testdata := filepath.Join("..", "..", "testdata")
-	command(t, "-graphs", "12", "-must", "512", "-mode", "FULL_DECODE_ONLY", "-max-seqs", "512", "-unseen",
-		"-svg", svg, filepath.Join(testdata, "first.json"))
+	command(t, "-graphs", "20", "-must", "512", "-svg", svg, filepath.Join(testdata, "first.json"))
 	got, err := os.ReadFile(svg)
 	if err != nil {
 		t.Fatal(err)

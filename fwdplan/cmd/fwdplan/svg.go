@@ -114,11 +114,11 @@ func (d *drawing) steps(r *result) {
 	for _, step := range r.Plan.Steps {
 		most = max(most, step.Padding)
 	}
-	last := 0.5
+	last := 0.0
 	for _, step := range r.Plan.Steps {
 		size := float64(step.Size)
 		if size <= last {
-			last = 0.5 // the second list begins
+			last = 0 // the second list begins
 		}
 		height := float64(step.Padding) / float64(max(most, 1)) * (stepsBottom - histogramBottom - 24)
 		d.rect(d.x(last+0.5), histogramBottom, d.x(size+0.5)-d.x(last+0.5), height, stepInk)
