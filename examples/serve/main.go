@@ -87,6 +87,7 @@ type options struct {
 
 	rankOptions
 	telemetryOptions
+	sizesOptions
 	given map[string]string // flags that are not left to their defaults
 }
 
@@ -106,7 +107,10 @@ func (o *options) groups() []flagGroup {
 	}
 	add("Trace: what is served", o.defineTrace)
 	add("Ranks and models", o.defineRanks)
-	add("Graphs", o.defineGraphs)
+	add("Graphs, and sizes of batches", func(flags *flag.FlagSet) {
+		o.defineGraphs(flags)
+		o.sizesOptions.define(flags)
+	})
 	add("Microbatches", o.defineUBatches)
 	add("Output", o.defineOutput)
 	add("Telemetry", o.telemetryOptions.define)
@@ -240,6 +244,7 @@ func (o *options) validate(rest []string) error {
 	if o.progress && !o.json {
 		bad("-progress is true: it needs -json")
 	}
+	o.sizesOptions.validate(bad)
 	o.rankOptions.validate(o.dp, o.given, bad)
 	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
@@ -289,7 +294,10 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		DataParallelSize:       o.dp,
 		SequenceParallel:       o.sp,
 		MaxChunk:               o.chunk,
+		MaxNumBatchedTokens:    o.batchedTokens,
+		MaxNumSeqs:             o.maxSeqs,
 		GraphMode:              o.graph,
+		CaptureSizes:           o.capture.sizes,
 		NumSpeculativeTokens:   o.spec,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,

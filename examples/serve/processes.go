@@ -100,7 +100,7 @@ func (o *options) processArgs(rank int, url string, progress bool) []string {
 		switch name {
 		case "processes", "json", "progress":
 			continue
-		case "results":
+		case "results", "sizes":
 			value += "." + strconv.Itoa(rank)
 		}
 		value = o.telemetryOptions.ofRank(name, value, rank)
