@@ -56,7 +56,7 @@ func randomCase(rng *rand.Rand) (Snapshot, Config) {
 			r.Captured = r.Tokens + rng.IntN(4)
 		}
 		kind := r
-		r.Passes, r.Nanoseconds = uint64(1+rng.IntN(20)), uint64(rng.IntN(1e11))
+		r.Passes, r.Nanoseconds = uint64(1+rng.IntN(20)), uint64(rng.Int64N(1e11))
 		rows[kind] = r
 	}
 	s := Snapshot{Ranks: 1}

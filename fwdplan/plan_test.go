@@ -34,7 +34,8 @@ func TestEvaluateDispatcher(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			got, err := fwdplan.Evaluate(s, fwdplan.Config{Dispatcher: config}, fwdplan.Ladder{Sizes: config.CaptureSizes})
+			got, err := fwdplan.Evaluate(s, fwdplan.Config{Dispatcher: config},
+				fwdplan.Ladder{Sizes: config.CaptureSizes})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -74,7 +75,8 @@ func TestPlan(t *testing.T) {
 		},
 		Steps: []fwdplan.Step{{Size: 1, Passes: 1000}, {Size: 3, Passes: 100}, {Size: 32, Passes: 6, Padding: 88}},
 		Confidence: fwdplan.Confidence{Passes: 1106, Sizes: 4, SeenOnce: 1, Evidence: []fwdplan.Evidence{
-			{AtLeast: 10, Share: 1100 / 1106.0}, {AtLeast: 100, Share: 1100 / 1106.0}, {AtLeast: 1000, Share: 1000 / 1106.0}}},
+			{AtLeast: 10, Share: 1100 / 1106.0}, {AtLeast: 100, Share: 1100 / 1106.0},
+			{AtLeast: 1000, Share: 1000 / 1106.0}}},
 	}
 	for i := range want.Curve {
 		want.Curve[i].Excess = want.Curve[i].Cost/1404 - 1
@@ -90,7 +92,8 @@ func TestPlan(t *testing.T) {
 func TestPlanMeasured(t *testing.T) {
 	t.Parallel()
 	row := func(tokens, captured int, passes, ms uint64) fwdplan.Row {
-		return fwdplan.Row{Tokens: tokens, Uniform: true, Captured: captured, Passes: passes, Nanoseconds: passes * ms * 1e6}
+		return fwdplan.Row{Tokens: tokens, Uniform: true, Captured: captured, Passes: passes,
+			Nanoseconds: passes * ms * 1e6}
 	}
 	s := fwdplan.Snapshot{Ranks: 1, Rows: []fwdplan.Row{
 		row(1, 8, 10, 4), row(9, 16, 30, 6), row(17, 24, 10, 2), // 24 was faster than 16: noise
@@ -107,11 +110,13 @@ func TestPlanMeasured(t *testing.T) {
 		t.Errorf("plan %+v, want cost %v with 2 times adjusted", plan, want)
 	}
 	s.Rows[3].Nanoseconds = 5 * 6e6 // now passes of 30 tokens are faster without a graph, which takes 6.25 ms
-	if plan, err = fwdplan.Choose(s, cfg); err != nil || slices.Contains(plan.Sizes, 30) || plan.Decode.Eager != 5 {
+	if plan, err = fwdplan.Choose(s, cfg); err != nil || slices.Contains(plan.Sizes, 30) ||
+		plan.Decode.Eager != 5 {
 		t.Errorf("plan %+v, %v, want passes of 30 tokens to run eagerly", plan, err)
 	}
 	s.Rows = s.Rows[3:]
-	if _, err := fwdplan.Choose(s, cfg); !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), "timed") {
+	if _, err := fwdplan.Choose(s, cfg); !errors.Is(err, fwd.ErrInvalid) ||
+		!strings.Contains(err.Error(), "timed") {
 		t.Errorf("no pass with a graph was measured: %v", err)
 	}
 }
@@ -134,19 +139,23 @@ func TestChooseErrors(t *testing.T) {
 		{s, fwdplan.Config{MaxGraphs: 4, Must: []int{512}, Max: 256}, "512 in Must is above Max, 256"},
 		{s, fwdplan.Config{MaxGraphs: 4, Must: []int{511}, Multiple: 2}, "511 in Must is no multiple of 2"},
 		{s, fwdplan.Config{MaxGraphs: 4, Max: 511, Multiple: 2}, "Max is 511, want a multiple of 2"},
-		{s, fwdplan.Config{MaxGraphs: 4, Multiple: 3, Dispatcher: full}, "Multiple is 3, want a multiple of the query length 2"},
+		{s, fwdplan.Config{MaxGraphs: 4, Multiple: 3, Dispatcher: full},
+			"Multiple is 3, want a multiple of the query length 2"},
 		{s, fwdplan.Config{MaxGraphs: 2, Must: []int{2, 4, 8}}, "MaxGraphs is 2, but Must [2 4 8]"},
 		{s, fwdplan.Config{MaxGraphs: 1, Must: []int{8}, Dispatcher: full}, "need at least 2 graphs"},
 		{s, fwdplan.Config{MaxGraphs: 4, Separate: true}, "Separate with graph mode PIECEWISE"},
 		{s, fwdplan.Config{MaxGraphs: 4, Max: 2}, "of 4 to 700 tokens, could use a graph of at most 2"},
-		{s, fwdplan.Config{MaxGraphs: 4, Dispatcher: fwd.DispatcherConfig{Mode: 99}}, "GraphMode(99) is not a graph mode"},
+		{s, fwdplan.Config{MaxGraphs: 4, Dispatcher: fwd.DispatcherConfig{Mode: 99}},
+			"GraphMode(99) is not a graph mode"},
 	} {
 		plan, err := fwdplan.Choose(c.snapshot, c.cfg)
-		if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), c.want) || strings.Count(err.Error(), "fwd: ") != 1 {
+		if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), c.want) ||
+			strings.Count(err.Error(), "fwd: ") != 1 {
 			t.Errorf("Choose with %+v: %+v, %v; want an error with %q", c.cfg, plan, err, c.want)
 		}
 	}
-	for _, l := range []fwdplan.Ladder{{Sizes: []int{4, 2}}, {Sizes: []int{3}}, {MixedSizes: []int{2}}, {Sizes: []int{0}}} {
+	for _, l := range []fwdplan.Ladder{{Sizes: []int{4, 2}}, {Sizes: []int{3}}, {MixedSizes: []int{2}},
+		{Sizes: []int{0}}} {
 		if o, err := fwdplan.Evaluate(s, fwdplan.Config{Multiple: 2}, l); !errors.Is(err, fwd.ErrInvalid) {
 			t.Errorf("Evaluate(%v) = %+v, %v, want an error", l, o, err)
 		}

@@ -59,8 +59,9 @@ func TestObserve(t *testing.T) {
 			},
 			want: fwdplan.Row{Tokens: 6, Uniform: true, Captured: 8, Dummies: 1},
 		},
-		"failed":  {rec: fwd.Record{Err: errors.New("no")}, left: fwdplan.LeftOut{Failed: 1}},
-		"warm-up": {rec: fwd.Record{NumTokensUnpadded: 8, Dummy: true, Batch: full}, left: fwdplan.LeftOut{NoBatch: 1}},
+		"failed": {rec: fwd.Record{Err: errors.New("no")}, left: fwdplan.LeftOut{Failed: 1}},
+		"warm-up": {rec: fwd.Record{NumTokensUnpadded: 8, Dummy: true, Batch: full},
+			left: fwdplan.LeftOut{NoBatch: 1}},
 		"warm-up of a group": {
 			rec:  fwd.Record{NumTokensUnpadded: 8, Dummy: true, Votes: []fwd.Vote{{NumTokens: 8, WarmUp: true}}},
 			left: fwdplan.LeftOut{NoBatch: 1},

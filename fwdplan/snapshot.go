@@ -40,7 +40,7 @@ type Row struct {
 type LeftOut struct {
 	Failed  uint64 `json:"failed,omitempty"`   // passes and exchanges
 	NoBatch uint64 `json:"no_batch,omitempty"` // warm-up, and other passes that serve nobody
-	NoGraph uint64 `json:"no_graph,omitempty"` // no capture size would help: split, eager by choice, and the like
+	NoGraph uint64 `json:"no_graph,omitempty"` // no capture size would help: split, eager by choice, ...
 	Other   uint64 `json:"other,omitempty"`    // of a Runner with another name or number of ranks
 	Beyond  uint64 `json:"beyond,omitempty"`   // above 2^23 tokens or 2^16 adapters, or of too many kinds
 }
@@ -180,8 +180,8 @@ func (s Snapshot) combine(
 		sum.Name, sum.Ranks = other.Name, other.Ranks
 	case other.Ranks == 0 && len(other.Rows) == 0:
 	case s.Name != other.Name || s.Ranks != other.Ranks:
-		return Snapshot{}, invalidf("can't %s snapshots of different Runners: name %q with %d ranks, name %q with %d",
-			verb, s.Name, s.Ranks, other.Name, other.Ranks)
+		return Snapshot{}, invalidf("can't %s snapshots of different Runners: name %q with %d ranks, "+
+			"name %q with %d", verb, s.Name, s.Ranks, other.Name, other.Ranks)
 	}
 	bad := false
 	count := func(to *uint64, from uint64) {

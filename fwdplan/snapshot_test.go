@@ -60,15 +60,18 @@ func TestReadSnapshotErrors(t *testing.T) {
 		{rows("") + "\n{}", "line 2: invalid character"},
 		{`{"ranks": 1}`, `format is "", want "fwdplan.snapshot.1"`},
 		{`[]`, "line 1: found a JSON array for the snapshot"},
-		{rows("\n{\"tokens\": \"many\", \"passes\": 1}"), "line 2: found a JSON string for rows.tokens, want type int"},
+		{rows("\n{\"tokens\": \"many\", \"passes\": 1}"),
+			"line 2: found a JSON string for rows.tokens, want type int"},
 		{rows(`{"tokens": 1, "passes": -1}`), "found a JSON number -1 for rows.passes"},
 		{rows(`{"tokens": 1, "passes": 1, "speed": 1}`), `unknown field "speed"`},
 		{rows(`{"tokens": 0, "passes": 1}`), "rows[0].tokens is 0, want 1 to"},
-		{rows(`{"tokens": 2, "passes": 1}, {"tokens": 5, "captured": 4, "passes": 1}`), "rows[1].captured is 4, want 0, or 5"},
+		{rows(`{"tokens": 2, "passes": 1}, {"tokens": 5, "captured": 4, "passes": 1}`),
+			"rows[1].captured is 4, want 0, or 5"},
 		{rows(`{"tokens": 2, "adapters": -1, "passes": 1}`), "rows[0].adapters is -1"},
 		{rows(`{"tokens": 2, "passes": 0}`), "rows[0] has no passes"},
 		{rows(`{"tokens": 2, "passes": 9007199254740992}`), "rows[0] has a number above"},
-		{rows(`{"tokens": 2, "passes": 9007199254740991}, {"tokens": 3, "passes": 1}`), "rows[0] to rows[1] have more than"},
+		{rows(`{"tokens": 2, "passes": 9007199254740991}, {"tokens": 3, "passes": 1}`),
+			"rows[0] to rows[1] have more than"},
 		{rows(`{"tokens": 2, "passes": 1}, {"tokens": 2, "passes": 1}`), "two rows have tokens 2"},
 		{strings.Replace(rows(`{"tokens": 2, "passes": 1}`), `"ranks": 1`, `"ranks": 0`, 1), "ranks is 0"},
 	} {
@@ -102,7 +105,8 @@ func TestSnapshotSums(t *testing.T) {
 	}
 	other := b
 	other.Name = "draft"
-	if _, err := a.Merge(other); !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), `name "draft"`) {
+	if _, err := a.Merge(other); !errors.Is(err, fwd.ErrInvalid) ||
+		!strings.Contains(err.Error(), `name "draft"`) {
 		t.Errorf("snapshots of different Runners: %v", err)
 	}
 	huge := snapshotOf(map[int]uint64{1: 1<<53 - 1})
@@ -112,7 +116,8 @@ func TestSnapshotSums(t *testing.T) {
 }
 
 func FuzzReadSnapshot(f *testing.F) {
-	f.Add(`{"format":"fwdplan.snapshot.1","ranks":1,"rows":[{"tokens":5,"uniform":true,"passes":300}],"left_out":{}}`)
+	f.Add(`{"format":"fwdplan.snapshot.1","ranks":1,"rows":[{"tokens":5,"uniform":true,"passes":300}],` +
+		`"left_out":{}}`)
 	f.Fuzz(func(t *testing.T, in string) {
 		s, err := fwdplan.ReadSnapshot(strings.NewReader(in))
 		if err != nil {

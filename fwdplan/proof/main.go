@@ -44,18 +44,23 @@ func run(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.
 	flags.SetOutput(stderr)
 	flags.IntVar(&e.ranks, "ranks", 4, "data-parallel ranks")
 	flags.IntVar(&e.budget, "batched-tokens", 2048, "most `tokens` of a rank in a step")
-	flags.IntVar(&e.maxSeqs, "max-seqs", 512, "most `requests` of a rank in a step; also the largest capture size")
+	flags.IntVar(&e.maxSeqs, "max-seqs", 512,
+		"most `requests` of a rank in a step; also the largest capture size")
 	flags.DurationVar(&e.step, "step", 10*time.Millisecond, "what every step takes")
-	flags.DurationVar(&e.token, "token", 10*time.Microsecond, "what each token of the largest rank adds to a step")
-	save := flags.String("save", "", "write the snapshots of both halves at the last speed into this `folder`, as first.json "+
-		"and second.json")
-	text := flags.String("speeds", "4,16,40", "how much faster than in the trace requests come, a list of `numbers`")
+	flags.DurationVar(&e.token, "token", 10*time.Microsecond,
+		"what each token of the largest rank adds to a step")
+	save := flags.String("save", "",
+		"write the snapshots of both halves at the last speed into this `folder`, as first.json "+
+			"and second.json")
+	text := flags.String("speeds", "4,16,40",
+		"how much faster than in the trace requests come, a list of `numbers`")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	if e.ranks < 1 || e.maxSeqs < 1 || e.budget < e.maxSeqs || e.step <= 0 || e.token < 0 || e.ranks > 1<<12 {
-		return fmt.Errorf("-ranks %d, -batched-tokens %d, -max-seqs %d, -step %v, -token %v: want 1 to %d ranks, at least "+
-			"as many tokens as requests, and steps that take time", e.ranks, e.budget, e.maxSeqs, e.step, e.token, 1<<12)
+		return fmt.Errorf("-ranks %d, -batched-tokens %d, -max-seqs %d, -step %v, -token %v: want 1 to %d ranks, "+
+			"at least as many tokens as requests, and steps that take time",
+			e.ranks, e.budget, e.maxSeqs, e.step, e.token, 1<<12)
 	}
 	for word := range strings.SplitSeq(*text, ",") {
 		speed, err := strconv.ParseFloat(strings.TrimSpace(word), 64)
@@ -141,9 +146,11 @@ func (e *engine) prove(first, second fwdplan.Snapshot, stdout io.Writer) error {
 			sizes []int
 		}{fmt.Sprintf("plan, at most %d", graphs), plan.Sizes})
 	}
-	fmt.Fprintf(stdout, "%g times as fast as the trace: %d decode steps in the first half, %d in the second\n", e.speed,
+	fmt.Fprintf(stdout, "%g times as fast as the trace: %d decode steps in the first half, %d in the second\n",
+		e.speed,
 		decodeSteps(first), decodeSteps(second))
-	fmt.Fprintf(stdout, "%-18s %6s %17s %15s %12s\n", "", "graphs", "padding, 1st half", "2nd half", "eager steps")
+	fmt.Fprintf(stdout, "%-18s %6s %17s %15s %12s\n",
+		"", "graphs", "padding, 1st half", "2nd half", "eager steps")
 	for _, l := range ladders {
 		seen, err := fwdplan.Evaluate(first, cfg, fwdplan.Ladder{Sizes: l.sizes})
 		if err != nil {

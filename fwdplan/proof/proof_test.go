@@ -103,7 +103,8 @@ func TestProof(t *testing.T) {
 func TestSaved(t *testing.T) {
 	t.Parallel()
 	folder := t.TempDir()
-	if err := run(t.Context(), []string{"-speeds", "8", "-save", folder}, nil, io.Discard, io.Discard); err != nil {
+	if err := run(t.Context(), []string{"-speeds", "8", "-save", folder}, nil, io.Discard,
+		io.Discard); err != nil {
 		t.Fatal(err)
 	}
 	got, err := os.ReadFile(filepath.Join(folder, "first.json"))

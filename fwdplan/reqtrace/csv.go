@@ -73,7 +73,9 @@ func (b *builder) recognize(header []string) (columns []column, at []int, err er
 		at, lacks := make([]int, len(f.columns)), ""
 		found := 0
 		for i, c := range f.columns {
-			at[i] = slices.IndexFunc(header, func(h string) bool { return strings.EqualFold(strings.TrimSpace(h), c.name) })
+			at[i] = slices.IndexFunc(header, func(h string) bool {
+				return strings.EqualFold(strings.TrimSpace(h), c.name)
+			})
 			if at[i] >= 0 {
 				found++
 			} else if lacks == "" {

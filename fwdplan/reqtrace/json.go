@@ -88,8 +88,9 @@ func (b *builder) object(p *parser) error {
 func (b *builder) result(line int, start, context, generated, failures []entry) error {
 	if len(start) == 0 || len(start) != len(context) || len(start) != len(generated) ||
 		len(failures) > 0 && len(failures) != len(start) {
-		return fmt.Errorf("line %d: %d start_times, %d input_lens, %d output_lens and %d errors, want as many of each "+
-			"(save with --save-detailed)", line, len(start), len(context), len(generated), len(failures))
+		return fmt.Errorf("line %d: %d start_times, %d input_lens, %d output_lens and %d errors, "+
+			"want as many of each (save with --save-detailed)",
+			line, len(start), len(context), len(generated), len(failures))
 	}
 	for i := range start {
 		if len(failures) > 0 && failures[i].text != "" {
@@ -202,7 +203,8 @@ func (p *parser) fail(err error) error {
 		return fmt.Errorf("line %d: the trace ends in the middle", p.lineAt(len(bytes.TrimSpace(p.data))))
 	}
 	if typed := (*json.UnmarshalTypeError)(nil); errors.As(err, &typed) {
-		return fmt.Errorf("line %d: found a JSON %s for %s", p.lineAt(int(p.in.InputOffset())), typed.Value, typed.Field)
+		return fmt.Errorf("line %d: found a JSON %s for %s", p.lineAt(int(p.in.InputOffset())), typed.Value,
+			typed.Field)
 	}
 	return p.errorf("%v", err)
 }

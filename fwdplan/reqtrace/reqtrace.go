@@ -161,7 +161,7 @@ func setStamp(row *Row, name, text string) (err error) {
 			return nil
 		}
 	}
-	return fmt.Errorf("%s %.40q is not of the form 2006-01-02 15:04:05.0000000 or 2006-01-02 15:04:05.000000+00:00",
+	return fmt.Errorf("%s %.40q is not of the form 2006-01-02 15:04:05.0000000, with or without a zone (+00:00)",
 		name, text)
 }
 
@@ -184,7 +184,7 @@ func after(row *Row, name, text string, unit time.Duration) error {
 }
 
 // known tells the formats, for errors about traces in no such format.
-const known = "known are CSV as of the Azure traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of BurstGPT " +
-	"(Timestamp, Request tokens, Response tokens), lines of JSON as of Mooncake (timestamp, input_length, " +
-	"output_length), and the JSON of vLLM (start_times, input_lens, output_lens) and of inference-perf " +
+const known = "known are CSV as of the Azure traces (TIMESTAMP, ContextTokens, GeneratedTokens) and of " +
+	"BurstGPT (Timestamp, Request tokens, Response tokens), lines of JSON as of Mooncake (timestamp, " +
+	"input_length, output_length), and the JSON of vLLM (start_times, input_lens, output_lens) and of inference-perf " +
 	"(start_time, info)"

@@ -5,6 +5,7 @@ package reqtrace
 import (
 	"bytes"
 	"compress/gzip"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -37,7 +38,8 @@ func TestFiles(t *testing.T) {
 				t.Fatal(err)
 			}
 			begin := got.Rows[0].Time
-			want.Rows = []Row{{begin, 480, 10}, {begin.Add(50 * time.Millisecond), 31, 8}, {begin.Add(2 * time.Second), 110, 27}}
+			want.Rows = []Row{{begin, 480, 10}, {begin.Add(50 * time.Millisecond), 31, 8},
+				{begin.Add(2 * time.Second), 110, 27}}
 			if !reflect.DeepEqual(got, want) {
 				t.Errorf("got %+v\nwant %+v", got, want)
 			}
@@ -64,8 +66,9 @@ func TestReadCSV(t *testing.T) {
 		"other columns": "Model,GeneratedTokens,ContextTokens,TIMESTAMP\n" +
 			"x,10,4808,2023-11-16 18:17:03.97996\ny,27,110,2023-11-16 18:17:04.03196\n",
 		"not by time": azure + "2023-11-16 18:17:04.0319600,110,27\n2023-11-16 18:17:03.9799600,4808,10\n",
-		"empty lines": "\n" + azure + "\n2023-11-16 18:17:03.9799600, 4808 , 10\n\n2023-11-16 18:17:04.0319600,110,27\n\n",
-		"zones":       azure + "2023-11-16T18:17:03.97996Z,4808,10\n2023-11-16 20:17:04.0319600+02:00,110,27\n",
+		"empty lines": "\n" + azure +
+			"\n2023-11-16 18:17:03.9799600, 4808 , 10\n\n2023-11-16 18:17:04.0319600,110,27\n\n",
+		"zones": azure + "2023-11-16T18:17:03.97996Z,4808,10\n2023-11-16 20:17:04.0319600+02:00,110,27\n",
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -104,12 +107,14 @@ func TestReadCSVErrors(t *testing.T) {
 		{"", "line 1: the trace is empty"},
 		{" \n\n", "line 1: the trace is empty"},
 		{azure, "line 1: the trace has a header and no rows"},
-		{"TIMESTAMP,ContextTokens\n", `line 1: no column GeneratedTokens in ["TIMESTAMP" "ContextTokens"]; known are`},
+		{"TIMESTAMP,ContextTokens\n",
+			`line 1: no column GeneratedTokens in ["TIMESTAMP" "ContextTokens"]; known are`},
 		{"Timestamp,Request tokens\n", `line 1: no column Response tokens in`},
 		{row, "line 1: no column TIMESTAMP"},
 		{"a,b\n1,2\n", "lines of JSON as of Mooncake"},
 		{azure + row + "yesterday,1,1\n", `line 3: TIMESTAMP "yesterday" is not of the form`},
-		{azure + row + "\n\n2023-11-16 18:17:04,x,1\n", `line 5: ContextTokens "x" is not a whole number from 0 to 1048576`},
+		{azure + row + "\n\n2023-11-16 18:17:04,x,1\n",
+			`line 5: ContextTokens "x" is not a whole number from 0 to 1048576`},
 		{azure + "2023-11-16 18:17:04,-3,1\n", `line 2: ContextTokens "-3" is not`},
 		{azure + "2023-11-16 18:17:04,1.5,1\n", `line 2: ContextTokens "1.5" is not`},
 		{azure + "2023-11-16 18:17:04,3,\n", `line 2: GeneratedTokens "" is not`},
@@ -129,14 +134,16 @@ func TestReadJSONErrors(t *testing.T) {
 	t.Parallel()
 	const moon = `{"timestamp": 0, "input_length": 675, "output_length": 50, "hash_ids": [0, 1]}` + "\n"
 	vllm := func(start, in, out, errs string) string {
-		return "{\"model\": \"m\",\n\"start_times\": " + start + ",\n\"input_lens\": " + in + ",\n\"output_lens\": " + out +
-			",\n\"errors\": " + errs + "}"
+		return fmt.Sprintf("{\"model\": \"m\",\n\"start_times\": %s,\n\"input_lens\": %s,\n"+
+			"\"output_lens\": %s,\n\"errors\": %s}", start, in, out, errs)
 	}
 	checkErrors(t, []wrong{
 		{moon + "\n" + `{"timestamp": 1, "input_length": 2}`, "line 3: no field output_length; known are"},
-		{moon + `{"timestamp": -1, "input_length": 2, "output_length": 3}`, `line 2: timestamp "-1" is not a number of milli`},
+		{moon + `{"timestamp": -1, "input_length": 2, "output_length": 3}`,
+			`line 2: timestamp "-1" is not a number of milli`},
 		{moon + `{"timestamp": 1, "input_length": 2.5, "output_length": 3}`, `line 2: input_length "2.5" is not`},
-		{moon + `{"timestamp": 1, "input_length": [2], "output_length": 3}`, `line 2: [2] is neither a number nor a text`},
+		{moon + `{"timestamp": 1, "input_length": [2], "output_length": 3}`,
+			`line 2: [2] is neither a number nor a text`},
 		{moon + `{"timestamp": 1, "input_le`, "line 2: the trace ends in the middle"},
 		{moon + `{"timestamp": 1 "input_length": 2}`, "line 2: "},
 		{moon + "[]", "line 2: found [, want {"},
@@ -150,10 +157,13 @@ func TestReadJSONErrors(t *testing.T) {
 		{vllm("1", "[2]", "[4]", "[]"), "line 2: found 1, want ["},
 		{`[]`, "line 1: the trace has no rows"},
 		{"[\n" + `{"start_time": 1}]`, "line 2: no field start_time or info; known are"},
-		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3}}]`, "line 2: no input_tokens or output_tokens in info"},
-		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3, "output_tokens": -2}}]`, `line 2: output_tokens "-2" is not`},
+		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3}}]`,
+			"line 2: no input_tokens or output_tokens in info"},
+		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3, "output_tokens": -2}}]`,
+			`line 2: output_tokens "-2" is not`},
 		{"[\n" + `{"start_time": true, "info": {}}]`, "line 2: found a JSON bool for start_time"},
-		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3, "output_tokens": 2}}`, "line 2: the trace ends in the middle"},
+		{"[\n" + `{"start_time": 1, "info": {"input_tokens": 3, "output_tokens": 2}}`,
+			"line 2: the trace ends in the middle"},
 	})
 }
 

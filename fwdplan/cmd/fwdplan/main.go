@@ -106,12 +106,14 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags := flag.NewFlagSet("fwdplan", flag.ContinueOnError)
 	flags.SetOutput(stderr)
 	flags.Usage = func() {
-		fmt.Fprint(stderr, "usage: fwdplan [flags] SNAPSHOT...\n\nThe capture sizes that cost least for the passes in "+
-			"the snapshots, \"-\" being standard input.\n\n")
+		fmt.Fprint(stderr,
+			"usage: fwdplan [flags] SNAPSHOT...\n\nThe capture sizes that cost least for the passes in "+
+				"the snapshots, \"-\" being standard input.\n\n")
 		flags.PrintDefaults()
 	}
 	flags.IntVar(&c.MaxGraphs, "graphs", 0, "at most this many `graphs`; 16, or with -price as many as pay")
-	flags.Float64Var(&c.GraphPrice, "price", 0, "what a graph costs, in padded `tokens` (with -measured: seconds)")
+	flags.Float64Var(&c.GraphPrice, "price", 0,
+		"what a graph costs, in padded `tokens` (with -measured: seconds)")
 	flags.IntVar(&c.Multiple, "multiple", 0, "sizes are multiples of `N`; the query length if 0")
 	flags.Func("must", "`sizes` that must be there, such as 256,512", func(s string) (err error) {
 		c.Must, err = numbers(s)
@@ -119,8 +121,9 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	})
 	flags.IntVar(&c.Max, "max", 0, "the largest `size` worth a graph; that of -must or the largest seen if 0")
 	flags.BoolVar(&c.Measured, "measured", false, "passes cost the time that they took, not their tokens")
-	flags.Float64Var(&c.EagerPrice, "eager-price", 0, "what a `token` costs without a graph, if it costs 1 with one; "+
-		"if 0, all passes up to -max get graphs")
+	flags.Float64Var(&c.EagerPrice, "eager-price", 0,
+		"what a `token` costs without a graph, if it costs 1 with one; "+
+			"if 0, all passes up to -max get graphs")
 	flags.BoolVar(&c.Unseen, "unseen", false, "allow for sizes that were not seen")
 	flags.BoolVar(&c.Separate, "separate", false, "one list for decode batches, one for mixed batches")
 	d := &c.Dispatcher

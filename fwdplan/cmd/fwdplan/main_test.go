@@ -52,9 +52,9 @@ func TestTable(t *testing.T) {
 	path := snapshotFile(t, "target")
 	got := command(t, "-graphs", "8", "-must", "512", "-compare", "default,1,2,4,8...", "-judge", path, path)
 	for _, want := range []string{
-		"18,735 passes of 61 sizes can use graphs, target", "default         51     51", "1,2,4,8...      10     10",
-		"plan             8      8", "judged on", "With 7 graphs these passes would cost", "0 of 61 sizes were seen once",
-		"Left out: 2 that failed",
+		"18,735 passes of 61 sizes can use graphs, target",
+		"plan             8      8", "default         51     51", "1,2,4,8...      10     10", "judged on",
+		"With 7 graphs these passes would cost", "0 of 61 sizes were seen once", "Left out: 2 that failed",
 	} {
 		if !strings.Contains(strings.ReplaceAll(got, "\n", " "), want) {
 			t.Errorf("no %q in\n%s", want, got)
@@ -71,7 +71,8 @@ func TestJSON(t *testing.T) {
 	t.Parallel()
 	path := snapshotFile(t, "target")
 	var got result
-	if err := json.Unmarshal([]byte(command(t, "-json", "-graphs", "5", "-compare", "8,64,2048", path)), &got); err != nil {
+	if err := json.Unmarshal([]byte(command(t, "-json", "-graphs", "5", "-compare", "8,64,2048", path)),
+		&got); err != nil {
 		t.Fatal(err)
 	}
 	f, err := os.Open(path)

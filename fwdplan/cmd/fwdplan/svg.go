@@ -44,10 +44,12 @@ func picture(s fwdplan.Snapshot, r *result) []byte {
 	fmt.Fprintf(d, `<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 %d %d" font-family="sans-serif">`+"\n",
 		pictureWidth, pictureHeight)
 	fmt.Fprintf(d, `<rect width="%d" height="%d" fill="#fff"/>`+"\n", pictureWidth, pictureHeight)
-	d.text(left, 28, 16, ink, "start", fmt.Sprintf("%d capture sizes for %s passes; padding: decode %s, mixed %s",
-		len(r.Plan.Steps), grouped(r.Plan.Confidence.Passes), padding(r.Plan.Decode), padding(r.Plan.Mixed)))
-	d.text(left, 56, 12, faint, "start", "Up: passes by size in tokens, height by square root. Lines: capture sizes. "+
-		"Down: padded tokens of each.")
+	d.text(left, 28, 16, ink, "start",
+		fmt.Sprintf("%d capture sizes for %s passes; padding: decode %s, mixed %s",
+			len(r.Plan.Steps), grouped(r.Plan.Confidence.Passes), padding(r.Plan.Decode), padding(r.Plan.Mixed)))
+	d.text(left, 56, 12, faint, "start",
+		"Up: passes by size in tokens, height by square root. Lines: capture sizes. "+
+			"Down: padded tokens of each.")
 	d.swatch(right-130, 56, decodeInk, "decode")
 	d.swatch(right-55, 56, mixedInk, "mixed")
 	d.histogram(s, r)
@@ -183,7 +185,8 @@ func (d *drawing) swatch(x, y float64, colour, text string) {
 
 func (d *drawing) rect(x, y, width, height float64, colour string) {
 	if height > 0 && width > 0 {
-		fmt.Fprintf(d, `<rect x="%.1f" y="%.1f" width="%.1f" height="%.1f" fill="%s"/>`+"\n", x, y, width, height, colour)
+		fmt.Fprintf(d, `<rect x="%.1f" y="%.1f" width="%.1f" height="%.1f" fill="%s"/>`+"\n", x, y, width, height,
+			colour)
 	}
 }
 

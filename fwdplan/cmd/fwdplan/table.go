@@ -39,9 +39,10 @@ func table(s fwdplan.Snapshot, r *result, o *options) string {
 	wrap(&b, neighbours(r.Plan))
 	wrap(&b, confidence(c))
 	if left := s.LeftOut; left != (fwdplan.LeftOut{}) {
-		wrap(&b, fmt.Sprintf("Left out: %s that failed, %s without a batch, %s that no graph could serve, %s of other "+
-			"engines, %s beyond what is counted.", grouped(left.Failed), grouped(left.NoBatch), grouped(left.NoGraph),
-			grouped(left.Other), grouped(left.Beyond)))
+		wrap(&b,
+			fmt.Sprintf("Left out: %s that failed, %s without a batch, %s that no graph could serve, %s of other "+
+				"engines, %s beyond what is counted.", grouped(left.Failed), grouped(left.NoBatch), grouped(left.NoGraph),
+				grouped(left.Other), grouped(left.Beyond)))
 	}
 	if r.Plan.Adjusted > 0 {
 		wrap(&b, fmt.Sprintf("The measured times of %d sizes fell with size, and were levelled.", r.Plan.Adjusted))
@@ -59,13 +60,15 @@ func outcomes(b *strings.Builder, title string, rows []compared, o *options) {
 		wrap(b, title)
 	}
 	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s\n", "", "", "", "decode", "mixed", "eager")
-	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s %11s\n", "", "sizes", "graphs", "padding", "padding", "passes", unit)
+	fmt.Fprintf(b, "%-12s %5s %6s %7s %7s %6s %11s\n", "", "sizes", "graphs", "padding", "padding", "passes",
+		unit)
 	for _, row := range rows {
 		name := []rune(row.Name)
 		if len(name) > 12 {
 			name = append(name[:11], '…')
 		}
-		fmt.Fprintf(b, "%-12s %5d %6d %7s %7s %6s %11s\n", string(name), len(row.Sizes)+extra(row.Ladder, o), row.Graphs,
+		fmt.Fprintf(b, "%-12s %5d %6d %7s %7s %6s %11s\n", string(name), len(row.Sizes)+extra(row.Ladder, o),
+			row.Graphs,
 			padding(row.Decode), padding(row.Mixed), percent(row.All().EagerRatio()), cost(row.Cost))
 	}
 }
@@ -106,7 +109,8 @@ func confidence(c fwdplan.Confidence) string {
 	text := ""
 	for i, e := range c.Evidence {
 		if i == 0 {
-			text = fmt.Sprintf("%s of the passes have a size that was seen %d times or more", percent(e.Share), e.AtLeast)
+			text = fmt.Sprintf("%s of the passes have a size that was seen %d times or more", percent(e.Share),
+				e.AtLeast)
 		} else {
 			text += fmt.Sprintf(", %s one seen %s times", percent(e.Share), grouped(e.AtLeast))
 		}
