@@ -63,21 +63,24 @@
 // global providers or to those of [WithTracerProvider] and [WithMeterProvider]. Without an SDK nothing
 // is emitted, and a pass costs next to nothing. [WithStepTrace] puts a step into one trace across all
 // ranks. [WithObserver] gets a [Record] of each pass, and [WithLogger] logs what failed, both without any
-// SDK. With an SDK, each span is also a runtime/trace task where runtime/trace is on.
+// SDK.
 //
-// The spans are fwd.forward for a pass, fwd.coordinate for the wait for the votes of a step, and
-// fwd.ubatch for a microbatch inside its pass. What does not apply is left out:
+// The spans are fwd.forward for a pass (F), fwd.coordinate for the wait for the votes of a step (C),
+// fwd.ubatch for a microbatch inside its pass (U), fwd.wait for a wait for another rank inside a pass (W),
+// and fwd.step for a whole step (S). What does not apply is left out:
 //
 //	attribute                      on spans      what it is
-//	fwd.name                       F             Config.Name
-//	fwd.phase                      F             what the pass is for: decode, mixed, warmup or the caller's
-//	fwd.step                       F C           the step of the exchange
+//	fwd.name                       S F           Config.Name
+//	fwd.phase                      S F           what the pass is for: decode, mixed, warmup or the caller's;
+//	                                             on a step, only warmup
+//	fwd.step                       S F C         the step of the exchange
 //	fwd.num_tokens                 F U           tokens, padding included
 //	fwd.num_tokens_unpadded        F             tokens without padding
 //	fwd.num_reqs                   F             scheduled requests
 //	fwd.padding.graph, .dp         F             padding tokens for the graph, and for the other ranks
 //	fwd.padding.ratio              F             the share of padding in all tokens
-//	fwd.graph.mode, .reason        F             the graph mode and why
+//	fwd.graph.mode                 S F           the graph mode; on a step, the one that the ranks agreed on
+//	fwd.graph.reason               F             why it is that mode
 //	fwd.batch.num_reqs, .uniform,  F             the key of the graph
 //	    .num_active_loras
 //	fwd.ubatches                   F             microbatches of a split pass
@@ -85,15 +88,17 @@
 //	fwd.virtual_engine             F             index of the pipeline's engine
 //	fwd.dummy                      F             a warm-up pass, or an idle rank that keeps step
 //	fwd.wait_time                  F             seconds that the pass waited for other ranks, see Waited
-//	fwd.dp.rank, .size             F C           this rank, and how many there are
+//	fwd.dp.rank, .size             S F C         this rank, and how many there are
 //	fwd.dp.max_tokens              F             the most tokens that a rank runs
 //	fwd.dp.max_tokens_rank         F C           the rank that set the maximum
 //	fwd.dp.lowest_mode_rank        F C           the rank that lowered the mode,
 //	fwd.dp.lowest_mode_ranks       F             and the first 8 that did
-//	fwd.idle_ranks                 F             how many ranks are idle
+//	fwd.idle_ranks                 S F C         how many ranks are idle; on S and C, only if all are
 //	fwd.dp.last_rank               C             whose vote came last
 //	fwd.dp.missing_ranks           C             who did not come
-//	error.type                     F C U         a word for what failed
+//	fwd.dp.peer_rank               W             the rank that is waited for
+//	peer.service                   C W           its name, see WithPeerName; not on C if no other rank was last
+//	error.type                     S F C U       a word for what failed
 //
 //	metric                   kind, unit                    attributes
 //	fwd.forward.duration     histogram, s                  fwd.phase, fwd.graph.mode, fwd.graph.reason,
@@ -112,6 +117,43 @@
 // graph, if there are at most 64 of them, and otherwise fwd.num_tokens rounded up to a power of two. So
 // durations answer how long a batch of some size takes. Every attribute set is bounded. When passes
 // overlap, their durations do too; [Queue] makes those of a pipelined engine add up.
+//
+// # The trace of a step
+//
+// With [WithStepTrace] on all ranks, a step is one tree of spans, which can be read without a click:
+//
+//	fwd.step FULL                  from rank 0's vote to the end of the last pass
+//	    fwd.coordinate             of each rank: its wait for the votes
+//	    fwd.forward target FULL    of each rank: its pass
+//	        fwd.ubatch 0           a microbatch
+//	            fwd.wait           a wait for another rank, where the layer waited
+//	        fwd.forward draft FULL a pass that runs inside the pass
+//
+// The name of a step ends with the mode that the ranks agreed on, or with IDLE if nobody runs a pass; it
+// is fwd.step alone if the exchange failed. The name of a pass says Config.Name, its mode, and the reason
+// for that mode if that says more than that all is well, as in "fwd.forward target NONE dp_rank".
+// Coordinate and wait spans are of kind client and name in peer.service whom they wait for, so pages that
+// draw services show who waits for whom. A fwd.wait is what [Waited] tells, if it took 100 µs or more.
+//
+// No span of a step ends after its root, as far as the ranks are those of one [NewLocalGroup]; the passes
+// of ranks in other processes may. A rank that waits for a late rank 0 has waited since before the step:
+// its fwd.coordinate keeps its own start, before that of the root. If rank 0 never runs its pass, the
+// step ends when that rank begins a pass of a later one. A rank that is alone has steps too, one for each
+// pass that it plans outside any other pass. The spans of a pass planned with Schedule.Reuse stay under
+// the caller's span, which is the target's pass if they are run in that.
+//
+// The root is a child of the span that rank 0 plans in. If the loop of an engine runs inside one long
+// span, all steps of a day are in one trace. With [WithStepRoot] each step is a trace of its own, with a
+// link to that span. Without the step trace there is no fwd.step, and all spans are under their callers'.
+//
+// With an SDK, each span that is recorded is also a task of runtime/trace while that is on. Take a trace
+// with [runtime/trace.Start], or from /debug/pprof/trace of net/http/pprof, and open it with
+//
+//	go tool trace FILE
+//
+// Its page "User-defined tasks" lists the tasks by name, with a histogram of their durations, and leads
+// to what the scheduler did in each. A fwd.wait, and with the step trace a fwd.coordinate, is opened when
+// the wait is over: as a task it takes no time.
 //
 // # Errors
 //

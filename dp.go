@@ -8,6 +8,7 @@ import (
 	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
@@ -903,11 +904,13 @@ type localGroup struct {
 	armed time.Duration // when it fires; 0: it does not
 }
 
-// localRank is one rank's Coordinator. What follows wake is guarded by the group's mutex.
+// localRank is one rank's Coordinator. What follows inSteps is guarded by the group's mutex.
 type localRank struct {
 	group *localGroup
 	rank  int
 	wake  chan *RankError // how the round ended, for the rank that waits; nil: complete
+
+	inSteps atomic.Bool // its passes are spans of the step trace
 
 	votes    []Vote // of the round that it is in, or was in last
 	round    uint64 // counts the rounds that it was in

@@ -54,18 +54,18 @@ func WithMeterProvider(p metric.MeterProvider) Option {
 }
 
 // WithStepTrace puts a step into one trace across all DP ranks, which must all have this option. Rank 0,
-// or a rank that is alone, opens the span fwd.step before it votes, under its caller's span, and ends it
-// after the last pass of the step in its process. All spans of the step become children of it, each with
-// a link to its own caller's span, and rank 0's sampling decides for all. A rank that waited for a late
-// rank 0 has a fwd.coordinate span that began before the root did.
+// or a rank that is alone, opens the span fwd.step before it votes, under its caller's span. It ends with
+// rank 0's pass, or with the last pass of the ranks that are in the same [NewLocalGroup]. All spans of the
+// step become children of it, each with a link to its own caller's span, and rank 0's sampling decides for
+// all. A rank that waited for a late rank 0 has a fwd.coordinate span that began before the root did.
 //
 // If the exchange fails, the root has an error, and the other ranks' spans stay in their callers'
 // traces, as they do if rank 0 has no valid span.
 func WithStepTrace() Option { return optionFunc(func(cfg *config) { cfg.stepTrace = true }) }
 
-// WithStepRoot makes each step a trace of its own, with a link to the caller's span, together with
-// [WithStepTrace]. It is for engines whose loop runs inside one long span: all their steps would
-// otherwise be one trace.
+// WithStepRoot makes each step a trace of its own, with a link to the caller's span. It is for engines
+// whose loop runs inside one long span: all their steps would otherwise be one trace. It does nothing
+// without [WithStepTrace], and nothing on ranks other than 0.
 func WithStepRoot() Option { return optionFunc(func(cfg *config) { cfg.stepRoot = true }) }
 
 // WithObserver calls f after each pass and after each failed exchange. It runs on the goroutine that ran
@@ -1099,6 +1099,9 @@ type coordinateSpan struct {
 // that of the step, whose context is in its vote.
 func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
 	l := t.listening(ctx)
+	if t != nil && t.stepTrace && e.runner.local != nil {
+		e.runner.local.inSteps.Store(l&listenSpans != 0)
+	}
 	if l == 0 {
 		return nil
 	}
@@ -1251,6 +1254,9 @@ func (e *exchange) joinStep(ended time.Time, word string) {
 		}
 		e.step.show(mode, e.stepNumber(), vote.WarmUp)
 		e.step.span.SetAttributes(a.appendIdle(nil)...)
+		for range r.local.strangers() {
+			e.step.rankDone(ended)
+		}
 	}
 	if nobody {
 		e.step.rankDone(ended)
@@ -1347,6 +1353,18 @@ func (g *localGroup) stepOf(c trace.SpanContext) *stepSpan {
 		}
 	}
 	return nil
+}
+
+// strangers returns how many ranks of the group take no part in the span of a step: nobody records their
+// spans, or their coordinator is one that hides that of the group.
+func (c *localRank) strangers() (n int) {
+	if c == nil {
+		return 0
+	}
+	for _, other := range c.group.ranks {
+		n += toInt(!other.inSteps.Load())
+	}
+	return n
 }
 
 // joinStep notes that the Runner will run a pass of a step.

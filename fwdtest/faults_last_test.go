@@ -89,12 +89,7 @@ var lastFaults = []fault{
 	{"Last blocks while an exchange is open", func(group []fwd.Coordinator) {
 		for i, c := range group {
 			var mu sync.Mutex
-			e := func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				return c.Exchange(ctx, v)
-			}
-			group[i] = broken{Coordinator: c, exchange: e, last: func(c fwd.Coordinator) int {
+			group[i] = broken{Coordinator: c, exchange: holding(&mu), last: func(c fwd.Coordinator) int {
 				mu.Lock()
 				defer mu.Unlock()
 				return last(c)

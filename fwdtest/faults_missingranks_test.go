@@ -95,12 +95,7 @@ var missingRanksFaults = []fault{
 	{"Missing blocks while an exchange is open", func(group []fwd.Coordinator) {
 		for i, c := range group {
 			var mu sync.Mutex
-			e := func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
-				mu.Lock()
-				defer mu.Unlock()
-				return c.Exchange(ctx, v)
-			}
-			group[i] = broken{Coordinator: c, exchange: e, missing: func(c fwd.Coordinator) []int {
+			group[i] = broken{Coordinator: c, exchange: holding(&mu), missing: func(c fwd.Coordinator) []int {
 				mu.Lock()
 				defer mu.Unlock()
 				return missing(c)

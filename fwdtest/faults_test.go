@@ -97,6 +97,15 @@ func inRanks(newExchange func() exchange) breakGroup {
 // without breaks ranks that have no state.
 func without(e exchange) breakGroup { return inGroup(func() exchange { return e }) }
 
+// holding is an exchange that holds a mutex while it is open.
+func holding(mu *sync.Mutex) exchange {
+	return func(c fwd.Coordinator, ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
+		mu.Lock()
+		defer mu.Unlock()
+		return c.Exchange(ctx, v)
+	}
+}
+
 // inVotes breaks the votes that come back. spoil may change those that it gets: they are a copy,
 // since the ranks of a group share theirs.
 func inVotes(spoil func(c fwd.Coordinator, votes []fwd.Vote) []fwd.Vote) breakGroup {

@@ -1,11 +1,8 @@
 package fwdtest
 
 import (
-	"context"
 	"slices"
-	"sync"
 	"testing"
-	"time"
 
 	"github.com/forwardctx/fwd"
 )
@@ -17,27 +14,13 @@ type laster interface{ Last() int }
 // none.
 func (s suite) lastGroup(t *testing.T, size int) *group {
 	t.Helper()
-	g := s.group(t, size)
-	for _, c := range g.ranks {
-		if _, ok := c.(laster); !ok {
-			t.Skipf("%T has no method Last() int", c)
-		}
-	}
-	return g
+	return groupWith[laster](s.group(t, size), "Last() int")
 }
 
 // lastOf returns the rank that one names, which it must do immediately.
 func (g *group) lastOf(rank int) int {
 	g.Helper()
-	named := make(chan int, 1)
-	go func() { named <- g.ranks[rank].(laster).Last() }()
-	select {
-	case last := <-named:
-		return last
-	case <-time.After(atOnce):
-		g.Fatalf("Last of rank %d has not returned after %v", rank, atOnce)
-		return 0
-	}
+	return immediately(g, rank, "Last", g.ranks[rank].(laster).Last)
 }
 
 // cameLast checks that those ranks name one as the last in their latest exchange, or -1.
@@ -112,23 +95,15 @@ func (s suite) lastAfterBrokenSteps(t *testing.T) {
 // who is the last at that moment, but it is a rank, or nobody yet.
 func (s suite) lastAnyTime(t *testing.T) {
 	g := s.lastGroup(t, 4)
-	ctx, stop := context.WithCancel(t.Context())
-	var asking sync.WaitGroup
-	for range 2 {
-		asking.Go(func() {
-			for ctx.Err() == nil && !t.Failed() {
-				for rank, c := range g.ranks {
-					if last := c.(laster).Last(); last < -1 || last >= len(g.ranks) {
-						t.Errorf("rank %d of %d names %d as the last while steps are taken", rank, len(g.ranks), last)
-					}
-				}
-				time.Sleep(50 * time.Microsecond)
+	g.whileStepsAreTaken(s.many(1000), func() bool {
+		for rank, c := range g.ranks {
+			if last := c.(laster).Last(); last < -1 || last >= len(g.ranks) {
+				t.Errorf("rank %d of %d names %d as the last while steps are taken", rank, len(g.ranks), last)
+				return false
 			}
-		})
-	}
-	g.takeAll(s.many(1000), noPause)
-	stop()
-	asking.Wait()
+		}
+		return true
+	})
 	for rank := range g.ranks {
 		if last := g.lastOf(rank); !slices.Contains(g.all(), last) {
 			t.Errorf("rank %d names %d as the last after many steps, want a rank", rank, last)

@@ -17,10 +17,16 @@ type misser interface{ Missing() []int }
 // have none.
 func (s suite) missingGroup(t *testing.T, size int) *group {
 	t.Helper()
-	g := s.group(t, size)
+	return groupWith[misser](s.group(t, size), "Missing() []int")
+}
+
+// groupWith returns g if its coordinators have a method that they need not have. It skips the check if
+// they have none.
+func groupWith[M any](g *group, method string) *group {
+	g.Helper()
 	for _, c := range g.ranks {
-		if _, ok := c.(misser); !ok {
-			t.Skipf("%T has no method Missing() []int", c)
+		if _, ok := c.(M); !ok {
+			g.Skipf("%T has no method %s", c, method)
 		}
 	}
 	return g
@@ -29,15 +35,20 @@ func (s suite) missingGroup(t *testing.T, size int) *group {
 // missing returns the ranks that one names, which it must do immediately.
 func (g *group) missing(rank int) []int {
 	g.Helper()
-	named := make(chan []int, 1)
-	go func() { named <- g.ranks[rank].(misser).Missing() }()
+	return immediately(g, rank, "Missing", g.ranks[rank].(misser).Missing)
+}
+
+// immediately returns what a method of a rank's coordinator returns.
+func immediately[T any](g *group, rank int, name string, method func() T) (result T) {
+	g.Helper()
+	returned := make(chan T, 1)
+	go func() { returned <- method() }()
 	select {
-	case ranks := <-named:
-		return ranks
+	case result = <-returned:
 	case <-time.After(atOnce):
-		g.Fatalf("Missing of rank %d has not returned after %v", rank, atOnce)
-		return nil
+		g.Fatalf("%s of rank %d has not returned after %v", name, rank, atOnce)
 	}
+	return result
 }
 
 // misses checks that the ranks in the open round name the others, and that the others name none.
@@ -125,11 +136,19 @@ func (s suite) missingAfterBrokenSteps(t *testing.T) {
 // can say which ranks are missing at that moment, but no rank waits for itself, nor for nobody.
 func (s suite) missingAnyTime(t *testing.T) {
 	g := s.missingGroup(t, 4)
+	g.whileStepsAreTaken(s.many(1000), g.plausible)
+	g.misses()
+}
+
+// whileStepsAreTaken lets several goroutines look, again and again while it returns true, as the group
+// takes n steps.
+func (g *group) whileStepsAreTaken(n int, look func() bool) {
+	g.Helper()
 	stop := make(chan struct{})
-	var asking sync.WaitGroup
+	var looking sync.WaitGroup
 	for range 2 {
-		asking.Go(func() {
-			for g.plausible() {
+		looking.Go(func() {
+			for look() {
 				select {
 				case <-stop:
 					return
@@ -138,10 +157,9 @@ func (s suite) missingAnyTime(t *testing.T) {
 			}
 		})
 	}
-	g.takeAll(s.many(1000), noPause)
+	g.takeAll(n, noPause)
 	close(stop)
-	asking.Wait()
-	g.misses()
+	looking.Wait()
 }
 
 // plausible reports whether the ranks that each rank names can be missing.

@@ -35,17 +35,18 @@ func TestSampleLinked(t *testing.T) {
 		expected []trace.Link
 		want     bool
 	}{
-		"nothing":                        {base: never, want: false},
-		"base":                           {base: always, want: true},
-		"sampled parent":                 {base: never, parent: spanContext(true), want: true},
-		"other parent":                   {base: never, parent: spanContext(false), want: false},
-		"other parent, base":             {base: always, parent: spanContext(false), want: true},
-		"sampled link":                   {base: never, links: links(false, true), want: true},
-		"sampled link below other":       {base: never, parent: spanContext(false), links: links(true), want: true},
-		"other links":                    {base: never, links: links(false, false), want: false},
-		"sampled link that will come":    {base: never, expected: links(false, true), want: true},
-		"other links that will come":     {base: never, expected: links(false), want: false},
-		"expected below another's trace": {base: never, parent: spanContext(false), expected: links(true), want: true},
+		"nothing":                     {base: never, want: false},
+		"base":                        {base: always, want: true},
+		"sampled parent":              {base: never, parent: spanContext(true), want: true},
+		"other parent":                {base: never, parent: spanContext(false), want: false},
+		"other parent, base":          {base: always, parent: spanContext(false), want: true},
+		"sampled link":                {base: never, links: links(false, true), want: true},
+		"sampled link below other":    {base: never, parent: spanContext(false), links: links(true), want: true},
+		"other links":                 {base: never, links: links(false, false), want: false},
+		"sampled link that will come": {base: never, expected: links(false, true), want: true},
+		"other links that will come":  {base: never, expected: links(false), want: false},
+		"sampled link that will come, below other": {base: never, parent: spanContext(false),
+			expected: links(true), want: true},
 	} {
 		ctx := trace.ContextWithSpanContext(t.Context(), c.parent)
 		ctx = fwdtrace.ContextWithLinks(ctx, c.expected...)
@@ -68,7 +69,8 @@ func TestSampleLinkedState(t *testing.T) {
 		t.Fatal(err)
 	}
 	ctx := trace.ContextWithSpanContext(t.Context(), spanContext(true).WithTraceState(state))
-	got := fwdtrace.SampleLinked(sdktrace.NeverSample()).ShouldSample(sdktrace.SamplingParameters{ParentContext: ctx})
+	got := fwdtrace.SampleLinked(sdktrace.NeverSample()).
+		ShouldSample(sdktrace.SamplingParameters{ParentContext: ctx})
 	if got.Tracestate.String() != "vendor=1" {
 		t.Errorf("trace state %q, want the parent's", got.Tracestate)
 	}

@@ -17,10 +17,12 @@ import (
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/engine"
 	"github.com/forwardctx/fwd/examples/model"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/otel"
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracegrpc"
 	"go.opentelemetry.io/otel/exporters/otlp/otlptrace/otlptracehttp"
+	otelprometheus "go.opentelemetry.io/otel/exporters/prometheus"
 	"go.opentelemetry.io/otel/metric/noop"
 	sdkmetric "go.opentelemetry.io/otel/sdk/metric"
 	"go.opentelemetry.io/otel/sdk/metric/metricdata"
@@ -185,12 +187,20 @@ func (c counts) minus(d counts) counts {
 	return counts{c.dropped - d.dropped, c.exported - d.exported, c.failed - d.failed}
 }
 
-var ownMetrics = sdkmetric.NewManualReader()
+var (
+	ownMetrics  = sdkmetric.NewManualReader()
+	ownRegistry = prometheus.NewRegistry() // has the same
+)
 
 // countDrops makes OpenTelemetry count what becomes of spans, as a program does that wants to know.
 // It is the only use of a global provider here.
 func countDrops() error {
-	otel.SetMeterProvider(sdkmetric.NewMeterProvider(sdkmetric.WithReader(ownMetrics)))
+	exporter, err := otelprometheus.New(otelprometheus.WithRegisterer(ownRegistry))
+	if err != nil {
+		return err
+	}
+	otel.SetMeterProvider(sdkmetric.NewMeterProvider(
+		sdkmetric.WithReader(ownMetrics), sdkmetric.WithReader(exporter)))
 	// Failed exports are counted. The default handler would print them too.
 	otel.SetErrorHandler(otel.ErrorHandlerFunc(func(error) {}))
 	return os.Setenv("OTEL_GO_X_OBSERVABILITY", "true")

@@ -80,8 +80,8 @@ func newLongRun(t *testing.T, provider *sdkmetric.MeterProvider) *longRun {
 	}
 }
 
-// take takes a step in which ranks 0 and 1 have n tokens and rank 2 has half as many. Without fail
-// its error is nil.
+// take takes a step in which ranks 0 and 1 have n tokens and rank 2 has half as many. If fail is not
+// nil, the pass of rank 2 fails with it.
 func (r *longRun) take(t *testing.T, n int, decode bool, fail error) {
 	t.Helper()
 	half := max(n/2, 2)
@@ -90,7 +90,13 @@ func (r *longRun) take(t *testing.T, n int, decode bool, fail error) {
 		half = max(n/2, 1)
 		schedules = []fwd.Schedule{sequences(n), sequences(n), sequences(half), {}}
 	}
-	if err := r.group.takeInOrder(t.Context(), schedules, fail); !errors.Is(err, fail) {
+	forward := func(_ context.Context, rank int) error {
+		if rank == 2 {
+			return fail
+		}
+		return nil
+	}
+	if err := r.group.takeInOrder(t.Context(), schedules, forward); !errors.Is(err, fail) {
 		t.Fatal(err)
 	}
 	r.exchanges++
@@ -103,27 +109,29 @@ func (r *longRun) take(t *testing.T, n int, decode bool, fail error) {
 func sequences(n int) fwd.Schedule { return tokens(slices.Repeat([]int{1}, n)...) }
 
 // takeInOrder takes a step in one goroutine: the ranks vote in their order, then run their passes.
-// With fail, the pass of rank 2 fails.
-func (g *group) takeInOrder(ctx context.Context, schedules []fwd.Schedule, fail error) error {
+func (g *group) takeInOrder(
+	ctx context.Context, schedules []fwd.Schedule, forward func(ctx context.Context, rank int) error,
+) error {
 	waits := make([]func() (fwd.Pass, error), len(g.runners))
 	for rank, r := range g.runners {
+		if g.before != nil {
+			g.before(rank)
+		}
 		var err error
 		if waits[rank], err = r.Begin(ctx, schedules[rank]); err != nil {
 			return err
 		}
 	}
-	var errs []error
-	for rank, r := range g.runners {
-		pass, err := waits[rank]()
-		if err != nil {
+	passes := make([]fwd.Pass, len(waits))
+	for rank, wait := range waits {
+		var err error
+		if passes[rank], err = wait(); err != nil {
 			return err
 		}
-		errs = append(errs, r.Run(ctx, pass, func(context.Context) error {
-			if rank == 2 {
-				return fail
-			}
-			return nil
-		}))
+	}
+	var errs []error
+	for rank, r := range g.runners {
+		errs = append(errs, r.Run(ctx, passes[rank], func(ctx context.Context) error { return forward(ctx, rank) }))
 	}
 	return errors.Join(errs...)
 }

@@ -126,9 +126,15 @@ func newPrometheus(t *testing.T) (_ *otelprometheus.Exporter, url string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return exporter, serveMetrics(t, registry)
+}
+
+// serveMetrics returns the URL of a registry's metrics, until the test ends.
+func serveMetrics(t *testing.T, registry *prometheus.Registry) string {
+	t.Helper()
 	server := httptest.NewServer(promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	t.Cleanup(server.Close)
-	return exporter, server.URL
+	return server.URL
 }
 
 // scrapes are what Prometheus would have stored of a scrape each minute. It implements
@@ -141,18 +147,22 @@ type scrapes struct {
 
 // add stores the next scrape.
 func (ss *scrapes) add(samples []sample) {
-	if ss.n == 0 {
-		ss.labels, ss.stored = map[string]labels.Labels{}, map[string][]chunks.Sample{}
-	}
+	ss.n++
 	for _, s := range samples {
 		all := maps.Clone(s.labels)
 		all[labels.MetricName] = s.name
-		l := labels.FromMap(all)
-		key := l.String()
-		ss.labels[key] = l
-		ss.stored[key] = append(ss.stored[key], point{at: minute(ss.n).UnixMilli(), value: s.value})
+		ss.store(labels.FromMap(all), s.value)
 	}
-	ss.n++
+}
+
+// store stores a sample at the last scrape.
+func (ss *scrapes) store(l labels.Labels, value float64) {
+	if ss.stored == nil {
+		ss.labels, ss.stored = map[string]labels.Labels{}, map[string][]chunks.Sample{}
+	}
+	key := l.String()
+	ss.labels[key] = l
+	ss.stored[key] = append(ss.stored[key], point{at: minute(ss.n - 1).UnixMilli(), value: value})
 }
 
 func minute(n int) time.Time { return time.Unix(0, 0).Add(time.Duration(n) * time.Minute) }
@@ -202,16 +212,28 @@ func (*seriesSet) Warnings() annotations.Annotations { return nil }
 // the labels in by, separated by spaces.
 func (ss *scrapes) query(t *testing.T, query string, by ...string) map[string]float64 {
 	t.Helper()
-	engine := promql.NewEngine(promql.EngineOpts{MaxSamples: 1e7, Timeout: patience})
-	q, err := engine.NewInstantQuery(context.Background(), ss, nil, query, minute(ss.n-1))
+	return valuesBy(ss.vector(t, query, ss.n-1), by...)
+}
+
+// vector returns what Prometheus's own engine answers at a scrape.
+func (ss *scrapes) vector(t *testing.T, query string, scrape int) promql.Vector {
+	t.Helper()
+	q, err := queryEngine.NewInstantQuery(context.Background(), ss, nil, query, minute(scrape))
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close()
 	vector, err := q.Exec(t.Context()).Vector()
 	if err != nil {
-		t.Fatal(err)
+		t.Fatalf("%s: %v", query, err)
 	}
+	return slices.Clone(vector) // Close takes it back
+}
+
+var queryEngine = promql.NewEngine(promql.EngineOpts{MaxSamples: 1e7, Timeout: patience})
+
+// valuesBy returns the values of a vector by those of the labels in by, separated by spaces.
+func valuesBy(vector promql.Vector, by ...string) map[string]float64 {
 	answer := map[string]float64{}
 	for _, s := range vector {
 		var values []string

@@ -192,6 +192,10 @@ func TestStats(t *testing.T) {
 			stats.DummyPasses != 0 || stats.GraphPadding != 0 || stats.DataPadding != 0 {
 			t.Errorf("%+v", stats)
 		}
+		// 2 layers send each of the 204 tokens to 2 experts.
+		if got := stats.Ranks[0].Sent; len(got) != 1 || got[0] != 2*2*204 || stats.Lowered[0] != 0 {
+			t.Errorf("%v rows sent, want %d", got, 2*2*204)
+		}
 	})
 	t.Run("idle rank", func(t *testing.T) {
 		// Rank 0 prefills 30 tokens, padded to a graph of 32, and decodes 9 more. Rank 1 has one token in
@@ -207,6 +211,16 @@ func TestStats(t *testing.T) {
 		stats := serve(t, Config{DataParallelSize: 2, GraphMode: fwd.GraphFullAndPiecewise}, requests)
 		if stats.Passes[fwd.ReasonTooLarge] != 1 || stats.Passes[fwd.ReasonDPRank] != 1 {
 			t.Errorf("%+v, want one pass too large and one lowered by it", stats)
+		}
+		if !slices.Equal(stats.Lowered, []int{1, 0}) {
+			t.Errorf("lowered %v, want once by rank 0", stats.Lowered)
+		}
+		sent, want := 0, 2*2*(100+4) // rank 0 takes 4 chunks, and rank 1 brings a row to each
+		for _, r := range stats.Ranks {
+			sent += r.Sent[0] + r.Sent[1]
+		}
+		if own := stats.Ranks[0].Sent[0]; sent != want || own == 0 || own == 2*2*100 {
+			t.Errorf("%d rows sent, %d in rank 0; want %d, some of them to the other rank", sent, own, want)
 		}
 	})
 }
@@ -531,6 +545,16 @@ func TestBadConfig(t *testing.T) {
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%+v: %v, want an error with %q", c.request, err, c.want)
 		}
+	}
+}
+
+// TestAdmitSlow: a request that would arrive too late for a time.Duration is refused.
+func TestAdmitSlow(t *testing.T) {
+	late := Request{ID: 7, Prompt: []int{1}, MaxTokens: 1, Arrival: time.Hour}
+	_, _, err := newEngine(t, Config{Speed: 1e-7}).Run(t.Context(), []Request{late})
+	if want := "Speed is 1e-07: request 7 would arrive after 3.6e+10 s, want at most 9.22e+09 s"; err == nil ||
+		!strings.Contains(err.Error(), want) {
+		t.Errorf("%v, want %q", err, want)
 	}
 }
 

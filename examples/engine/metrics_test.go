@@ -89,7 +89,8 @@ func TestOwnMetrics(t *testing.T) {
 		t.Errorf("in step 2: %v", during)
 	}
 	if len(status) != 2 || status[1].Rank != 1 || status[0].Running != 2 || status[0].Waiting != 4 ||
-		status[0].Blocks != 100 || status[0].BlocksUsed < 2 || status[0].Target.Step != 2 || status[0].Draft != nil {
+		status[0].Blocks != 100 || status[0].BlocksUsed < 2 || status[0].Target.Step != 2 ||
+		status[0].Draft != nil {
 		t.Errorf("status in step 2: %+v", status)
 	}
 	if s := e.Status(); s[0].Running != 0 || s[0].Waiting != 0 || s[0].BlocksUsed != 0 {
@@ -127,12 +128,15 @@ func TestProviders(t *testing.T) {
 		spans[rank] = sdktrace.NewTracerProvider(sdktrace.WithSyncer(recorders[rank]))
 	}
 	meters := []*metric.MeterProvider{
-		metric.NewMeterProvider(metric.WithReader(readers[0])), metric.NewMeterProvider(metric.WithReader(readers[1])),
+		metric.NewMeterProvider(metric.WithReader(readers[0])),
+		metric.NewMeterProvider(metric.WithReader(readers[1])),
 	}
 	serve(t, Config{
 		DataParallelSize: 2, StepTrace: true,
-		Providers: func(rank int) (trace.TracerProvider, otelmetric.MeterProvider) { return spans[rank], meters[rank] },
-		PeerName:  func(rank int) string { return [...]string{"zero", "one"}[rank] },
+		Providers: func(rank int) (trace.TracerProvider, otelmetric.MeterProvider) {
+			return spans[rank], meters[rank]
+		},
+		PeerName: func(rank int) string { return [...]string{"zero", "one"}[rank] },
 	}, newRequests(8, 30, 9))
 	for rank := range 2 {
 		if got := slices.Sorted(maps.Keys(recorders[rank].ranks)); !slices.Equal(got, []int{rank}) {

@@ -66,6 +66,7 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 func (f *fleet) config(rank int, rejoin time.Duration) Config {
 	cfg := f.cfg
 	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin}
+	cfg.Process.Same = []Setting{{"x", "1"}, {"y", "2"}}
 	if cfg.NumSpeculativeTokens > 0 {
 		cfg.Process.Draft = f.draft[rank]
 	}

@@ -65,12 +65,14 @@ func TestRequestSpans(t *testing.T) {
 			n, _ := set.Value("engine.request.tokens")
 			tokens += int(n.AsInt64())
 		}
-		if want := len(r.Prompt) + r.MaxTokens - 1; tokens != want || s.int("engine.request.passes") != len(s.Links()) {
+		want, passes := len(r.Prompt)+r.MaxTokens-1, s.int("engine.request.passes")
+		if tokens != want || passes != len(s.Links()) {
 			t.Errorf("request %d: %d tokens in %d linked of %d passes, want %d tokens",
-				r.ID, tokens, len(s.Links()), s.int("engine.request.passes"), want)
+				r.ID, tokens, len(s.Links()), passes, want)
 		}
-		if s.int("gen_ai.usage.prompt_tokens") != len(r.Prompt) || s.int("gen_ai.request.max_tokens") != r.MaxTokens ||
-			s.int("gen_ai.usage.completion_tokens") != r.MaxTokens || !s.bool("engine.request.finished") {
+		if s.int("gen_ai.usage.prompt_tokens") != len(r.Prompt) ||
+			s.int("gen_ai.usage.completion_tokens") != r.MaxTokens ||
+			s.int("gen_ai.request.max_tokens") != r.MaxTokens || !s.bool("engine.request.finished") {
 			t.Errorf("request %d with a prompt of %d and %d tokens has %v",
 				r.ID, len(r.Prompt), r.MaxTokens, s.Attributes())
 		}

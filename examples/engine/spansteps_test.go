@@ -54,7 +54,8 @@ func (v *spanView) checkRoot(root *span) {
 		if !s.isChildOf(root) {
 			continue
 		}
-		if s.EndTime().After(root.EndTime()) || s.kind() == "fwd.forward" && s.StartTime().Before(root.StartTime()) {
+		if s.EndTime().After(root.EndTime()) ||
+			s.kind() == "fwd.forward" && s.StartTime().Before(root.StartTime()) {
 			v.Errorf("%s is not within %s", s.Name(), root.Name())
 		}
 		switch {

@@ -163,6 +163,19 @@ func TestWaited(t *testing.T) {
 		if got := stats.Ranks[1].Experts; got != 0 {
 			t.Errorf("rank 1, for which rank 0 waited, has waited %v", got)
 		}
+		if got := stats.Ranks[0].WaitedFor; got[1].Experts != want || got[1].ExpertTimes < stats.Steps ||
+			got[0] != (Wait{}) {
+			t.Errorf("rank 0 waited for %+v, want %v for rank 1", got, want)
+		}
+		for _, s := range stats.Slowest {
+			if work := time.Duration(s.Rank) * time.Second; s.Took != time.Second || s.Work != work || s.Votes != 0 ||
+				s.Reason != fwd.ReasonDisabled || s.Tokens == 0 {
+				t.Errorf("%+v, want a second for all, in which rank 1 worked", s)
+			}
+		}
+		if len(stats.Slowest) != 2*maxSlowest {
+			t.Errorf("%d slow steps of 2 ranks, want %d each", len(stats.Slowest), maxSlowest)
+		}
 	})
 }
 

@@ -17,7 +17,9 @@ type traffic struct {
 	sent  []int  // rows, by the rank that has the expert
 }
 
-func newTraffic(ranks int) *traffic { return &traffic{waits: make([]Wait, ranks), sent: make([]int, ranks)} }
+func newTraffic(ranks int) *traffic {
+	return &traffic{waits: make([]Wait, ranks), sent: make([]int, ranks)}
+}
 
 type trafficKey struct{}
 

@@ -250,6 +250,12 @@ var telemetryFaults = []fault{
 		new:  "never = nil",
 	},
 	{
+		name: "strangers-hold-up-steps", kind: telemetry, file: "logging.go",
+		what: "a step waits for the pass of a rank whose spans nobody records",
+		old:  "\t\tn += toInt(!other.inSteps.Load())\n",
+		new:  "\t\tn += toInt(other == nil)\n",
+	},
+	{
 		name: "rank-done-twice", kind: telemetry, file: "logging.go",
 		what: "a rank whose pass ends late counts twice in its step",
 		old:  "\tdone := p.stepDone\n",

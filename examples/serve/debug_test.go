@@ -123,8 +123,8 @@ func TestDebug(t *testing.T) {
 func checkMetricsPage(t *testing.T, url string) {
 	_, text := get(t, url, "application/openmetrics-text; version=1.0.0")
 	for _, want := range []string{
-		`(?m)^fwd_forward_duration_seconds_bucket\{[^}]*fwd_dp_rank="1"[^}]*service_name="serve-rank-1"[^}]*\} \S+` +
-			` # \{[^}]*trace_id="[0-9a-f]{32}"`,
+		`(?m)^fwd_forward_duration_seconds_bucket\{[^}]*fwd_dp_rank="1"[^}]*service_name="serve-rank-1"` +
+			`[^}]*\} \S+ # \{[^}]*trace_id="[0-9a-f]{32}"`,
 		`(?m)^serve_num_requests_running\{[^}]*service_name="serve-rank-0"`,
 		`(?m)^serve_kv_cache_blocks\{[^}]*fwd_dp_rank="0"[^}]*\} 512`,
 		`(?m)^gen_ai_server_time_to_first_token_seconds_bucket\{[^}]*le="0.04"`,
@@ -144,7 +144,8 @@ func checkPassesPage(t *testing.T, url string) {
 	_, text := get(t, url, "")
 	for _, want := range []string{
 		`(?m)^RANK +STEP +BEGAN +MODEL`,
-		`(?m)^0 +\d+ +\d\d:\d\d:\d\d\.\d{6} +target +(decode|mixed) +(FULL|NONE|PIECEWISE) +\w+ +\d+ +\d+ +\d+ +\S+ +\S+`,
+		`(?m)^0 +\d+ +\d\d:\d\d:\d\d\.\d{6} +target +(decode|mixed) +(FULL|NONE|PIECEWISE) +\w+` +
+			` +\d+ +\d+ +\d+ +\S+ +\S+`,
 		`(?m)^1 +\d+ +\S+ +draft `,
 	} {
 		if !regexp.MustCompile(want).MatchString(text) {
@@ -152,7 +153,8 @@ func checkPassesPage(t *testing.T, url string) {
 		}
 	}
 	_, text = get(t, url+"?rank=1", "")
-	if lines := strings.Count(text, "\n"); lines < 100 || lines > keptPasses+1 || strings.Contains(text, "\n0 ") {
+	lines := strings.Count(text, "\n")
+	if lines < 100 || lines > keptPasses+1 || strings.Contains(text, "\n0 ") {
 		t.Errorf("%d lines of rank 1:\n%s", lines, text)
 	}
 	code, text := get(t, url+"?rank=2", "")

@@ -55,9 +55,10 @@ func startFlight(dir, prefix string, step time.Duration, logger *slog.Logger, no
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
+	config := rtrace.FlightRecorderConfig{MinAge: max(flightAge, 2*step), MaxBytes: flightBytes}
 	f := &flight{
 		dir: dir, prefix: prefix, step: step, now: now, logger: logger,
-		recorder: rtrace.NewFlightRecorder(rtrace.FlightRecorderConfig{MinAge: max(flightAge, 2*step), MaxBytes: flightBytes}),
+		recorder: rtrace.NewFlightRecorder(config),
 		requests: make(chan flightRequest, 1),
 		written:  make(chan struct{}),
 	}

@@ -62,7 +62,9 @@ func TestFlight(t *testing.T) {
 	draft, warmUp, short := long, long, long
 	draft.Name, warmUp.Phase, short.Wait = "draft", "warmup", 0
 	other := fwd.Record{Step: 3, Err: errors.New("other")}
-	for name, rec := range map[string]fwd.Record{"draft": draft, "warm-up": warmUp, "short": short, "other": other} {
+	for name, rec := range map[string]fwd.Record{
+		"draft": draft, "warm-up": warmUp, "short": short, "other": other,
+	} {
 		observe(name, rec, false)
 	}
 	observe("the first", missing, true)
@@ -82,8 +84,9 @@ func TestFlight(t *testing.T) {
 	if len(files) != maxFlights || strings.HasPrefix(files[0], "serve-19700101-01") {
 		t.Errorf("files %v, want the last %d", files, maxFlights)
 	}
-	if n := strings.Count(log.String(), "\n"); n != written || strings.Count(log.String(), "the step took 1.2s") != 1 {
-		t.Errorf("%d lines for %d files:\n%s", n, written, &log)
+	lines := strings.Count(log.String(), "\n")
+	if lines != written || strings.Count(log.String(), "the step took 1.2s") != 1 {
+		t.Errorf("%d lines for %d files:\n%s", lines, written, &log)
 	}
 	f.observe(t.Context(), &missing) // too late, and no harm
 }

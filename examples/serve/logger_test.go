@@ -7,6 +7,7 @@ import (
 	"errors"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -40,7 +41,8 @@ func newLogged(t *testing.T) *logged {
 
 func (l *logged) newRank(rank int) *fwd.Runner {
 	l.Helper()
-	r, err := fwd.New(fwd.Config{}, fwd.WithCoordinator(l.coordinators[rank]), fwd.WithLogger(newLogger(&l.log)),
+	r, err := fwd.New(fwd.Config{}, fwd.WithCoordinator(l.coordinators[rank]),
+		fwd.WithLogger(newLogger(&l.log).With("replica", "a")),
 		fwd.WithTracerProvider(sdktrace.NewTracerProvider()), fwd.WithMeterProvider(noop.NewMeterProvider()),
 		fwd.WithStepTrace())
 	if err != nil {
@@ -94,7 +96,7 @@ func TestLogMissing(t *testing.T) {
 		t.Fatalf("%q, want one line", lines)
 	}
 	l.check(lines[0], "level=WARN", `msg="exchange of votes failed"`, "fwd.step=1", "fwd.dp.rank=0", `\[1\]`,
-		"error.type=rank_missing", inATrace)
+		"replica=a", "error.type=rank_missing", inATrace)
 }
 
 // TestLogRestart: if a rank is started anew, both say so in one line each.
@@ -134,8 +136,8 @@ func TestLogLateCapture(t *testing.T) {
 		t.Fatal(err)
 	}
 	cache.CloseCapture()
-	runner, err := fwd.New(fwd.Config{}, fwd.WithLogger(newLogger(&l.log)), fwd.WithMeterProvider(noop.NewMeterProvider()),
-		fwd.WithTracerProvider(sdktrace.NewTracerProvider()))
+	runner, err := fwd.New(fwd.Config{}, fwd.WithLogger(newLogger(&l.log)),
+		fwd.WithMeterProvider(noop.NewMeterProvider()), fwd.WithTracerProvider(sdktrace.NewTracerProvider()))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -173,8 +175,9 @@ func TestProcessKilled(t *testing.T) {
 	dir := t.TempDir()
 	var ranks [2]*program
 	for rank := range ranks {
-		ranks[rank] = start(t, "-nats", nats.ClientURL(), "-dp", "2", "-rank", []string{"0", "1"}[rank], "-speed", "1",
-			"-exchange-timeout", "2s", "-results", filepath.Join(dir, "results."+[]string{"0", "1"}[rank]),
+		own := strconv.Itoa(rank)
+		ranks[rank] = start(t, "-nats", nats.ClientURL(), "-dp", "2", "-rank", own, "-speed", "1",
+			"-exchange-timeout", "2s", "-results", filepath.Join(dir, "results."+own),
 			"-flight", filepath.Join(dir, "flights"), "-flight-step", "0")
 	}
 	eventually(t, "a result of rank 1", hasResults(filepath.Join(dir, "results.1"), 1))
@@ -184,7 +187,8 @@ func TestProcessKilled(t *testing.T) {
 		t.Errorf("exit %d, want 1", exit)
 	}
 	stderr := ranks[0].stderr.String()
-	want := regexp.MustCompile(`level=WARN msg="exchange of votes failed" fwd.step=\d+ fwd.dp.rank=0 .*\[1\].* ` + inATrace)
+	want := regexp.MustCompile(
+		`level=WARN msg="exchange of votes failed" fwd.step=\d+ fwd.dp.rank=0 .*\[1\].* ` + inATrace)
 	if n := strings.Count(stderr, "exchange of votes failed"); n != 1 || !want.MatchString(stderr) {
 		t.Errorf("%d lines of an exchange that failed, want one:\n%s", n, stderr)
 	}

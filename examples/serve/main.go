@@ -18,6 +18,11 @@
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
 // groups are GROUP-target and, with -spec, GROUP-draft.
 //
+// With -otlp each rank sends its spans and metrics, as the service serve-rank-N, and the last lines
+// say how much was sent. -debug shows metrics, status, profiles and the last passes without a
+// collector, -cpuprofile writes a profile that splits by rank and mode, and -flight writes Go's
+// execution trace when a rank is missing or a step takes long.
+//
 // The model computes what its weights say, in float64, and -check recomputes every request alone by
 // plain code, so a batch that was padded, chunked, exchanged or cached wrongly shows as a wrong
 // answer. Ctrl-C ends a run after the step in flight, with the table so far; ranks that are
@@ -82,6 +87,7 @@ type options struct {
 
 	rankOptions
 	telemetryOptions
+	sizesOptions
 	given map[string]string // flags that are not left to their defaults
 }
 
@@ -101,7 +107,10 @@ func (o *options) groups() []flagGroup {
 	}
 	add("Trace: what is served", o.defineTrace)
 	add("Ranks and models", o.defineRanks)
-	add("Graphs", o.defineGraphs)
+	add("Graphs, and sizes of batches", func(flags *flag.FlagSet) {
+		o.defineGraphs(flags)
+		o.sizesOptions.define(flags)
+	})
 	add("Microbatches", o.defineUBatches)
 	add("Output", o.defineOutput)
 	add("Telemetry", o.telemetryOptions.define)
@@ -235,6 +244,7 @@ func (o *options) validate(rest []string) error {
 	if o.progress && !o.json {
 		bad("-progress is true: it needs -json")
 	}
+	o.sizesOptions.validate(bad)
 	o.rankOptions.validate(o.dp, o.given, bad)
 	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
@@ -284,7 +294,10 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		DataParallelSize:       o.dp,
 		SequenceParallel:       o.sp,
 		MaxChunk:               o.chunk,
+		MaxNumBatchedTokens:    o.batchedTokens,
+		MaxNumSeqs:             o.maxSeqs,
 		GraphMode:              o.graph,
+		CaptureSizes:           o.capture.sizes,
 		NumSpeculativeTokens:   o.spec,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,
@@ -313,6 +326,9 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		return out.explain(explainRanks(err))
 	}
 	report := newReport(&out, interrupted)
+	if o.otlp == "" { // passes may be recorded for -debug or -flight, but nobody can look for them
+		report.dropTraces()
+	}
 	if !o.check {
 		return report.print(stdout, o.json)
 	}

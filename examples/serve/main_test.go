@@ -36,14 +36,17 @@ func TestTable(t *testing.T) {
 		`(?m)^requests +20 +20 finished$`, `(?m)^steps +\d+ `, `(?m)^tokens +\d+ `, `(?m)^tokens/s +\d+`,
 		`(?m)^passes +\d+ `, `(?m)^ +\d+ +of them split into microbatches`, `(?m)^  FULL +\d+ `,
 		`(?m)^reasons `, `(?m)^  exact +\d+ `,
-		`(?m)^graphs +\d+ +captured in \S+, \d+ replays`, `(?m)^guesses +\d+ +\d+ accepted`,
+		`(?m)^graphs +\d+ +captured in \S+$`, `(?m)^ +\d+ +replays$`, `(?m)^guesses +\d+ +\d+ accepted$`,
 		`(?m)^padding +\d+ `, `(?m)^  graph +\d+ `, `(?m)^  dp +\d+ `, `(?m)^waiting `, `(?m)^  rank 3 `,
+		`(?m)^held up others +votes  times +experts  times$`, `(?m)^rows sent to experts, from rank to rank$`,
+		`(?m)^slowest steps +took$`, `(?m)^  \d+ +\d+ ms  rank \d: `,
 		`check: 20 of 20 requests agree with the reference\n$`,
 	} {
 		if !regexp.MustCompile(want).MatchString(out) {
 			t.Errorf("no %s in\n%s", want, out)
 		}
 	}
+	checkWidth(t, out)
 }
 
 func TestJSON(t *testing.T) {
@@ -144,7 +147,8 @@ func TestBadFlags(t *testing.T) {
 			t.Errorf("%s: exit %d, stdout %q, stderr %q; want 2 and %q", c.args, exit, out, errs, c.want)
 		}
 	}
-	const want = "serve -h explains the flags.\nserve: -dp is 0, want 1 to 64\nserve: -chunk is -3, want at least 1\n"
+	const want = "serve -h explains the flags.\n" +
+		"serve: -dp is 0, want 1 to 64\nserve: -chunk is -3, want at least 1\n"
 	if _, _, errs := runServe(t, "-dp", "0", "-chunk", "-3"); errs != want {
 		t.Errorf("%q, want what is wrong last: %q", errs, want)
 	}
@@ -157,7 +161,7 @@ func TestUsage(t *testing.T) {
 		t.Fatalf("exit %d, stderr %q", exit, errs)
 	}
 	for _, want := range []string{
-		"\n  serve -check\n", "\n\nTrace: what is served\n  -max-context N\n", "\n\nGraphs\n  -graph MODE\n",
+		"\n  serve -check\n", "\n\nTrace: what is served\n  -max-context N\n", "\n\nGraphs, and sizes of batches\n  -batched-tokens tokens\n",
 		"(default 30s)\n", "\n  -nats URL\n",
 	} {
 		if !strings.Contains(out, want) {
@@ -178,7 +182,7 @@ func TestBadTrace(t *testing.T) {
 		0o600); err != nil {
 		t.Fatal(err)
 	}
-	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 1 to 1048576\n"
+	want := "serve: trace " + path + ": line 3: GeneratedTokens \"-5\" is not a whole number from 0 to 1048576\n"
 	if exit, out, errs := runServe(t, "-trace", path); exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want 1 and %q", exit, out, errs, want)
 	}
@@ -191,8 +195,8 @@ func TestBadTrace(t *testing.T) {
 // TestSlowReplay: arrivals that a run can't wait for are refused, and don't come immediately.
 func TestSlowReplay(t *testing.T) {
 	exit, out, errs := runServe(t, "-dp", "1", "-requests", "3", "-speed", "1e-15", "-json")
-	if want := "serve: -speed is 1e-15: request 1 would arrive after 1.88e+14 s, want at most 9.22e+09 s\n"; exit != 1 ||
-		out != "" || errs != want {
+	const want = "serve: -speed is 1e-15: request 1 would arrive after 1.88e+14 s, want at most 9.22e+09 s\n"
+	if exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, out, errs, want)
 	}
 }

@@ -92,13 +92,15 @@ func startServer() (*server.Server, error) {
 
 // processArgs returns the arguments of a rank's process: those of this one, and its place.
 func (o *options) processArgs(rank int, url string, progress bool) []string {
-	args := []string{"-nats=" + url, "-rank=" + strconv.Itoa(rank), "-json", "-progress=" + strconv.FormatBool(progress)}
+	args := []string{
+		"-nats=" + url, "-rank=" + strconv.Itoa(rank), "-json", "-progress=" + strconv.FormatBool(progress),
+	}
 	for _, name := range slices.Sorted(maps.Keys(o.given)) {
 		value := o.given[name]
 		switch name {
 		case "processes", "json", "progress":
 			continue
-		case "results":
+		case "results", "sizes":
 			value += "." + strconv.Itoa(rank)
 		}
 		value = o.telemetryOptions.ofRank(name, value, rank)

@@ -164,7 +164,7 @@ func TestProcessesTable(t *testing.T) {
 	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
 		t.Errorf("exit %d, stderr %q", exit, &p.stderr)
 	}
-	for _, want := range []string{"requests     9      9 finished\n", "guesses ", "\n  rank 1 ",
+	for _, want := range []string{" 9 finished\n", "\nguesses ", "\n  rank 1 ",
 		"\ncheck: 9 of 9 requests agree with the reference\n"} {
 		if !strings.Contains(p.stdout.String(), want) {
 			t.Errorf("no %q in\n%s", want, &p.stdout)
@@ -350,8 +350,8 @@ func TestProcessesRejoin(t *testing.T) {
 	for rank, p := range ranks {
 		r := p.report()
 		own := len(share(make([]engine.Request, 400), rank, 3))
-		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) || len(r.Waiting) != 1 ||
-			r.Waiting[0].Rank != rank {
+		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) ||
+			len(r.Waiting) != 1 || r.Waiting[0].Rank != rank {
 			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
 		}
 		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
@@ -400,14 +400,20 @@ func TestMergeReports(t *testing.T) {
 		}, Modes: map[string]int{"FULL": 11, "NONE": 12}, DummyPasses: 13, SplitPasses: 14, DraftPasses: 15,
 		Graphs: graphReport{WarmUp: 16, Captures: 17, Replays: 18}, Padding: paddingReport{Graph: 19, DP: 20},
 		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}},
+		HeldUp:  []heldUpReport{{Rank: 0, Votes: 1, VoteTimes: 2, Experts: 3, ExpertTimes: 4}, {Rank: 1}},
+		Lowered: []int{1, 5}, Sent: []sentReport{{0, 1, 7}},
+		Slowest: []stepReport{{Step: 9, Rank: 0, Took: 2}},
 	}
 	b := a
 	b.Seconds, b.Steps, b.FailedSteps, b.Interrupted = 3, 50, 60, true
 	b.Passes, b.Modes = map[string]int{"exact": 1, "dp_rank": 2}, map[string]int{"NONE": 3}
 	b.Speculation, b.Check = &specReport{Proposed: 30, Accepted: 31}, &checkReport{Requests: 32, Agreed: 33}
 	b.Waiting = []rankReport{{Rank: 1, Votes: 24}}
+	b.HeldUp, b.Lowered, b.Sent = []heldUpReport{{Rank: 0, Votes: 10}, {Rank: 1, Votes: 20}}, []int{2, 4}, nil
+	b.Slowest = []stepReport{{Step: 8, Rank: 1, Took: 3}}
 	c := b
 	c.Requests, c.Interrupted, c.Waiting = 100, false, nil
+	c.HeldUp, c.Lowered, c.Slowest = nil, nil, nil
 	want := &report{
 		Requests: 102, Finished: 6, Resumed: 9, Interrupted: true, Seconds: 4,
 		Steps: 50, FailedSteps: 60, Tokens: 51,
@@ -419,6 +425,11 @@ func TestMergeReports(t *testing.T) {
 		Graphs: graphReport{WarmUp: 16, Captures: 51, Replays: 54}, Padding: paddingReport{Graph: 57, DP: 60},
 		Speculation: &specReport{Proposed: 60, Accepted: 62}, Check: &checkReport{Requests: 64, Agreed: 66},
 		Waiting: []rankReport{{Rank: 0, Votes: 21, Experts: 22, Forward: 23}, {Rank: 1, Votes: 24}},
+		HeldUp: []heldUpReport{
+			{Rank: 0, Votes: 11, VoteTimes: 2, Experts: 3, ExpertTimes: 4}, {Rank: 1, Votes: 20},
+		},
+		Lowered: []int{2, 5}, Sent: []sentReport{{0, 1, 7}},
+		Slowest: []stepReport{{Step: 8, Rank: 1, Took: 3}, {Step: 9, Rank: 0, Took: 2}},
 	}
 	if diff := cmp.Diff(want, mergeReports([]*report{&a, &b, &c})); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)

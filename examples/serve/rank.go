@@ -115,6 +115,7 @@ func (o *options) same(trace string) []engine.Setting {
 	for name, value := range map[string]any{
 		"-requests": o.requests, "-max-context": o.maxContext, "-speed": o.speed,
 		"-sp": o.sp, "-chunk": o.chunk, "-loras": o.loras, "-spec": o.spec, "-graph": o.graph,
+		"-capture-sizes": o.capture.sizes, "-max-seqs": o.maxSeqs, "-batched-tokens": o.batchedTokens,
 		"-ubatches": o.ubatches, "-decode-ubatch-threshold": o.decodeUB, "-prefill-ubatch-threshold": o.prefillUB,
 	} {
 		same = append(same, engine.Setting{Name: name, Value: fmt.Sprint(value)})
@@ -126,8 +127,8 @@ func (o *options) same(trace string) []engine.Setting {
 // explainRanks adds to an error what to do about ranks that fwd finds configured differently.
 func explainRanks(err error) error {
 	if ranks := (*fwd.RankError)(nil); errors.As(err, &ranks) && errors.Is(err, fwd.ErrInvalid) {
-		return fmt.Errorf("%w: compare their flags -graph, -loras, -spec, -ubatches, -decode-ubatch-threshold "+
-			"and -prefill-ubatch-threshold", err)
+		return fmt.Errorf("%w: compare their flags -graph, -loras, -spec, -capture-sizes, -max-seqs, -ubatches, "+
+			"-decode-ubatch-threshold and -prefill-ubatch-threshold", err)
 	}
 	return err
 }

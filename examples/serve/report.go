@@ -2,14 +2,9 @@ package main
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"slices"
-	"strings"
-	"text/tabwriter"
-	"time"
 )
 
 // report is what serve prints. Times are in seconds.
@@ -34,6 +29,10 @@ type report struct {
 	Speculation     *specReport    `json:"speculation,omitempty"`
 	Padding         paddingReport  `json:"padding"`
 	Waiting         []rankReport   `json:"waiting"` // by rank
+	HeldUp          []heldUpReport `json:"held_up"` // by the rank that the others waited for
+	Lowered         []int          `json:"lowered"` // by rank: steps in which it lowered the others' graph mode
+	Sent            []sentReport   `json:"sent"`
+	Slowest         []stepReport   `json:"slowest"` // steps, the slowest first
 	Check           *checkReport   `json:"check,omitempty"`
 }
 
@@ -60,6 +59,38 @@ type rankReport struct {
 	Forward float64 `json:"forward"`
 }
 
+// heldUpReport says how long the other ranks have waited for one, all waits added up, and how often.
+type heldUpReport struct {
+	Rank        int     `json:"rank"`
+	Votes       float64 `json:"votes"`
+	VoteTimes   int     `json:"vote_times"`
+	Experts     float64 `json:"experts"`
+	ExpertTimes int     `json:"expert_times"`
+}
+
+// sentReport says how many rows of a rank went to the experts of a rank.
+type sentReport struct {
+	From int `json:"from"`
+	To   int `json:"to"`
+	Rows int `json:"rows"`
+}
+
+// stepReport is a slow step, as the rank that worked the longest in it saw it.
+type stepReport struct {
+	Step     uint64  `json:"step"`
+	Rank     int     `json:"rank"`
+	Took     float64 `json:"took"`
+	Votes    float64 `json:"votes"` // of these, waiting for the others' votes
+	Work     float64 `json:"work"`  // and in the pass, without waiting
+	LastRank int     `json:"last_rank"`
+	Reason   string  `json:"reason"`
+	Tokens   int     `json:"tokens"`
+	Trace    string  `json:"trace,omitempty"`
+}
+
+// numSlowest is how many steps a report has.
+const numSlowest = 3
+
 // checkReport is what -check found.
 type checkReport struct {
 	Requests   int `json:"requests"` // finished
@@ -72,7 +103,8 @@ func (c *checkReport) print(w io.Writer) error {
 	if c.Unfinished > 0 {
 		finished = "finished "
 	}
-	_, err := fmt.Fprintf(w, "check: %d of %d %srequests agree with the reference\n", c.Agreed, c.Requests, finished)
+	_, err := fmt.Fprintf(w, "check: %d of %d %srequests agree with the reference\n", c.Agreed, c.Requests,
+		finished)
 	return err
 }
 
@@ -117,18 +149,82 @@ func newReport(o *outcome, interrupted bool) *report {
 		r.Speculation = &specReport{Proposed: s.ProposedTokens, Accepted: s.AcceptedTokens}
 	}
 	for _, w := range s.Ranks {
-		r.Waiting = append(
-			r.Waiting,
-			rankReport{
-				Rank:    w.Rank,
-				Votes:   w.Votes.Seconds(),
-				Experts: w.Experts.Seconds(),
-				Forward: w.Forward.Seconds(),
-			},
-		)
+		r.Waiting = append(r.Waiting, rankReport{
+			Rank: w.Rank, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds(),
+		})
+		heldUp := make([]heldUpReport, len(w.WaitedFor))
+		for rank, wait := range w.WaitedFor {
+			heldUp[rank] = heldUpReport{
+				rank, wait.Votes.Seconds(), wait.VoteTimes, wait.Experts.Seconds(), wait.ExpertTimes,
+			}
+		}
+		r.HeldUp = addHeldUp(r.HeldUp, heldUp)
+		for to, rows := range w.Sent {
+			if rows > 0 {
+				r.Sent = append(r.Sent, sentReport{w.Rank, to, rows})
+			}
+		}
 	}
+	r.Lowered = s.Lowered
+	for _, p := range s.Slowest {
+		r.Slowest = append(r.Slowest, stepReport{
+			Step: p.Step, Rank: p.Rank, Took: p.Took.Seconds(), Votes: p.Votes.Seconds(), Work: p.Work.Seconds(),
+			LastRank: p.LastRank, Reason: p.Reason.String(), Tokens: p.Tokens, Trace: p.TraceID,
+		})
+	}
+	r.Slowest = slowestOf(r.Slowest)
 	return r
 }
+
+// dropTraces leaves out the traces of the slowest steps.
+func (r *report) dropTraces() {
+	for i := range r.Slowest {
+		r.Slowest[i].Trace = ""
+	}
+}
+
+// addHeldUp adds waits for the same ranks.
+func addHeldUp(a, b []heldUpReport) []heldUpReport {
+	if a == nil {
+		return slices.Clone(b)
+	}
+	for i, h := range b {
+		a[i].Votes += h.Votes
+		a[i].VoteTimes += h.VoteTimes
+		a[i].Experts += h.Experts
+		a[i].ExpertTimes += h.ExpertTimes
+	}
+	return a
+}
+
+// slowestOf returns the slowest steps, each once. It was as slow as for the rank for which it took
+// the longest, and is shown as of the one that worked the longest in it.
+func slowestOf(all []stepReport) []stepReport {
+	var steps []stepReport
+	for _, s := range all {
+		i := slices.IndexFunc(steps, func(other stepReport) bool { return other.Step == s.Step })
+		if i < 0 {
+			steps = append(steps, s)
+			continue
+		}
+		slow, busy := steps[i], steps[i]
+		if s.Took > slow.Took {
+			slow = s
+		}
+		if s.Work > busy.Work {
+			busy = s
+		}
+		if steps[i] = busy; slow.late() {
+			steps[i] = slow
+		}
+		steps[i].Took = slow.Took
+	}
+	slices.SortStableFunc(steps, func(a, b stepReport) int { return cmp.Compare(b.Took, a.Took) })
+	return steps[:min(numSlowest, len(steps))]
+}
+
+// late reports whether most of the step went by until the last vote came.
+func (s *stepReport) late() bool { return s.LastRank >= 0 && s.Votes > s.Took/2 }
 
 // mergeReports returns the report of all ranks from those of each, which are processes.
 func mergeReports(ranks []*report) *report {
@@ -164,6 +260,15 @@ func (r *report) add(rank *report) {
 	r.Padding.Graph += rank.Padding.Graph
 	r.Padding.DP += rank.Padding.DP
 	r.Waiting = append(r.Waiting, rank.Waiting...)
+	r.HeldUp = addHeldUp(r.HeldUp, rank.HeldUp)
+	r.Sent = append(r.Sent, rank.Sent...)
+	r.Slowest = slowestOf(append(r.Slowest, rank.Slowest...))
+	for i, n := range rank.Lowered {
+		if i == len(r.Lowered) {
+			r.Lowered = append(r.Lowered, 0)
+		}
+		r.Lowered[i] = max(r.Lowered[i], n)
+	}
 	for reason, n := range rank.Passes {
 		r.Passes[reason] += n
 	}
@@ -185,84 +290,4 @@ func (r *report) add(rank *report) {
 		r.Check.Agreed += c.Agreed
 		r.Check.Unfinished += c.Unfinished
 	}
-}
-
-func (r *report) print(w io.Writer, asJSON bool) error {
-	if asJSON {
-		out := json.NewEncoder(w)
-		out.SetIndent("", "  ")
-		return out.Encode(r)
-	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	interrupted := ""
-	if r.Interrupted {
-		interrupted = ", interrupted"
-	}
-	fmt.Fprintf(t, "requests\t%d\t%d finished%s\n", r.Requests, r.Finished, interrupted)
-	if r.Resumed > 0 {
-		fmt.Fprintf(t, "\t%d\tof them finished by an earlier run\n", r.Resumed)
-	}
-	fmt.Fprintf(t, "steps\t%d\tin %v\n", r.Steps, seconds(r.Seconds))
-	if r.FailedSteps > 0 {
-		fmt.Fprintf(t, "\t%d\tmore failed: a rank was missing, or out of step\n", r.FailedSteps)
-	}
-	fmt.Fprintf(t, "tokens\t%d\t%d prompt, %d generated\n", r.Tokens, r.PromptTokens, r.GeneratedTokens)
-	fmt.Fprintf(t, "tokens/s\t%.0f\t\n", r.TokensPerSecond)
-	total := 0
-	for _, n := range r.Passes {
-		total += n
-	}
-	fmt.Fprintf(t, "passes\t%d\t%d of them dummy, to keep step\n", total, r.DummyPasses)
-	if r.SplitPasses > 0 {
-		fmt.Fprintf(t, "\t%d\tof them split into microbatches, which run without graphs\n", r.SplitPasses)
-	}
-	printCounts(t, r.Modes, modeMeaning)
-	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
-	printCounts(t, r.Passes, reasonMeaning)
-	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v, %d replays\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp),
-		r.Graphs.Replays)
-	if s := r.Speculation; s != nil {
-		fmt.Fprintf(t, "guesses\t%d\t%d accepted, of a draft model that took %d passes\n", s.Proposed, s.Accepted,
-			r.DraftPasses)
-	}
-	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
-	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)
-	fmt.Fprintf(t, "  dp\t%d\tup to the largest rank\n", r.Padding.DP)
-	fmt.Fprintf(t, "waiting\tvotes\texperts\tof forward\n")
-	for _, w := range r.Waiting {
-		fmt.Fprintf(t, "  rank %d\t%v\t%v\t%v\n", w.Rank, seconds(w.Votes), seconds(w.Experts), seconds(w.Forward))
-	}
-	return t.Flush()
-}
-
-// printCounts prints counts, the largest first, with what each means.
-func printCounts(w io.Writer, counts map[string]int, meaning map[string]string) {
-	names := slices.SortedFunc(maps.Keys(counts), func(a, b string) int {
-		return cmp.Or(counts[b]-counts[a], strings.Compare(a, b))
-	})
-	for _, name := range names {
-		fmt.Fprintf(w, "  %s\t%d\t%s\n", name, counts[name], meaning[name])
-	}
-}
-
-var modeMeaning = map[string]string{
-	"NONE":      "eager",
-	"PIECEWISE": "graphs between the attention calls",
-	"FULL":      "one graph for the whole pass",
-}
-
-// reasonMeaning explains the reasons that this engine can have.
-var reasonMeaning = map[string]string{
-	"exact":         "full graph of a decode batch",
-	"relaxed":       "graph for any batch of the size",
-	"disabled":      "no graphs at all",
-	"no_key":        "no graph for such a batch",
-	"too_large":     "larger than any graph",
-	"dp_rank":       "another rank had no such graph",
-	"full_excluded": "idle, in a step without full graphs",
-	"ubatch":        "the pass is split into microbatches",
-}
-
-func seconds(s float64) time.Duration {
-	return time.Duration(s * float64(time.Second)).Round(time.Millisecond)
 }

@@ -204,8 +204,8 @@ func TestOneResultsFile(t *testing.T) {
 	defer first.close()
 	exit, out, errs := runServe(t, "-nats", nats.ClientURL(), "-dp", "2", "-rank", "1", "-results", path,
 		"-join-timeout", "1h")
-	if want := "serve: results " + path + ": another rank has it open; each needs a file of its own\n"; exit != 1 ||
-		out != "" || errs != want {
+	want := "serve: results " + path + ": another rank has it open; each needs a file of its own\n"
+	if exit != 1 || out != "" || errs != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, out, errs, want)
 	}
 	if err := first.close(); err != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -25,9 +26,9 @@ func runRanks(t *testing.T, common []string, flags ...[]string) (exits []int, me
 	var wg sync.WaitGroup
 	for rank, own := range flags {
 		wg.Go(func() {
-			args := []string{"-nats", nats.ClientURL(), "-dp", fmt.Sprint(len(flags)), "-rank", fmt.Sprint(rank), "-json"}
+			place := fmt.Sprintf("-nats %s -dp %d -rank %d -json", nats.ClientURL(), len(flags), rank)
 			var out, errs bytes.Buffer
-			exits[rank] = run(t.Context(), append(append(args, common...), own...), &out, &errs)
+			exits[rank] = run(t.Context(), slices.Concat(strings.Fields(place), common, own), &out, &errs)
 			messages[rank] = errs.String()
 		})
 	}

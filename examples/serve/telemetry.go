@@ -44,7 +44,8 @@ func (o *telemetryOptions) define(flags *flag.FlagSet) {
 	flags.Float64Var(&o.sample, "sample", 1,
 		"record this `ratio` of the requests, from 0 to 1,\nand the steps that serve them")
 	flags.StringVar(&o.debug, "debug", "",
-		"show profiles, metrics, status and the last passes at this\n`address`, [host]:port; without a host, on this machine alone;\n"+
+		"show profiles, metrics, status and the last passes at this\n`address`, [host]:port; "+
+			"without a host, on this machine alone;\n"+
 			"with -processes, rank R has port+R")
 	flags.StringVar(&o.cpuProfile, "cpuprofile", "",
 		"write a CPU profile of the run to this `file`;\nwith -processes, rank R has file.R")
@@ -97,10 +98,11 @@ func (o *telemetryOptions) ofRank(name, value string, rank int) string {
 func (o *telemetryOptions) records() bool { return o.otlp != "" || o.debug != "" || o.flight != "" }
 
 // shutdownTimeout bounds how long the program stays to deliver the last spans and metrics, to a
-// collector that may not be there. Most of it is for the spans, of which there are more.
+// collector that may not be there.
 const (
-	shutdownTimeout = 5 * time.Second
-	spansTimeout    = 4 * time.Second
+	spansTimeout    = 5 * time.Second
+	metricsTimeout  = 3 * time.Second
+	shutdownTimeout = spansTimeout + metricsTimeout
 )
 
 // metricInterval is how often metrics are sent.
@@ -259,14 +261,14 @@ func valueOf(res *resource.Resource, key attribute.Key) string {
 
 // stop delivers what is left, and says what has been delivered.
 func (t *telemetry) stop(stderr io.Writer) {
-	ctx, cancel := context.WithTimeout(context.Background(), shutdownTimeout)
-	defer cancel()
 	if t.spans != nil {
-		spansCtx, cancel := context.WithTimeout(ctx, spansTimeout)
+		ctx, cancel := context.WithTimeout(context.Background(), spansTimeout)
 		defer cancel()
-		t.problems.handle(t.spans.Shutdown(spansCtx))
+		t.problems.handle(t.spans.Shutdown(ctx))
 	}
 	// The metrics come after the spans: they say what became of them.
+	ctx, cancel := context.WithTimeout(context.Background(), metricsTimeout)
+	defer cancel()
 	var wg sync.WaitGroup
 	for _, p := range t.providers {
 		wg.Go(func() { t.problems.handle(p.metrics.Shutdown(ctx)) })

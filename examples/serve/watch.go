@@ -18,10 +18,13 @@ type watch struct {
 	debug     *debugServer
 	flight    *flight
 	profile   *os.File
+	sizes     *sizesFile
 }
 
 // startWatch starts what the flags want, and makes the engine tell of itself.
-func startWatch(ctx context.Context, o *options, config *engine.Config, stderr io.Writer) (_ *watch, err error) {
+func startWatch(
+	ctx context.Context, o *options, config *engine.Config, stderr io.Writer,
+) (_ *watch, err error) {
 	w := &watch{}
 	defer func() {
 		if err != nil {
@@ -35,6 +38,11 @@ func startWatch(ctx context.Context, o *options, config *engine.Config, stderr i
 	if o.cpuProfile != "" {
 		if w.profile, err = startProfile(o.cpuProfile); err != nil {
 			return nil, fmt.Errorf("-cpuprofile: %w", err)
+		}
+	}
+	if o.sizesOptions.sizes != "" {
+		if w.sizes, err = startSizes(o.sizesOptions.sizes); err != nil {
+			return nil, fmt.Errorf("-sizes: %w", err)
 		}
 	}
 	if o.flight != "" {
@@ -68,6 +76,9 @@ func (w *watch) observe(ctx context.Context, rec *fwd.Record) {
 	if w.flight != nil {
 		w.flight.observe(ctx, rec)
 	}
+	if w.sizes != nil && rec.Name == "" { // of the target; a draft model has graphs of its own
+		w.sizes.sizes.Observe(ctx, rec)
+	}
 }
 
 // runEnded ends what is there only while the engine runs.
@@ -84,7 +95,12 @@ func (w *watch) runEnded(stderr io.Writer) {
 			fmt.Fprintf(stderr, "serve: -cpuprofile: %v\n", err)
 		}
 	}
-	w.debug, w.flight, w.profile = nil, nil, nil
+	if w.sizes != nil {
+		if err := w.sizes.write(); err != nil {
+			fmt.Fprintf(stderr, "serve: -sizes: %v\n", err)
+		}
+	}
+	w.debug, w.flight, w.profile, w.sizes = nil, nil, nil, nil
 }
 
 // stop delivers the last spans and metrics.

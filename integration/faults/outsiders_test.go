@@ -6,6 +6,7 @@ package faults
 
 import (
 	"fmt"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -60,7 +61,7 @@ func TestOutsiders(t *testing.T) {
 		{"elsewhere:" + password, "Permissions Violation"},
 		{"rank1:" + password, "another process has this rank"},
 	} {
-		p := g.startAs(1, as(tt.user), g.files[1]) // it ends before it opens the file
+		p := g.startAs(1, as(tt.user), filepath.Join(t.TempDir(), "results"))
 		exit, text := p.wait(), p.stderr.String()
 		if exit != 1 || !strings.Contains(text, tt.want) || strings.Contains(text, password) {
 			t.Errorf("as %q: exit %d, stderr %q; want 1 and %q", tt.user, exit, text, tt.want)

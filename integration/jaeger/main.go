@@ -1,7 +1,8 @@
 // Command jaeger builds the Jaeger that this module pins, the program that users run, and prints
 // where the binary is. It keeps the binary in a cache outside the tree, one for each Go version and
 // go.sum. The first build takes minutes and about 4 GiB of memory, later ones nothing. If there are
-// arguments, it runs the binary with them instead of printing where it is:
+// arguments, it runs the binary with them instead of printing where it is, and says where its page is
+// once that answers:
 //
 //	go -C integration/jaeger run . --config ../jaeger.yaml
 //
@@ -10,11 +11,14 @@
 package main
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -22,6 +26,7 @@ import (
 	"runtime"
 	"strings"
 	"syscall"
+	"time"
 )
 
 func main() {
@@ -47,10 +52,29 @@ func main() {
 			_ = command.Process.Signal(s) // it may have ended
 		}
 	}()
+	go sayReady()
 	if err := command.Wait(); err != nil {
 		log.Fatal(err)
 	}
 }
+
+// sayReady waits until the query API of ../jaeger.yaml answers, and prints its address.
+func sayReady() {
+	page := "http://" + net.JoinHostPort(env("JAEGER_LISTEN_HOST", "localhost"), env("QUERY_HTTP_PORT", "16686"))
+	for range time.Tick(100 * time.Millisecond) {
+		response, err := http.Get(page + "/api/services")
+		if err != nil {
+			continue
+		}
+		response.Body.Close()
+		if response.StatusCode == http.StatusOK {
+			log.Printf("ready: %s", page)
+			return
+		}
+	}
+}
+
+func env(name, otherwise string) string { return cmp.Or(os.Getenv(name), otherwise) }
 
 // build returns the binary, and builds it if there is none yet. It expects this module in the
 // current directory.

@@ -610,6 +610,50 @@ func TestStepsOfOtherPasses(t *testing.T) {
 	})
 }
 
+// A rank that is not seen, since nobody records its spans or since its coordinator hides that of the group,
+// holds up no step.
+func TestStepWithStrangers(t *testing.T) {
+	t.Parallel()
+	for name, stranger := range map[string]func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error){
+		"without spans": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			return fwd.New(fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace())
+		},
+		"with metrics alone": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			return fwd.New(fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace(), o.opts[1])
+		},
+		"hidden": func(o *telemetry, c fwd.Coordinator) (*fwd.Runner, error) {
+			opts := append(o.opts, fwd.WithCoordinator(struct{ fwd.Coordinator }{c}), fwd.WithStepTrace())
+			return fwd.New(fwd.Config{Name: "target"}, opts...)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			o, group := newTelemetry(), localGroup(t, 3)
+			runners := make([]*fwd.Runner, 3)
+			for rank, c := range group {
+				if rank < 2 {
+					runners[rank] = o.runner(t, fwd.Config{Name: "target"}, fwd.WithCoordinator(c), fwd.WithStepTrace())
+					continue
+				}
+				var err error
+				if runners[rank], err = stranger(o, c); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for step := range 2 {
+				passes := planAll(t, runners, one)
+				run(t, runners[0], passes[0], nothing)
+				o.wantSteps(t, step)
+				run(t, runners[1], passes[1], nothing)
+				o.wantSteps(t, step+1)
+				run(t, runners[2], passes[2], nothing)
+			}
+			planAll(t, runners, fwd.Schedule{})
+			o.wantSteps(t, 3)
+		})
+	}
+}
+
 // With a coordinator whose other ranks are elsewhere, the step ends with rank 0's pass.
 func TestStepOfRanksElsewhere(t *testing.T) {
 	t.Parallel()
