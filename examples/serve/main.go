@@ -120,8 +120,9 @@ func (o *options) groups() []flagGroup {
 }
 
 func (o *options) defineTrace(flags *flag.FlagSet) {
-	flags.StringVar(&o.trace, "trace", "", "`file` with a trace of requests: Azure's CSV or another format that\nfwdplan/reqtrace reads "+
-		"(default: a small trace that is built in)")
+	flags.StringVar(&o.trace, "trace", "",
+		"`file` with a trace of requests: Azure's CSV or another format that\nfwdplan/reqtrace reads "+
+			"(default: a small trace that is built in)")
 	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
 	flags.Float64Var(&o.speed, "speed", 0,
@@ -430,7 +431,8 @@ func readTrace(path string, stderr io.Writer) ([]trace.Row, error) {
 		return nil, fmt.Errorf("trace %s: %w", path, err)
 	}
 	if failed > 0 {
-		fmt.Fprintf(stderr, "serve: trace %s: %d of %d calls failed, and are left out\n", path, failed, failed+len(rows))
+		fmt.Fprintf(stderr, "serve: trace %s: %d of %d calls failed, and are left out\n",
+			path, failed, failed+len(rows))
 	}
 	return rows, nil
 }

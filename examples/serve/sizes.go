@@ -89,7 +89,8 @@ func readSizes(path string) ([]int, error) {
 
 // parseSizes reads numbers that are separated by commas, spaces or lines.
 func parseSizes(text string) (sizes []int, err error) {
-	for _, field := range strings.FieldsFunc(text, func(r rune) bool { return strings.ContainsRune(", \r\n", r) }) {
+	isGap := func(r rune) bool { return strings.ContainsRune(", \r\n", r) }
+	for _, field := range strings.FieldsFunc(text, isGap) {
 		n, err := strconv.Atoi(field)
 		if err != nil || n < 1 {
 			return nil, fmt.Errorf("%.40q is not a size, want a whole number of at least 1", field)
