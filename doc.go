@@ -15,6 +15,9 @@
 //
 //	func (l *Attention) Forward(ctx context.Context, x *mat.Dense) (*mat.Dense, error) {
 //		attn, err := fwd.AttnMetadata[*AttnMetadata](ctx, l.Name)
+//		if errors.Is(err, fwd.ErrNoMetadata) {
+//			return x, nil // a dummy pass: warm-up, or an idle rank that keeps step
+//		}
 //		...
 //	}
 //
@@ -111,49 +114,36 @@
 //	                                                       fwd.wait.kind (coordinate, forward)
 //	fwd.graph.events         counter, {event}              fwd.graph.event (capture, replay, eager)
 //
-// All metrics have fwd.name, and all but fwd.wait.time have fwd.dp.rank if there are several ranks. The
-// event eager counts passes in mode NONE, once each; capture and replay count per cache, so several in a
-// pass with piecewise caches. fwd.batch.bucket is the capture size of a pass that Plan dispatched to a
-// graph, if there are at most 64 of them, and otherwise fwd.num_tokens rounded up to a power of two. So
-// durations answer how long a batch of some size takes. Every attribute set is bounded. When passes
-// overlap, their durations do too; [Queue] makes those of a pipelined engine add up.
-//
-// # The trace of a step
-//
-// With [WithStepTrace] on all ranks, a step is one tree of spans, which can be read without a click:
-//
-//	fwd.step FULL                  from rank 0's vote to the end of the last pass
-//	    fwd.coordinate             of each rank: its wait for the votes
-//	    fwd.forward target FULL    of each rank: its pass
-//	        fwd.ubatch 0           a microbatch
-//	            fwd.wait           a wait for another rank, where the layer waited
-//	        fwd.forward draft FULL a pass that runs inside the pass
-//
-// The name of a step ends with the mode that the ranks agreed on, or with IDLE if nobody runs a pass; it
-// is fwd.step alone if the exchange failed. The name of a pass says Config.Name, its mode, and the reason
-// for that mode if that says more than that all is well, as in "fwd.forward target NONE dp_rank".
-// Coordinate and wait spans are of kind client and name in peer.service whom they wait for, so pages that
-// draw services show who waits for whom. A fwd.wait is what [Waited] tells, if it took 100 µs or more.
-//
-// No span of a step ends after its root, as far as the ranks are those of one [NewLocalGroup]; the passes
-// of ranks in other processes may. A rank that waits for a late rank 0 has waited since before the step:
-// its fwd.coordinate keeps its own start, before that of the root. If rank 0 never runs its pass, the
-// step ends when that rank begins a pass of a later one. A rank that is alone has steps too, one for each
-// pass that it plans outside any other pass. The spans of a pass planned with Schedule.Reuse stay under
-// the caller's span, which is the target's pass if they are run in that.
-//
-// The root is a child of the span that rank 0 plans in. If the loop of an engine runs inside one long
-// span, all steps of a day are in one trace. With [WithStepRoot] each step is a trace of its own, with a
-// link to that span. Without the step trace there is no fwd.step, and all spans are under their callers'.
-//
-// With an SDK, each span that is recorded is also a task of runtime/trace while that is on. Take a trace
-// with [runtime/trace.Start], or from /debug/pprof/trace of net/http/pprof, and open it with
-//
-//	go tool trace FILE
-//
-// Its page "User-defined tasks" lists the tasks by name, with a histogram of their durations, and leads
-// to what the scheduler did in each. A fwd.wait, and with the step trace a fwd.coordinate, is opened when
-// the wait is over: as a task it takes no time.
+// All metrics have fwd.name, unless Config.Name is empty, and all but fwd.wait.time have fwd.dp.rank if
+// there are several ranks. The event eager counts passes in mode NONE, once each; capture and replay
+// count per cache, so several in a pass with piecewise caches. fwd.batch.bucket is the capture size of a
+// pass that Plan dispatched to a graph, if there are at most 64 of them, and otherwise fwd.num_tokens
+// rounded up to a power of two. So durations answer how long a batch of some size takes. Every attribute
+// set is bounded. When passes overlap, their durations do too; [Queue] makes those of a pipelined engine
+// add up.  # The trace of a step  With [WithStepTrace] on all ranks, a step is one tree of spans, which
+// can be read without a click:  fwd.step FULL                  from rank 0's vote to the end of the last
+// pass     fwd.coordinate             of each rank: its wait for the votes     fwd.forward target FULL
+// of each rank: its pass         fwd.ubatch 0           a microbatch             fwd.wait           a
+// wait for another rank, where the layer waited         fwd.forward draft FULL a pass that runs inside
+// the pass  The name of a step ends with the mode that the ranks agreed on, or with IDLE if nobody runs
+// a pass; it is fwd.step alone if the exchange failed. The name of a pass says Config.Name, its mode,
+// and the reason for that mode unless it is exact, relaxed, disabled or unplanned, as in "fwd.forward
+// target NONE dp_rank". Coordinate and wait spans are of kind client and name in peer.service whom they
+// wait for, so pages that draw services show who waits for whom. A fwd.wait is what [Waited] tells, if
+// it took 100 µs or more.  No span of a step ends after its root, as far as the ranks are those of one
+// [NewLocalGroup]; the passes of ranks in other processes may. If rank 0 is late, the others start to
+// wait before the root begins: a fwd.coordinate keeps its own start. If rank 0 never runs its pass, the
+// step ends when that rank begins a pass of a later one. A rank that is alone has steps too, one for
+// each pass that it plans outside any other pass. The spans of a pass planned with Schedule.Reuse stay
+// under the caller's span, which is the target's pass if they are run in that.  The root is a child of
+// the span that rank 0 plans in. If the loop of an engine runs inside one long span, all steps of a day
+// are in one trace. With [WithStepRoot] each step is a trace of its own, with a link to that span.
+// Without the step trace there is no fwd.step, and all spans are under their callers'.  With an SDK,
+// each span that is recorded is also a task of runtime/trace while that is on. Take a trace with
+// [runtime/trace.Start], or from /debug/pprof/trace of net/http/pprof, and open it with  go tool trace
+// FILE  Its page "User-defined tasks" lists the tasks by name, with a histogram of their durations, and
+// leads to what the scheduler did in each. A fwd.wait, and with the step trace a fwd.coordinate, is
+// opened when the wait is over: as a task it takes no time.
 //
 // # Errors
 //

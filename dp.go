@@ -36,7 +36,7 @@ type ParallelConfig struct {
 	// 32 and 512.
 	DecodeUBatchThreshold, PrefillUBatchThreshold int
 
-	// TokenMultiple is what the tokens of a batch are rounded up to a multiple of before dispatch, as
+	// TokenMultiple: the token count of a batch is rounded up to a multiple of it before dispatch, as
 	// a sequence-parallel pass needs it; 0 means 1.
 	TokenMultiple int
 }

@@ -1604,7 +1604,7 @@ func (e *lookupError) Error() string {
 	have := quoted(slices.Sorted(maps.Keys(e.from)))
 	switch {
 	case ok:
-		return fmt.Sprintf("%v: the %s for %q is a %T, want %v", e.err, e.what, e.name, value, e.want)
+		return fmt.Sprintf("%v: the %s for %q has type %T, want %v", e.err, e.what, e.name, value, e.want)
 	case e.what == whatLayer:
 		return fmt.Sprintf("%v: no layer %q in Config.Layers (have %s)", e.err, e.name, have)
 	}

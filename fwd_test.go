@@ -603,7 +603,7 @@ func TestLayerAccess(t *testing.T) {
 			}
 		}
 		if got, err := fwd.AttnMetadata[fmt.Stringer](ctx, "a"); got != nil || !errors.Is(err, fwd.ErrLayer) ||
-			!strings.Contains(err.Error(), "is a string, want fmt.Stringer") {
+			!strings.Contains(err.Error(), "has type string, want fmt.Stringer") {
 			t.Errorf("AttnMetadata of another type = %v, %v; want %v with both types", got, err, fwd.ErrLayer)
 		}
 		if got, err := fwd.SlotMapping[[]int](ctx, "a"); len(got) != 1 || err != nil {

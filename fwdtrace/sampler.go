@@ -10,11 +10,11 @@ import (
 
 // SampleLinked returns a sampler that samples a span that is below a sampled one, and one that links
 // to a sampled one, and otherwise does what base does. So a pass is recorded if one of its requests
-// is, although its step is not. The step of a rank 0 begins before its pass, without these links:
-// [ContextWithLinks] tells it. It panics if base is nil.
+// is, although its step is not. Rank 0's step span starts before the links of its pass are known; pass
+// them with [ContextWithLinks]. It panics if base is nil.
 //
-// A span without a sampled parent is always left to base, so base should not sample parts of a trace:
-// [sdktrace.TraceIDRatioBased] and [sdktrace.ParentBased] don't.
+// A span with neither a sampled parent nor a sampled link goes to base, so base should not sample parts of
+// a trace: [sdktrace.TraceIDRatioBased] and [sdktrace.ParentBased] don't.
 func SampleLinked(base sdktrace.Sampler) sdktrace.Sampler {
 	if base == nil {
 		panic("fwdtrace: SampleLinked(nil): want a sampler")
@@ -38,7 +38,7 @@ func (s *sampleLinked) Description() string { return "SampleLinked{" + s.base.De
 
 // ContextWithLinks returns a context for [fwd.Runner.Plan] and [fwd.Runner.Begin], before the pass is
 // there that will have these links. If the target of one of them is sampled, so are the spans that
-// start below it: the exchange, and on rank 0 the step. Without that ctx is returned as it is.
+// start below it: the exchange, and on rank 0 the step. If none is sampled, ctx is returned unchanged.
 //
 // Only rank 0 decides over a step. If another rank alone has a sampled request, the exchange and the
 // pass of that rank are recorded without the rest of the step.

@@ -120,8 +120,9 @@ func (o *options) groups() []flagGroup {
 }
 
 func (o *options) defineTrace(flags *flag.FlagSet) {
-	flags.StringVar(&o.trace, "trace", "", "CSV `file` with TIMESTAMP, ContextTokens and GeneratedTokens\n"+
-		"(default: a small trace that is built in)")
+	flags.StringVar(&o.trace, "trace", "",
+		"`file` with a trace of requests: Azure's CSV or another format that\nfwdplan/reqtrace reads "+
+			"(default: a small trace that is built in)")
 	flags.IntVar(&o.requests, "requests", 0, "serve only the first `N` requests of the trace (0: all)")
 	flags.IntVar(&o.maxContext, "max-context", 0, "clip contexts to `N` tokens (0: don't)")
 	flags.Float64Var(&o.speed, "speed", 0,
@@ -242,7 +243,7 @@ func (o *options) validate(rest []string) error {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
 	if o.progress && !o.json {
-		bad("-progress is true: it needs -json")
+		bad("-progress needs -json")
 	}
 	o.sizesOptions.validate(bad)
 	o.rankOptions.validate(o.dp, o.given, bad)
@@ -280,7 +281,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
-	requests, fingerprint, err := o.readRequests()
+	requests, fingerprint, err := o.readRequests(stderr)
 	if err != nil {
 		return err
 	}
@@ -395,8 +396,8 @@ func runEngine(
 var errCheck = errors.New("not all requests agree with the reference")
 
 // readRequests returns the requests of the run, with their adapters, and a fingerprint of the trace.
-func (o *options) readRequests() (_ []engine.Request, fingerprint string, err error) {
-	rows, err := readTrace(o.trace)
+func (o *options) readRequests(stderr io.Writer) (_ []engine.Request, fingerprint string, err error) {
+	rows, err := readTrace(o.trace, stderr)
 	if err != nil {
 		return nil, "", err
 	}
@@ -416,7 +417,7 @@ func (o *options) readRequests() (_ []engine.Request, fingerprint string, err er
 	return requests, fingerprint, nil
 }
 
-func readTrace(path string) ([]trace.Row, error) {
+func readTrace(path string, stderr io.Writer) ([]trace.Row, error) {
 	if path == "" {
 		return trace.Default(), nil
 	}
@@ -425,9 +426,13 @@ func readTrace(path string) ([]trace.Row, error) {
 		return nil, fmt.Errorf("trace: %w", err)
 	}
 	defer f.Close()
-	rows, err := trace.Read(f)
+	rows, failed, err := trace.Read(f)
 	if err != nil {
 		return nil, fmt.Errorf("trace %s: %w", path, err)
+	}
+	if failed > 0 {
+		fmt.Fprintf(stderr, "serve: trace %s: %d of %d calls failed, and are left out\n",
+			path, failed, failed+len(rows))
 	}
 	return rows, nil
 }

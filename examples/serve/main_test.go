@@ -161,7 +161,8 @@ func TestUsage(t *testing.T) {
 		t.Fatalf("exit %d, stderr %q", exit, errs)
 	}
 	for _, want := range []string{
-		"\n  serve -check\n", "\n\nTrace: what is served\n  -max-context N\n", "\n\nGraphs, and sizes of batches\n  -batched-tokens tokens\n",
+		"\n  serve -check\n", "\n\nTrace: what is served\n  -max-context N\n",
+		"\n\nGraphs, and sizes of batches\n  -batched-tokens tokens\n",
 		"(default 30s)\n", "\n  -nats URL\n",
 	} {
 		if !strings.Contains(out, want) {

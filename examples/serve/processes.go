@@ -30,7 +30,7 @@ const stopTimeout = stopGrace + shutdownTimeout + 10*time.Second
 // serveProcesses serves by a process for each rank, and a NATS server in this one that connects
 // them. It prints what came of all of them, or why the first one failed.
 func serveProcesses(ctx context.Context, o *options, stdout io.Writer, stderr *screen) error {
-	requests, _, err := o.readRequests()
+	requests, _, err := o.readRequests(io.Discard)
 	if err != nil {
 		return err
 	}

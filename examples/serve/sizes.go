@@ -22,8 +22,9 @@ type sizesOptions struct {
 }
 
 func (o *sizesOptions) define(flags *flag.FlagSet) {
-	flags.Var(&o.capture, "capture-sizes", "sizes of graphs in tokens, as a `list` 1,2,4,8 or as the name of a\n"+
-		"file with such a list or with a plan of fwdplan -json")
+	flags.Var(&o.capture, "capture-sizes",
+		"sizes of graphs in tokens, as a `list` 1,2,4,8 or as the name of a\n"+
+			"file with such a list or with a plan of fwdplan -json")
 	flags.IntVar(&o.maxSeqs, "max-seqs", 0, "most `requests` of a rank in a step (0: 16)")
 	flags.IntVar(&o.batchedTokens, "batched-tokens", 0, "most `tokens` of a rank in a step (0: 128)")
 	flags.StringVar(&o.sizes, "sizes", "", "write to this `file` how many passes there were of each size,\n"+
@@ -88,8 +89,8 @@ func readSizes(path string) ([]int, error) {
 
 // parseSizes reads numbers that are separated by commas, spaces or lines.
 func parseSizes(text string) (sizes []int, err error) {
-	fields := strings.FieldsFunc(text, func(r rune) bool { return r == ',' || r == ' ' || r == '\n' || r == '\r' })
-	for _, field := range fields {
+	isGap := func(r rune) bool { return strings.ContainsRune(", \r\n", r) }
+	for _, field := range strings.FieldsFunc(text, isGap) {
 		n, err := strconv.Atoi(field)
 		if err != nil || n < 1 {
 			return nil, fmt.Errorf("%.40q is not a size, want a whole number of at least 1", field)

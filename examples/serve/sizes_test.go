@@ -28,7 +28,7 @@ func TestCaptureSizes(t *testing.T) {
 		"no such file":   {text: "nowhere/sizes", err: "no such file"},
 		"file":           {file: "1\n2,4\n", want: []int{1, 2, 4}},
 		"plan":           {file: `{"plan":{"sizes":[3,16]}}`, want: []int{3, 16}},
-		"separate sizes": {file: `{"plan":{"sizes":[3],"mixed_sizes":[4]}}`, err: "sizes of their own for mixed batches"},
+		"separate sizes": {file: `{"plan":{"sizes":[3],"mixed_sizes":[4]}}`, err: "of their own for mixed batches"},
 		"no plan":        {file: `{"plan":{}}`, err: "a plan without sizes"},
 		"another file":   {file: `{"passes":3}`, err: "neither a list of sizes"},
 	} {

@@ -19,11 +19,11 @@ const MaxTokens = reqtrace.MaxTokens
 // Default returns the small trace that is part of the program.
 func Default() []Row { return reqtrace.Default() }
 
-// Read returns the rows of a trace by time, without those that failed. The trace may have any format
-// that [reqtrace.Read] knows, which also says how many rows failed.
-func Read(r io.Reader) ([]Row, error) {
+// Read returns the rows of a trace by time, without those of failed calls, and how many these are. The
+// trace may have any format that [reqtrace.Read] knows.
+func Read(r io.Reader) (rows []Row, failed int, err error) {
 	t, err := reqtrace.Read(r)
-	return t.Rows, err
+	return t.Rows, t.Failed, err
 }
 
 // Requests turns rows into requests, with contexts clipped to maxContext (0: not clipped). A trace

@@ -1,8 +1,8 @@
 // Command jaeger builds the Jaeger that this module pins, the program that users run, and prints
 // where the binary is. It keeps the binary in a cache outside the tree, one for each Go version and
 // go.sum. The first build takes minutes and about 4 GiB of memory, later ones nothing. If there are
-// arguments, it runs the binary with them instead of printing where it is, and says where its page is
-// once that answers:
+// arguments, it runs the binary with them instead of printing where it is, and says where it answers,
+// once it does:
 //
 //	go -C integration/jaeger run . --config ../jaeger.yaml
 //
@@ -60,6 +60,10 @@ func main() {
 
 // sayReady waits until the query API of ../jaeger.yaml answers, and prints its address.
 func sayReady() {
+	about := " (the query API alone; JAEGER_UI_ASSETS gives it a page)"
+	if os.Getenv("JAEGER_UI_ASSETS") != "" {
+		about = ""
+	}
 	page := "http://" + net.JoinHostPort(env("JAEGER_LISTEN_HOST", "localhost"), env("QUERY_HTTP_PORT", "16686"))
 	for range time.Tick(100 * time.Millisecond) {
 		response, err := http.Get(page + "/api/services")
@@ -68,7 +72,7 @@ func sayReady() {
 		}
 		response.Body.Close()
 		if response.StatusCode == http.StatusOK {
-			log.Printf("ready: %s", page)
+			log.Printf("ready: %s%s", page, about)
 			return
 		}
 	}
