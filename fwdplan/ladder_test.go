@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"slices"
 	"testing"
-	"time"
 
 	"github.com/forwardctx/fwd"
 )
@@ -273,14 +272,15 @@ func manySizes(n int) Snapshot {
 
 func BenchmarkChoose(b *testing.B) {
 	s := manySizes(8192)
-	b.Run("sizes=8192/graphs=256", func(b *testing.B) {
-		b.ReportAllocs()
-		began := time.Now()
-		for b.Loop() {
-			if _, err := Choose(s, Config{MaxGraphs: 256}); err != nil {
-				b.Fatal(err)
+	for _, mode := range []fwd.GraphMode{fwd.GraphPiecewise, fwd.GraphFullAndPiecewise} {
+		b.Run("sizes=8192/graphs=256/mode="+mode.String(), func(b *testing.B) {
+			b.ReportAllocs()
+			cfg := Config{MaxGraphs: 256, Dispatcher: fwd.DispatcherConfig{Mode: mode, MaxNumSeqs: 1024}}
+			for b.Loop() {
+				if _, err := Choose(s, cfg); err != nil {
+					b.Fatal(err)
+				}
 			}
-		}
-		b.ReportMetric(float64(time.Since(began).Milliseconds())/float64(b.N), "ms/op")
-	})
+		})
+	}
 }

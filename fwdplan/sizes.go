@@ -12,7 +12,7 @@ import (
 //
 // The size of a pass is the number that decides the graph: the largest count of tokens, without padding,
 // among the busy ranks of the step, which the votes say. A pass without votes has its own count. So every
-// rank counts every step, and the snapshot of one rank says what those of all say together.
+// rank counts every step, and one rank's snapshot says as much as the snapshots of all ranks together.
 //
 // A Sizes has a fixed size, about 1 MB, whatever comes. What it has no place for is counted in
 // [LeftOut].
@@ -22,7 +22,7 @@ type Sizes struct {
 	table   [tableSize]counter
 }
 
-// runner is whose passes are counted: those of the first record.
+// runner names the Runner whose passes are counted: that of the first record.
 type runner struct {
 	name  string
 	ranks int

@@ -27,7 +27,6 @@ func TestObserve(t *testing.T) {
 	for name, c := range map[string]struct {
 		rec  fwd.Record
 		want fwdplan.Row
-		left fwdplan.LeftOut
 	}{
 		"alone, decode": {
 			rec:  fwd.Record{NumTokensUnpadded: 5, GraphMode: fwd.GraphFull, Batch: full, Duration: 7},
@@ -59,6 +58,26 @@ func TestObserve(t *testing.T) {
 			},
 			want: fwdplan.Row{Tokens: 6, Uniform: true, Captured: 8, Dummies: 1},
 		},
+		"eager with adapters": {
+			rec: fwd.Record{Rank: 1, Votes: []fwd.Vote{
+				{NumTokens: 7, NumActiveLoRAs: 1}, {NumTokens: 2, NumActiveLoRAs: 3}}},
+			want: fwdplan.Row{Tokens: 7, Adapters: 3, Passes: 1},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			checkObserved(t, c.rec, []fwdplan.Row{c.want}, fwdplan.LeftOut{})
+		})
+	}
+}
+
+func TestObserveLeftOut(t *testing.T) {
+	t.Parallel()
+	full := fwd.BatchDescriptor{NumTokens: 8, NumReqs: 8, Uniform: true}
+	for name, c := range map[string]struct {
+		rec  fwd.Record
+		left fwdplan.LeftOut
+	}{
 		"failed": {rec: fwd.Record{Err: errors.New("no")}, left: fwdplan.LeftOut{Failed: 1}},
 		"warm-up": {rec: fwd.Record{NumTokensUnpadded: 8, Dummy: true, Batch: full},
 			left: fwdplan.LeftOut{NoBatch: 1}},
@@ -76,11 +95,6 @@ func TestObserve(t *testing.T) {
 				{NumTokens: 1, ExcludeFull: true}}},
 			left: fwdplan.LeftOut{NoGraph: 1},
 		},
-		"eager with adapters": {
-			rec: fwd.Record{Rank: 1, Votes: []fwd.Vote{
-				{NumTokens: 7, NumActiveLoRAs: 1}, {NumTokens: 2, NumActiveLoRAs: 3}}},
-			want: fwdplan.Row{Tokens: 7, Adapters: 3, Passes: 1},
-		},
 		"too many adapters": {
 			rec:  fwd.Record{NumTokensUnpadded: 6, Reason: fwd.ReasonLoRA},
 			left: fwdplan.LeftOut{NoGraph: 1},
@@ -89,22 +103,25 @@ func TestObserve(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c.rec.Name, c.rec.Size = "target", max(len(c.rec.Votes), 1)
-			var sizes fwdplan.Sizes
-			sizes.Observe(t.Context(), &c.rec)
-			want := fwdplan.Snapshot{Name: "target", Ranks: c.rec.Size, LeftOut: c.left}
-			if c.want != (fwdplan.Row{}) {
-				want.Rows = []fwdplan.Row{c.want}
-			}
-			if got := sizes.Snapshot(); !reflect.DeepEqual(got, want) {
-				t.Errorf("got %+v\nwant %+v", got, want)
-			}
-			c.rec.Name = "draft"
-			sizes.Observe(t.Context(), &c.rec)
-			if got := sizes.Snapshot(); got.LeftOut.Other != 1 {
-				t.Errorf("a record of another Runner: %+v", got)
-			}
+			checkObserved(t, c.rec, nil, c.left)
 		})
+	}
+}
+
+// checkObserved gives a record to a new Sizes, and one of another Runner.
+func checkObserved(t *testing.T, rec fwd.Record, rows []fwdplan.Row, left fwdplan.LeftOut) {
+	t.Helper()
+	rec.Name, rec.Size = "target", max(len(rec.Votes), 1)
+	var sizes fwdplan.Sizes
+	sizes.Observe(t.Context(), &rec)
+	want := fwdplan.Snapshot{Name: "target", Ranks: rec.Size, Rows: rows, LeftOut: left}
+	if got := sizes.Snapshot(); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %+v\nwant %+v", got, want)
+	}
+	rec.Name = "draft"
+	sizes.Observe(t.Context(), &rec)
+	if got := sizes.Snapshot(); got.LeftOut.Other != 1 {
+		t.Errorf("a record of another Runner: %+v", got)
 	}
 }
 

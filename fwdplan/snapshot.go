@@ -170,11 +170,12 @@ func (s Snapshot) Sub(earlier Snapshot) (Snapshot, error) {
 	return s.combine(earlier, "subtract", func(a, b uint64) (uint64, bool) { return a - b, b <= a })
 }
 
+// operation combines two counts. ok is false if there is no such count.
+type operation func(a, b uint64) (result uint64, ok bool)
+
 // combine applies an operation to every count of two snapshots.
-func (s Snapshot) combine(
-	other Snapshot, verb string, op func(a, b uint64) (result uint64, ok bool),
-) (Snapshot, error) {
-	sum := Snapshot{Name: s.Name, Ranks: s.Ranks}
+func (s Snapshot) combine(other Snapshot, verb string, op operation) (Snapshot, error) {
+	sum := Snapshot{Name: s.Name, Ranks: s.Ranks, LeftOut: s.LeftOut}
 	switch {
 	case s.Ranks == 0 && len(s.Rows) == 0:
 		sum.Name, sum.Ranks = other.Name, other.Ranks
@@ -183,50 +184,44 @@ func (s Snapshot) combine(
 		return Snapshot{}, invalidf("can't %s snapshots of different Runners: name %q with %d ranks, "+
 			"name %q with %d", verb, s.Name, s.Ranks, other.Name, other.Ranks)
 	}
-	bad := false
-	count := func(to *uint64, from uint64) {
-		n, ok := op(*to, from)
-		*to, bad = n, bad || !ok
-	}
-	add := func(to *Row, from Row) {
-		count(&to.Passes, from.Passes)
-		count(&to.Dummies, from.Dummies)
-		count(&to.Nanoseconds, from.Nanoseconds)
-	}
-	rows := make(map[Row]*Row, len(s.Rows)+len(other.Rows))
+	rows := make(map[Row]Row, len(s.Rows)+len(other.Rows)) // by kind
 	for _, r := range s.Rows {
-		rows[r.kind()] = &r
+		rows[r.kind()] = r
 	}
 	for _, r := range other.Rows {
-		row := rows[r.kind()]
-		if row == nil {
-			kind := r.kind()
-			row = &kind
-			rows[kind] = row
+		was, known := rows[r.kind()]
+		if !known {
+			was = r.kind()
 		}
-		was := *row
-		if add(row, r); bad {
+		row := was
+		if !op.apply([]*uint64{&row.Passes, &row.Dummies, &row.Nanoseconds}, r.Passes, r.Dummies, r.Nanoseconds) {
 			return Snapshot{}, invalidf("can't %s passes of %d tokens: %d and %d, dummies %d and %d, in %d and %d ns",
 				verb, r.Tokens, was.Passes, r.Passes, was.Dummies, r.Dummies, was.Nanoseconds, r.Nanoseconds)
 		}
+		rows[r.kind()] = row
 	}
 	for _, r := range rows {
 		if r.Passes+r.Dummies > 0 {
-			sum.Rows = append(sum.Rows, *r)
+			sum.Rows = append(sum.Rows, r)
 		}
 	}
 	sortRows(sum.Rows)
-	sum.LeftOut = s.LeftOut
-	left := other.LeftOut
-	count(&sum.LeftOut.Failed, left.Failed)
-	count(&sum.LeftOut.NoBatch, left.NoBatch)
-	count(&sum.LeftOut.NoGraph, left.NoGraph)
-	count(&sum.LeftOut.Other, left.Other)
-	count(&sum.LeftOut.Beyond, left.Beyond)
-	if bad {
-		return Snapshot{}, invalidf("can't %s what was left out: %+v and %+v", verb, s.LeftOut, left)
+	l, o := &sum.LeftOut, other.LeftOut
+	if !op.apply([]*uint64{&l.Failed, &l.NoBatch, &l.NoGraph, &l.Other, &l.Beyond},
+		o.Failed, o.NoBatch, o.NoGraph, o.Other, o.Beyond) {
+		return Snapshot{}, invalidf("can't %s what was left out: %+v and %+v", verb, s.LeftOut, o)
 	}
 	return sum, sum.check()
+}
+
+// apply combines each of the counts with its other, and reports whether all have a result.
+func (op operation) apply(counts []*uint64, others ...uint64) bool {
+	all := true
+	for i, count := range counts {
+		result, ok := op(*count, others[i])
+		*count, all = result, all && ok
+	}
+	return all
 }
 
 // kind returns the row without its counts.

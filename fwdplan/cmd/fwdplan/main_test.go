@@ -54,7 +54,7 @@ func TestTable(t *testing.T) {
 	for _, want := range []string{
 		"18,735 passes of 61 sizes can use graphs, target",
 		"plan             8      8", "default         51     51", "1,2,4,8...      10     10", "judged on",
-		"With 7 graphs these passes would cost", "0 of 61 sizes were seen once", "Left out: 2 that failed",
+		"With 7 graphs these passes would cost", "0 of 61 sizes were seen once", "Left out: 2 failed.",
 	} {
 		if !strings.Contains(strings.ReplaceAll(got, "\n", " "), want) {
 			t.Errorf("no %q in\n%s", want, got)

@@ -38,12 +38,7 @@ func table(s fwdplan.Snapshot, r *result, o *options) string {
 	}
 	wrap(&b, neighbours(r.Plan))
 	wrap(&b, confidence(c))
-	if left := s.LeftOut; left != (fwdplan.LeftOut{}) {
-		wrap(&b,
-			fmt.Sprintf("Left out: %s that failed, %s without a batch, %s that no graph could serve, %s of other "+
-				"engines, %s beyond what is counted.", grouped(left.Failed), grouped(left.NoBatch), grouped(left.NoGraph),
-				grouped(left.Other), grouped(left.Beyond)))
-	}
+	wrap(&b, leftOut(s.LeftOut))
 	if r.Plan.Adjusted > 0 {
 		wrap(&b, fmt.Sprintf("The measured times of %d sizes fell with size, and were levelled.", r.Plan.Adjusted))
 	}
@@ -116,6 +111,26 @@ func confidence(c fwdplan.Confidence) string {
 		}
 	}
 	return fmt.Sprintf("%s. %d of %d sizes were seen once.", text, c.SeenOnce, c.Sizes)
+}
+
+// leftOut says what the snapshot does not count as passes, or nothing.
+func leftOut(l fwdplan.LeftOut) string {
+	var parts []string
+	for _, kind := range []struct {
+		n    uint64
+		what string
+	}{
+		{l.Failed, "failed"}, {l.NoBatch, "without a batch, as in warm-up"},
+		{l.NoGraph, "that no graph could serve"}, {l.Other, "of other engines"}, {l.Beyond, "beyond what is counted"},
+	} {
+		if kind.n > 0 {
+			parts = append(parts, grouped(kind.n)+" "+kind.what)
+		}
+	}
+	if parts == nil {
+		return ""
+	}
+	return "Left out: " + strings.Join(parts, "; ") + "."
 }
 
 func list(sizes []int) string {
