@@ -21,3 +21,15 @@ func ForgeBroken(group string, size, rank int, epoch, round uint64, missing ...i
 	}
 	return m.encode()
 }
+
+// Pause keeps a rank from handling messages until resume is called.
+func Pause(c *Coordinator) (resume func()) {
+	c.member.mu.Lock()
+	return c.member.mu.Unlock
+}
+
+// Dropped returns how many messages for all there was no room for.
+func Dropped(c *Coordinator) int {
+	n, _ := c.all.Dropped()
+	return n
+}

@@ -70,6 +70,8 @@ type member struct {
 	late     bool
 	lateFrom uint64
 
+	strangers limit // answers to those who are no other rank of this group
+
 	phase     phase
 	contested bool          // another process has, or had, this rank
 	former    []uint64      // epochs that this life of the rank had before
@@ -91,6 +93,29 @@ type peer struct {
 
 	// Rounds up to taken may have votes of an earlier life of the rank. They ended at most at step.
 	taken, step uint64
+
+	answers limit // of answers to it
+}
+
+// limit bounds answers: whoever floods a rank does not make it flood others. A rank that waits asks
+// far less often, and asks again for an answer that it did not get.
+type limit struct {
+	began time.Time // of the present interval
+	count int       // of answers in it
+}
+
+const (
+	limitInterval = resendFirst
+	limitAnswers  = 16 // in an interval
+)
+
+// allow reports whether another answer may be sent now, and counts it.
+func (l *limit) allow() bool {
+	if now := time.Now(); now.Sub(l.began) >= limitInterval {
+		*l = limit{began: now}
+	}
+	l.count++
+	return l.count <= limitAnswers
 }
 
 // gathering is the votes of one round.
@@ -393,26 +418,22 @@ func (m *member) leftBehind(round, step, lowest uint64) {
 // handle takes a message that came in on the subject of rank from. It is for this rank alone if
 // direct, otherwise for all.
 func (m *member) handle(from int, direct bool, data []byte) {
-	msg, err := decode(data)
+	msg, body, err := decodeHeader(data)
+	if err == nil && msg.group == m.group && msg.size == m.size && msg.rank == from {
+		err = msg.decodeBody(body)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil {
 		return
 	}
-	if err != nil {
-		m.handleBad(from, err)
-		return
-	}
 	switch {
+	case err != nil:
+		m.handleBad(from, err)
 	case msg.group != m.group || msg.rank != from:
 		m.stats.Foreign++
 	case msg.size != m.size:
-		m.stats.Foreign++
-		if msg.kind == kindHello || msg.kind == kindClaim {
-			m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
-		}
-		m.refuse("rank %d says that the group has %d ranks, rank %d says %d; give all the same Config.Size",
-			msg.rank, msg.size, m.rank, m.size)
+		m.handleOtherSize(&msg)
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
@@ -427,6 +448,16 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	default:
 		m.handlePeer(&msg, direct)
 	}
+}
+
+// handleOtherSize takes a message of a rank that has another size of the group in its configuration.
+func (m *member) handleOtherSize(msg *message) {
+	m.stats.Foreign++
+	if (msg.kind == kindHello || msg.kind == kindClaim) && m.strangers.allow() {
+		m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
+	}
+	m.refuse("rank %d says that the group has %d ranks, rank %d says %d; give all the same Config.Size",
+		msg.rank, msg.size, m.rank, m.size)
 }
 
 func (m *member) handleBad(from int, err error) {
@@ -474,7 +505,7 @@ func (m *member) handleBye(msg *message) {
 // tellStale tells a process that another has its rank now. The other process, which hears the same
 // messages, tells it too, unless it has ended meanwhile.
 func (m *member) tellStale(msg *message) {
-	if m.phase != joined {
+	if m.phase != joined || !m.peers[msg.rank].answers.allow() {
 		return
 	}
 	state := m.state()
@@ -488,7 +519,9 @@ func (m *member) tellStale(msg *message) {
 // to nobody.
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
-	life := peer{epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step}
+	life := peer{
+		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step, answers: old.answers,
+	}
 	for i, g := range []*gathering{&m.open, &m.next} {
 		voter := msg.rank
 		if !g.here[voter] && old.epoch != 0 {
@@ -508,7 +541,7 @@ func (m *member) handleVote(msg *message, direct bool) {
 		m.stats.Duplicates++
 		// A direct vote is an answer itself. A process that still asks for its rank must not speak for
 		// it.
-		if !direct && m.phase != asking {
+		if !direct && m.phase != asking && m.peers[msg.rank].answers.allow() {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"math/bits"
 
 	"github.com/forwardctx/fwd"
 	"go.opentelemetry.io/otel/trace"
@@ -82,6 +83,14 @@ const (
 	// maxTraceState bounds the bytes of a trace state. A longer one is left out, as the W3C
 	// recommendation on trace context allows.
 	maxTraceState = 4096
+)
+
+// These are the sizes of bodies in bytes.
+const (
+	stateSize  = 1 + 8 + 8
+	voteSize   = 43             // without a span
+	spanSize   = 16 + 8 + 1 + 2 // without the trace state
+	brokenSize = 4 + 8          // without the bits of the missing ranks
 )
 
 // message is any message. Fields that its kind does not use are zero.
@@ -204,15 +213,15 @@ func flag(set bool, bit uint16) uint16 {
 	return 0
 }
 
-// decode reads a message. It accepts exactly what encode writes, and returns an error for anything
-// else. It never panics: anyone who may publish on the subject can send anything.
-func decode(b []byte) (message, error) {
-	var m message
+// decodeHeader reads the header of a message, and returns the body for decodeBody. Bodies of other
+// groups, and of other sizes, are not worth the memory that they may need. It never panics: anyone
+// who may publish on the subject can send anything.
+func decodeHeader(b []byte) (m message, body []byte, err error) {
 	if len(b) < len(magic)+1 || string(b[:len(magic)]) != magic {
-		return m, fmt.Errorf("%d bytes that are no message of a group", len(b))
+		return m, nil, fmt.Errorf("%d bytes that are no message of a group", len(b))
 	}
 	if v := b[len(magic)]; v != version {
-		return m, versionError(v)
+		return m, nil, versionError(v)
 	}
 	r := reader{rest: b[len(magic)+1:]}
 	m.kind = kind(r.uint8())
@@ -220,22 +229,50 @@ func decode(b []byte) (message, error) {
 	m.size, m.rank = int(r.uint32()), int(r.uint32())
 	m.epoch, m.round, m.step = r.counter(), r.counter(), r.counter()
 	r.require(m.size >= 1 && m.size <= maxRanks && m.rank >= 0 && m.rank < m.size)
+	least, most := m.bodySize()
+	r.require(len(r.rest) >= least && len(r.rest) <= most)
+	if r.bad {
+		return m, nil, m.damaged()
+	}
+	return m, r.rest, nil
+}
+
+// bodySize returns how many bytes a body of this kind has, or none that fit if there is no such
+// kind.
+func (m *message) bodySize() (least, most int) {
 	switch m.kind {
 	case kindHello, kindClaim, kindBye:
+		return 0, 0
+	case kindState:
+		return stateSize, stateSize
+	case kindVote:
+		return voteSize, voteSize + spanSize + maxTraceState
+	case kindBroken:
+		n := brokenSize + (m.size+7)/8
+		return n, n
+	}
+	return 1, 0
+}
+
+// decodeBody reads what follows the header. It accepts exactly what encode writes, and returns an
+// error for anything else.
+func (m *message) decodeBody(body []byte) error {
+	r := reader{rest: body}
+	switch m.kind {
 	case kindState:
 		m.decodeState(&r)
 	case kindVote:
 		m.decodeVote(&r)
 	case kindBroken:
 		m.decodeBroken(&r)
-	default:
-		r.bad = true
 	}
 	if r.bad || len(r.rest) > 0 {
-		return m, fmt.Errorf("a damaged message of %d bytes, kind %d", len(b), m.kind)
+		return m.damaged()
 	}
-	return m, nil
+	return nil
 }
+
+func (m *message) damaged() error { return fmt.Errorf("a damaged message of kind %d", m.kind) }
 
 func (m *message) decodeState(r *reader) {
 	flags := r.uint8()
@@ -265,9 +302,15 @@ func (m *message) decodeVote(r *reader) {
 
 func (m *message) decodeBroken(r *reader) {
 	m.by, m.lowest = int(r.uint32()), r.counter()
-	for i, bits := range r.bytes((m.size + 7) / 8) {
+	missing := r.bytes((m.size + 7) / 8)
+	count := 0
+	for _, b := range missing {
+		count += bits.OnesCount8(b)
+	}
+	m.missing = make([]int, 0, count)
+	for i, b := range missing {
 		for bit := range 8 {
-			if bits&(1<<bit) != 0 {
+			if b&(1<<bit) != 0 {
 				m.missing = append(m.missing, 8*i+bit)
 			}
 		}
@@ -346,6 +389,7 @@ func (r *reader) span() trace.SpanContext {
 	copy(config.SpanID[:], r.bytes(len(config.SpanID)))
 	config.TraceFlags = trace.TraceFlags(r.uint8())
 	if state := r.bytes(int(r.uint16())); len(state) > 0 {
+		r.require(len(state) <= maxTraceState)
 		var err error
 		config.TraceState, err = trace.ParseTraceState(string(state))
 		r.require(err == nil && config.TraceState.String() == string(state))

@@ -4,9 +4,11 @@ package natsdp
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -63,6 +65,15 @@ func samples() []message {
 	return samples
 }
 
+// decode reads a whole message.
+func decode(b []byte) (message, error) {
+	m, body, err := decodeHeader(b)
+	if err == nil {
+		err = m.decodeBody(body)
+	}
+	return m, err
+}
+
 func TestMessages(t *testing.T) {
 	for _, want := range samples() {
 		got, err := decode(want.encode())
@@ -101,14 +112,19 @@ func TestMessageSizes(t *testing.T) {
 	}
 }
 
+// longTraceState returns a trace state that is a little longer than a message takes.
+func longTraceState() (state trace.TraceState) {
+	for key := 'a'; key <= 'p'; key++ {
+		state, _ = state.Insert(string(key), strings.Repeat("x", 256))
+	}
+	return state
+}
+
 // A trace state that is too long is left out, and the rest of the vote comes.
 func TestLongTraceState(t *testing.T) {
-	state := trace.TraceState{}
-	for key := 'a'; key <= 'q'; key++ {
-		var err error
-		if state, err = state.Insert(string(key), strings.Repeat("x", 256)); err != nil {
-			t.Fatal(err)
-		}
+	state := longTraceState()
+	if n := len(state.String()); n <= maxTraceState || n > maxTraceState+100 {
+		t.Fatalf("a trace state of %d bytes, want a few more than %d", n, maxTraceState)
 	}
 	m := message{kind: kindVote, size: 2, round: 1, vote: fullVote()}
 	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(state)
@@ -119,6 +135,41 @@ func TestLongTraceState(t *testing.T) {
 	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(trace.TraceState{})
 	if !reflect.DeepEqual(got, m) {
 		t.Errorf("got %+v, want %+v", got, m)
+	}
+}
+
+// A large message costs a rank of another group, or of another size, next to nothing.
+func TestBomb(t *testing.T) {
+	bomb := message{kind: kindBroken, group: hashGroup("sim"), size: maxRanks, epoch: 1, round: 1}
+	for rank := range maxRanks {
+		bomb.missing = append(bomb.missing, rank)
+	}
+	m := newMember("sim", 1, 3, func(int, []byte) {})
+	elsewhere := newMember("elsewhere", 1, maxRanks, func(int, []byte) {})
+	const times = 100
+	data := bomb.encode()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range times {
+		m.handle(0, false, data)
+		elsewhere.handle(0, false, data)
+	}
+	runtime.ReadMemStats(&after)
+	if n := (after.TotalAlloc - before.TotalAlloc) / times; n > 4096 {
+		t.Errorf("two ranks allocate %d bytes for a message of %d bytes of another group", n, len(data))
+	}
+}
+
+// The kind and the size of a group bound the length of a message, before anything of its body is
+// read.
+func TestLengthIsChecked(t *testing.T) {
+	for _, m := range samples() {
+		if _, _, err := decodeHeader(append(m.encode(), make([]byte, 1<<13)...)); err == nil {
+			t.Errorf("a header of kind %d is read with a body that is too long", m.kind)
+		}
+		if _, _, err := decodeHeader(m.encode()); err != nil {
+			t.Errorf("kind %d: %v", m.kind, err)
+		}
 	}
 }
 
@@ -147,7 +198,18 @@ func damaged() map[string][]byte {
 		spoil(&m)
 		bad[what] = m.encode()
 	}
+	bad["a trace state that is too long"] = withLongTraceState()
 	return bad
+}
+
+// withLongTraceState returns a vote with a trace state that encode leaves out.
+func withLongTraceState() []byte {
+	state := longTraceState().String()
+	m := message{kind: kindVote, size: 3, round: 1, vote: fwd.Vote{SpanContext: sampleSpan()}}
+	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(trace.TraceState{})
+	b := m.encode()
+	b = binary.BigEndian.AppendUint16(b[:len(b)-2], uint16(len(state)))
+	return append(b, state...)
 }
 
 func TestDamaged(t *testing.T) {

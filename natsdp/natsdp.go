@@ -209,7 +209,8 @@ func isAbsent(err error) bool {
 // methods at any time.
 //
 // A connection may keep its user waiting: for a name server, a server that does not answer, or room
-// in a socket. No caller must wait for that, so one goroutine speaks on it and another listens.
+// in a socket. No caller must wait for that, so a goroutine speaks on it, and those of its
+// subscriptions listen.
 type Coordinator struct {
 	member *member
 	conn   *nats.Conn
@@ -217,7 +218,6 @@ type Coordinator struct {
 	base   string // of subjects: PREFIX.GROUP
 
 	out       chan outgoing
-	in        chan *nats.Msg
 	all       *nats.Subscription // messages for everyone
 	direct    *nats.Subscription // messages for this rank alone
 	down      atomic.Bool        // the connection is being made again: what is sent is lost
@@ -261,12 +261,10 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 			return nil, err
 		}
 	}
-	room := min(1024+16*cfg.Size, 1<<16) // for several rounds; what does not fit is dropped, and sent again
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
 		base:  o.prefix + "." + cfg.Group,
-		out:   make(chan outgoing, room),
-		in:    make(chan *nats.Msg, room),
+		out:   make(chan outgoing, queueRoom(cfg.Size)),
 		done:  make(chan struct{}),
 		ended: make(chan struct{}),
 	}
@@ -279,6 +277,15 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 	}
 	return c, nil
 }
+
+// queueRoom returns how many messages a queue holds: those of several rounds. What does not fit is
+// dropped, and sent again.
+func queueRoom(size int) int { return min(1024+16*size, 1<<16) }
+
+// queueBytes is how many bytes a queue of messages that have come in holds, since anyone who may
+// publish to a rank can send large ones. There is room for a vote with the longest trace state of
+// each of 1,000 ranks.
+const queueBytes = 4 << 20
 
 func invalidf(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", fwd.ErrInvalid, fmt.Sprintf(format, args...))
@@ -340,17 +347,30 @@ func (c *Coordinator) speak() {
 		return
 	default:
 	}
-	var listening sync.WaitGroup
-	listening.Go(func() { c.listen(status) })
+	var watching sync.WaitGroup
+	watching.Go(func() { c.watch(status) })
 	c.publish(before)
-	listening.Wait()
+	watching.Wait()
 }
 
 func (c *Coordinator) subscribe() (err error) {
-	if c.all, err = c.conn.ChanSubscribe(c.base+".all.*", c.in); err == nil {
-		c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(c.member.rank)+".*", c.in)
+	if c.all, err = c.subscribeTo("all", false); err == nil {
+		c.direct, err = c.subscribeTo(strconv.Itoa(c.member.rank), true)
 	}
 	return err
+}
+
+// subscribeTo hands the member what comes in for an address. Its queue has bounds.
+func (c *Coordinator) subscribeTo(address string, direct bool) (*nats.Subscription, error) {
+	sub, err := c.conn.Subscribe(c.base+"."+address+".*", func(msg *nats.Msg) {
+		if from, ok := sender(msg.Subject); ok {
+			c.member.handle(from, direct, msg.Data)
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sub, sub.SetPendingLimits(queueRoom(c.member.size), queueBytes)
 }
 
 // unsubscribe ends the subscriptions. An error says that there is none, or that the connection has
@@ -415,14 +435,10 @@ func (c *Coordinator) isRefusal(err error, rank string) bool {
 	return ok && (subject == "all.*" || subject == rank+".*" || strings.HasSuffix(subject, "."+rank))
 }
 
-// listen hands the member what comes in.
-func (c *Coordinator) listen(status <-chan nats.Status) {
+// watch tells the member when the connection is there again, and when it has ended.
+func (c *Coordinator) watch(status <-chan nats.Status) {
 	for {
 		select {
-		case msg := <-c.in:
-			if from, ok := sender(msg.Subject); ok {
-				c.member.handle(from, msg.Sub == c.direct, msg.Data)
-			}
 		case s := <-status:
 			switch c.down.Store(s != nats.CONNECTED); s {
 			case nats.CONNECTED:

@@ -385,3 +385,29 @@ func TestNoise(t *testing.T) {
 		}
 	}
 }
+
+// While a rank can't look at its messages, those that it keeps are bounded in bytes, not only in
+// number, and it is together with the others afterwards.
+func TestQueueIsBounded(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	name := newName()
+	group := joinAll(t, name, 2, at(s))
+	together(t, group, 1)
+	resume := natsdp.Pause(group[0])
+	conn := connect(t, s)
+	const times = 64
+	for range times {
+		_ = conn.Publish(natsdp.DefaultSubjectPrefix+"."+name+".all.1", make([]byte, 1<<19))
+	}
+	if err := conn.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); natsdp.Dropped(group[0]) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("a rank keeps %d MB", times/2)
+		}
+	}
+	resume()
+	together(t, group, 2)
+}

@@ -787,3 +787,37 @@ func TestLastOfALostVote(t *testing.T) {
 		}
 	})
 }
+
+// Whoever floods a rank gets few answers: neither votes of rounds that are over, nor those of a life
+// that is over, nor questions make it flood others.
+func TestFloodIsAnsweredSlowly(t *testing.T) {
+	t.Parallel()
+	for what, flood := range map[string]func(m *message){
+		"votes of a round that is over": func(m *message) { m.kind, m.round = kindVote, 1 },
+		"votes of a life that is over":  func(m *message) { m.kind, m.round, m.epoch = kindVote, 1, 1 },
+		"questions":                     func(m *message) { m.kind = kindHello },
+		"questions of another size":     func(m *message) { m.kind, m.size = kindHello, 9 },
+		"votes of the rank itself":      func(m *message) { m.kind, m.rank, m.epoch, m.round = kindVote, 0, 1, 1 },
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBus(2, 1)
+			group := b.joinAll(t)
+			defer b.killAll()
+			succeed(t, group[0].begin(t.Context(), 1), group[1].begin(t.Context(), 1))
+			time.Sleep(time.Second)
+			msg := group[1].message(kindHello)
+			flood(&msg)
+			group[1].kill()
+			sent := 0
+			group[0].send = func(int, []byte) { sent++ }
+			data := msg.encode()
+			for range 10_000 { // in a second
+				group[0].handle(msg.rank, false, data)
+				time.Sleep(100 * time.Microsecond)
+			}
+			if most := limitAnswers * int(time.Second/limitInterval+1); sent == 0 || sent > most {
+				t.Errorf("%s: %d answers, want some and at most %d", what, sent, most)
+			}
+		})
+	}
+}
