@@ -4,6 +4,9 @@ package natsdp
 
 import "github.com/forwardctx/fwd"
 
+// LaterEpoch returns the epoch of a life that would count, if its rank said so.
+func LaterEpoch() uint64 { return latestEpoch() - 1<<40 }
+
 // ForgeVote returns the message of a vote, as somebody could make it up.
 func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []byte {
 	m := message{

@@ -195,9 +195,6 @@ func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	if err := v.Validate(m.rank); err != nil {
 		return nil, err
 	}
-	if v.Step > maxCounter {
-		return nil, invalidf("rank %d votes for step %d, want at most %d", m.rank, v.Step, uint64(maxCounter))
-	}
 	if !m.busy.CompareAndSwap(false, true) {
 		return nil, twice(m.rank, v.Step)
 	}
@@ -264,6 +261,10 @@ func (m *member) begin(v fwd.Vote) error {
 	}
 	if m.voted && v.Step == m.last {
 		return twice(m.rank, v.Step)
+	}
+	if most := m.mostStep(); v.Step > most {
+		return invalidf("rank %d votes for step %d, but the group is at step %d; want at most %d",
+			m.rank, v.Step, m.step, most)
 	}
 	m.voted, m.waiting = true, true
 	m.enter(v)
@@ -434,6 +435,8 @@ func (m *member) handle(from int, direct bool, data []byte) {
 		m.stats.Foreign++
 	case msg.size != m.size:
 		m.handleOtherSize(&msg)
+	case !m.credible(&msg):
+		m.stats.Implausible++
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
@@ -448,6 +451,33 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	default:
 		m.handlePeer(&msg, direct)
 	}
+}
+
+// credible reports whether an honest rank can send a message. The numbers of a group only grow, so
+// one that is near their end would leave it none, even after the rank that said so is replaced.
+//
+// Rounds take longer than a microsecond. So a group can't have come further than the microseconds
+// since 1970, and whoever pushes it there leaves it one for each microsecond to come. Epochs are
+// nanoseconds since 1970. The clocks of hosts differ, by less than a day.
+func (m *member) credible(msg *message) bool {
+	return msg.round <= uint64(time.Now().Add(clocksDiffer).UnixMicro()) &&
+		max(msg.step, msg.vote.Step) <= m.mostStep() &&
+		max(msg.epoch, msg.holder) <= latestEpoch()
+}
+
+// clocksDiffer is the most by which the clocks of two hosts may differ.
+const clocksDiffer = 24 * time.Hour
+
+// latestEpoch returns the largest epoch that a life may have.
+func latestEpoch() uint64 { return uint64(time.Now().Add(clocksDiffer).UnixNano()) }
+
+// mostStep returns the highest step that a vote may be for, see maxJump. A rank that joins does not
+// know yet where the group is.
+func (m *member) mostStep() uint64 {
+	if m.phase != joined {
+		return maxCounter - maxCounter/maxJump
+	}
+	return m.step + (maxCounter-m.step)/maxJump
 }
 
 // handleOtherSize takes a message of a rank that has another size of the group in its configuration.

@@ -80,6 +80,10 @@ const (
 	// maxCounter bounds rounds, steps and epochs: a larger one is damaged, and would overflow.
 	maxCounter = 1 << 62
 
+	// maxJump is the part of the steps that are left up to maxCounter which one message, or one vote
+	// of this rank, may skip. So nothing that anybody says uses all of them up.
+	maxJump = 64
+
 	// maxTraceState bounds the bytes of a trace state. A longer one is left out, as the W3C
 	// recommendation on trace context allows.
 	maxTraceState = 4096

@@ -34,7 +34,8 @@
 // PREFIX.GROUP.r.*. With these permissions alone it can't speak for another rank, and nobody else
 // can speak for it. A message is believed only if the rank in it is that of its subject. Some
 // messages are counted in [Stats], and a group that is together ignores them: damaged ones, those
-// of another version, group or size, and those of a process whose rank has been taken over.
+// of another version, group or size, those of a process whose rank has been taken over, and those
+// with numbers that no honest rank can have come to, which would leave the group none to go on with.
 //
 // # Versions
 //
@@ -490,7 +491,7 @@ func (c *Coordinator) Missing() []int { return c.member.missingVotes() }
 // and not on another. Last may be called at any time, from any goroutine, and does not wait.
 func (c *Coordinator) Last() int { return c.member.lastVote() }
 
-// Stats are counts since Join. The first four count messages that told this rank nothing about its
+// Stats are counts since Join. The first five count messages that told this rank nothing about its
 // round.
 type Stats struct {
 	// Malformed counts messages that could not be read.
@@ -499,6 +500,9 @@ type Stats struct {
 	// Foreign counts messages of another version, group or size, of a rank that is not that of the
 	// subject, and of another process with this rank.
 	Foreign uint64
+
+	// Implausible counts messages with a round, step or epoch that no honest rank can have come to.
+	Implausible uint64
 
 	// Stale counts messages of processes whose rank has been taken over.
 	Stale uint64
