@@ -23,6 +23,12 @@ import (
 // lost, comes twice, or comes late. Steps could not serve for that, since ranks that restart vote
 // for low ones again.
 //
+// A rank may be started again while its last process lives on, cut off from the others. So a vote
+// says which lives of all ranks its sender counts, and a round is complete only if all votes agree
+// on that. A rank votes once in a round: if it learns of a new life while its vote is there, it gives
+// the round up, since the last life may have completed it, and votes again in the next one. So all
+// that complete a round have the same votes, of the same processes.
+//
 // Messages get lost. A rank that waits sends its vote again from time to time. A rank that has that
 // round behind it answers how the round ended: with its own vote if the votes of all were there,
 // otherwise with the news that the round is broken. A rank that finds out that it has been left
@@ -54,6 +60,10 @@ type member struct {
 	// The votes of rounds round+1 and round+2. Another rank may have the next round behind it already
 	// when its vote in the one after comes.
 	open, next gathering
+
+	// down says that there is no connection: what still comes in was said before. cut says that it was
+	// lost while the round was open, so that votes may be missing.
+	down, cut bool
 
 	// This rank's vote in the open round.
 	waiting bool
@@ -121,18 +131,30 @@ func (l *limit) allow() bool {
 // gathering is the votes of one round.
 type gathering struct {
 	votes []fwd.Vote
+	lives []uint64 // what the votes say of them, see hashLives
 	here  []bool
 	count int
 	last  int // the rank whose vote came last
 }
 
 func newGathering(size int) gathering {
-	return gathering{votes: make([]fwd.Vote, size), here: make([]bool, size)}
+	return gathering{votes: make([]fwd.Vote, size), lives: make([]uint64, size), here: make([]bool, size)}
 }
 
-func (g *gathering) add(rank int, v fwd.Vote) {
-	g.votes[rank], g.here[rank], g.last = v, true, rank
+func (g *gathering) add(rank int, v fwd.Vote, lives uint64) {
+	g.votes[rank], g.lives[rank], g.here[rank], g.last = v, lives, true, rank
 	g.count++
+}
+
+// lacks returns the ranks whose votes are not there, or that count other lives than this one. They
+// vote again when they have heard of the others' lives, or this rank does.
+func (g *gathering) lacks(lives uint64) (ranks []int) {
+	for rank, here := range g.here {
+		if !here || g.lives[rank] != lives {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
 }
 
 func (g *gathering) remove(rank int) {
@@ -140,6 +162,16 @@ func (g *gathering) remove(rank int) {
 		g.here[rank] = false
 		g.count--
 	}
+}
+
+// highest returns the highest step of a vote, or 0 if none is there.
+func (g *gathering) highest() (step uint64) {
+	for rank, here := range g.here {
+		if here {
+			step = max(step, g.votes[rank].Step)
+		}
+	}
+	return step
 }
 
 // reset empties a gathering. It takes a new slice, since a caller may have been given the old one.
@@ -286,12 +318,52 @@ func (m *member) enter(v fwd.Vote) {
 		v.Step = m.step + 1
 	}
 	m.vote, m.last, m.late = v, v.Step, false
+	m.open.add(m.rank, v, m.lives())
+	m.sendVote()
+	m.endIfFull()
+}
+
+// sendVote sends this rank's vote to all.
+func (m *member) sendVote() {
 	msg := m.message(kindVote)
-	msg.round, msg.vote, msg.complete = m.round+1, v, m.complete
+	msg.round, msg.vote, msg.lives = m.round+1, m.vote, m.open.lives[m.rank]
+	msg.complete, msg.asks = m.complete, m.cut
 	m.sent = msg.encode()
 	m.send(toAll, m.sent)
-	m.open.add(m.rank, v)
-	m.endIfFull()
+}
+
+// interrupted notes that the connection is lost or, if back is true, that it is there again. What
+// the others said before may not hold any more: they may have given the round up, and others may
+// have taken their places. So their votes count only if they are said again.
+func (m *member) interrupted(back bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.down, m.cut = !back, true
+	for rank := range m.peers {
+		if rank != m.rank {
+			m.open.remove(rank)
+			m.next.remove(rank)
+		}
+	}
+	if back && m.waiting {
+		m.stats.Resent++
+		m.sendVote()
+	}
+}
+
+// lives returns the number that stands for the lives that count for this rank.
+func (m *member) lives() uint64 {
+	return hashLives(func(yield func(uint64) bool) {
+		for rank := range m.peers {
+			epoch := m.peers[rank].epoch
+			if rank == m.rank {
+				epoch = m.epoch
+			}
+			if !yield(epoch) {
+				return
+			}
+		}
+	})
 }
 
 // missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
@@ -301,12 +373,7 @@ func (m *member) missingVotes() (ranks []int) {
 	if !m.waiting {
 		return nil
 	}
-	for rank, here := range m.open.here {
-		if !here {
-			ranks = append(ranks, rank)
-		}
-	}
-	return ranks
+	return m.open.lacks(m.open.lives[m.rank])
 }
 
 // lastVote returns whose vote came last in the latest exchange that has ended, see lastRank.
@@ -326,9 +393,10 @@ func (m *member) again() {
 	}
 }
 
-// endIfFull ends the open round if the votes of all are there. All ranks come to the same end.
+// endIfFull ends the open round if the votes of all are there and count the same lives. All ranks
+// come to the same end.
 func (m *member) endIfFull() {
-	if m.open.count < m.size {
+	if m.open.count < m.size || m.open.lacks(m.open.lives[m.rank]) != nil {
 		return
 	}
 	votes, step := m.open.votes, m.last
@@ -356,7 +424,7 @@ func (m *member) endRound(round, step uint64) {
 		m.open.reset()
 	}
 	m.next.reset()
-	m.round, m.step = round, step
+	m.round, m.step, m.cut = round, step, false
 }
 
 // release ends the wait of this rank.
@@ -375,14 +443,12 @@ func (m *member) breakRound() {
 	}
 	msg := m.message(kindBroken)
 	msg.round, msg.by, msg.lowest = m.round+1, m.rank, m.last
+	msg.missing = m.open.lacks(m.open.lives[m.rank])
+	msg.step = max(msg.step, m.open.highest()) // not below what a restarted rank may have missed
 	for rank, here := range m.open.here {
-		if !here {
-			msg.missing = append(msg.missing, rank)
-			continue
+		if here {
+			msg.lowest = min(msg.lowest, m.open.votes[rank].Step)
 		}
-		step := m.open.votes[rank].Step
-		msg.step = max(msg.step, step) // not below what a restarted rank may have missed
-		msg.lowest = min(msg.lowest, step)
 	}
 	m.stats.Broken++
 	m.sendMessage(toAll, msg)
@@ -425,7 +491,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead != nil {
+	if m.dead != nil || m.down {
 		return
 	}
 	switch {
@@ -546,7 +612,7 @@ func (m *member) tellStale(msg *message) {
 // newLife notes that a rank has been started again. The votes of its last life don't count any
 // more: some ranks may have them, and others not. Nor can the rank vote in a round in which this
 // rank waits: its last life may have had the votes of all there, with a vote of its own that came
-// to nobody.
+// to nobody. So this rank gives that round up.
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
 	life := peer{
@@ -563,6 +629,9 @@ func (m *member) newLife(msg *message) {
 		g.remove(msg.rank)
 	}
 	m.peers[msg.rank] = life
+	if m.waiting {
+		m.leftBehind(m.round+1, m.open.highest(), m.last)
+	}
 }
 
 func (m *member) handleVote(msg *message, direct bool) {
@@ -575,6 +644,10 @@ func (m *member) handleVote(msg *message, direct bool) {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
+		if msg.asks && !direct && m.waiting && m.peers[msg.rank].answers.allow() {
+			m.stats.Resent++
+			m.send(msg.rank, m.sent)
+		}
 		m.add(&m.open, msg)
 	case msg.round == m.round+2 && msg.complete && m.waiting:
 		// Another rank had all votes of the open round, so they come here too: this rank asks again for
@@ -591,7 +664,7 @@ func (m *member) add(g *gathering, msg *message) {
 		m.stats.Duplicates++
 		return
 	}
-	g.add(msg.rank, msg.vote)
+	g.add(msg.rank, msg.vote, msg.lives)
 	m.endIfFull()
 }
 

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"iter"
 	"math/bits"
 
 	"github.com/forwardctx/fwd"
@@ -21,7 +22,7 @@ import (
 //	44  body
 const (
 	magic   = "fw"
-	version = 2
+	version = 3
 )
 
 // kind says what a message is about.
@@ -61,6 +62,7 @@ const (
 	flagWarmUp
 	flagSpan     // a span context follows
 	flagComplete // the round before this one ended with the votes of all
+	flagAsks     // its rank has lost votes of this round: whoever waits in it sends its own again
 
 	flagsOfVote = 1<<iota - 1
 )
@@ -92,7 +94,7 @@ const (
 // These are the sizes of bodies in bytes.
 const (
 	stateSize  = 1 + 8 + 8
-	voteSize   = 43             // without a span
+	voteSize   = 51             // without a span
 	spanSize   = 16 + 8 + 1 + 2 // without the trace state
 	brokenSize = 4 + 8          // without the bits of the missing ranks
 )
@@ -109,7 +111,9 @@ type message struct {
 
 	// Of a vote.
 	vote     fwd.Vote
-	complete bool // see flagComplete
+	lives    uint64 // see hashLives
+	complete bool   // see flagComplete
+	asks     bool   // see flagAsks
 
 	// Of a broken round.
 	by      int    // the rank that stopped waiting
@@ -128,6 +132,18 @@ type message struct {
 func hashGroup(name string) uint64 {
 	h := fnv.New64a()
 	h.Write([]byte(name))
+	return h.Sum64()
+}
+
+// hashLives returns the number that stands for the lives of all ranks that a rank counts: the FNV-1a
+// hash of their epochs, in rank order.
+func hashLives(epochs iter.Seq[uint64]) uint64 {
+	h := fnv.New64a()
+	var b [8]byte
+	for epoch := range epochs {
+		binary.BigEndian.PutUint64(b[:], epoch)
+		h.Write(b[:])
+	}
 	return h.Sum64()
 }
 
@@ -166,9 +182,10 @@ func (m *message) encode() []byte {
 //	 0  step                                         8 bytes
 //	 8  tokens, padded tokens, requests, adapters    4 each
 //	24  note, fingerprint of the configuration       8 each
-//	40  graph mode                                   1
-//	41  flags                                        2
-//	43  span context, see appendSpan
+//	40  lives that its rank counts, see hashLives    8
+//	48  graph mode                                   1
+//	49  flags                                        2
+//	51  span context, see appendSpan
 func (m *message) appendVote(b []byte) []byte {
 	v := &m.vote
 	b = binary.BigEndian.AppendUint64(b, v.Step)
@@ -177,11 +194,12 @@ func (m *message) appendVote(b []byte) []byte {
 	}
 	b = binary.BigEndian.AppendUint64(b, v.Note)
 	b = binary.BigEndian.AppendUint64(b, v.Config)
+	b = binary.BigEndian.AppendUint64(b, m.lives)
 	b = append(b, byte(v.GraphMode))
 	span := hasSpan(v.SpanContext)
 	b = binary.BigEndian.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
 		flag(v.Eager, flagEager)|flag(v.UBatch, flagUBatch)|flag(v.Idle, flagIdle)|flag(v.WarmUp, flagWarmUp)|
-		flag(span, flagSpan)|flag(m.complete, flagComplete))
+		flag(span, flagSpan)|flag(m.complete, flagComplete)|flag(m.asks, flagAsks))
 	if span {
 		b = appendSpan(b, v.SpanContext)
 	}
@@ -291,12 +309,12 @@ func (m *message) decodeVote(r *reader) {
 	for _, n := range [...]*int{&v.NumTokens, &v.NumTokensPadded, &v.NumReqs, &v.NumActiveLoRAs} {
 		*n = int(r.uint32())
 	}
-	v.Note, v.Config = r.uint64(), r.uint64()
+	v.Note, v.Config, m.lives = r.uint64(), r.uint64(), r.uint64()
 	v.GraphMode = fwd.GraphMode(r.uint8())
 	flags := r.uint16()
 	v.Uniform, v.ExcludeFull, v.Eager = flags&flagUniform != 0, flags&flagExcludeFull != 0, flags&flagEager != 0
 	v.UBatch, v.Idle, v.WarmUp = flags&flagUBatch != 0, flags&flagIdle != 0, flags&flagWarmUp != 0
-	m.complete = flags&flagComplete != 0
+	m.complete, m.asks = flags&flagComplete != 0, flags&flagAsks != 0
 	r.require(flags&^flagsOfVote == 0 && m.round > 0)
 	r.require(v.Validate(m.rank) == nil)
 	if flags&flagSpan != 0 {

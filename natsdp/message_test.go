@@ -53,7 +53,7 @@ func samples() []message {
 		{kind: kindState, holds: true, claimed: true},
 		{kind: kindBroken, by: 2, lowest: 8, missing: []int{0, 2}},
 		{kind: kindBroken, missing: []int{1}},
-		{kind: kindVote, vote: fullVote(), complete: true},
+		{kind: kindVote, vote: fullVote(), lives: math.MaxUint64 - 2, complete: true, asks: true},
 	}
 	for _, v := range votes {
 		samples = append(samples, message{kind: kindVote, vote: v})
@@ -98,8 +98,8 @@ func TestFullVote(t *testing.T) {
 
 func TestMessageSizes(t *testing.T) {
 	small := message{kind: kindVote, size: 2, round: 1}
-	if n := len(small.encode()); n != 87 {
-		t.Errorf("a vote has %d bytes, want 87", n)
+	if n := len(small.encode()); n != 95 {
+		t.Errorf("a vote has %d bytes, want 95", n)
 	}
 	large := message{kind: kindBroken, size: maxRanks, round: 1}
 	for rank := range maxRanks - 1 {
@@ -181,7 +181,7 @@ func damaged() map[string][]byte {
 		bad[fmt.Sprintf("sample %d, one byte less", i)] = good[:len(good)-1]
 		bad[fmt.Sprintf("sample %d, one byte more", i)] = append(slices.Clone(good), 0)
 		if m.kind == kindVote {
-			good[44+41] |= 1 // the upper byte of the flags
+			good[44+49] |= 2 // the upper byte of the flags
 			bad[fmt.Sprintf("sample %d, a flag that nobody knows", i)] = good
 		}
 	}
@@ -230,14 +230,14 @@ func version1(group string) []byte {
 
 // Messages of other versions are told apart from damaged ones.
 func TestOtherVersions(t *testing.T) {
-	for _, v := range []byte{0, 1, 3, 255} {
+	for _, v := range []byte{0, 1, 2, 4, 255} {
 		b := version1("sim")
 		b[2] = v
 		if _, err := decode(b); err != versionError(v) {
 			t.Errorf("a message of version %d: %v, want %v", v, err, versionError(v))
 		}
 	}
-	want := "messages of version 1, this one speaks version 2; run the same natsdp everywhere"
+	want := "messages of version 1, this one speaks version 3; run the same natsdp everywhere"
 	if got := versionError(1).Error(); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}

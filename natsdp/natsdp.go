@@ -39,7 +39,7 @@
 //
 // # Versions
 //
-// All ranks of a group must run the same version of the messages, which is 2. If they don't, Join
+// All ranks of a group must run the same version of the messages, which is 3. If they don't, Join
 // returns an error that names both versions.
 package natsdp
 
@@ -436,17 +436,17 @@ func (c *Coordinator) isRefusal(err error, rank string) bool {
 	return ok && (subject == "all.*" || subject == rank+".*" || strings.HasSuffix(subject, "."+rank))
 }
 
-// watch tells the member when the connection is there again, and when it has ended.
+// watch tells the member when the connection is lost, is there again, and has ended.
 func (c *Coordinator) watch(status <-chan nats.Status) {
 	for {
 		select {
 		case s := <-status:
-			switch c.down.Store(s != nats.CONNECTED); s {
-			case nats.CONNECTED:
-				c.member.again()
-			case nats.CLOSED:
+			c.down.Store(s != nats.CONNECTED)
+			if s == nats.CLOSED {
 				c.member.lose(c.closedError())
+				continue
 			}
+			c.member.interrupted(s == nats.CONNECTED)
 		case <-c.done:
 			return
 		}

@@ -37,10 +37,11 @@ type bus struct {
 // station is a member's place on the bus.
 type station struct {
 	*member
-	bus    *bus
-	killed bool
-	frozen bool // nothing gets through, until it thaws
-	held   []func()
+	bus     *bus
+	killed  bool
+	severed bool // nothing gets through, and nothing is kept for it
+	frozen  bool // nothing gets through, until it thaws
+	held    []func()
 }
 
 func newBus(size int, seed uint64) *bus {
@@ -87,11 +88,11 @@ func (b *bus) joinAll(t *testing.T) []*station {
 func (b *bus) send(from *station, to int, data []byte) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if from.killed || b.cut[from.rank] {
+	if from.killed || from.severed || b.cut[from.rank] {
 		return
 	}
 	for _, s := range b.stations {
-		if to != toAll && s.rank != to || s.killed || b.cut[s.rank] || b.random.Float64() < b.loss {
+		if to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss {
 			continue
 		}
 		b.deliver(from.rank, s, to != toAll, data)
@@ -838,16 +839,18 @@ func TestPoison(t *testing.T) {
 	t.Parallel()
 	const top = uint64(maxCounter)
 	for what, poison := range map[string]func(m *message){
-		"a vote in the last round":             func(m *message) { m.kind, m.round = kindVote, top },
-		"a vote in the round before":           func(m *message) { m.kind, m.round = kindVote, top-1 },
-		"a vote for the last step":             func(m *message) { m.kind, m.vote.Step = kindVote, top },
-		"a vote of the last epoch":             func(m *message) { m.kind, m.epoch = kindVote, top },
-		"a question of the last epoch":         func(m *message) { m.kind, m.epoch = kindClaim, top },
-		"a round that is broken at the end":    func(m *message) { m.kind, m.step = kindBroken, top },
-		"the last round is broken":             func(m *message) { m.kind, m.round = kindBroken, top },
-		"an answer with the last epoch":        func(m *message) { m.kind, m.holder = kindState, top },
-		"an answer with the last step":         func(m *message) { m.kind, m.step, m.holds = kindState, top, true },
-		"a vote two days after now, in epochs": func(m *message) { m.kind, m.epoch = kindVote, latestEpoch()+1<<46 },
+		"a vote in the last round":          func(m *message) { m.kind, m.round = kindVote, top },
+		"a vote in the round before":        func(m *message) { m.kind, m.round = kindVote, top-1 },
+		"a vote for the last step":          func(m *message) { m.kind, m.vote.Step = kindVote, top },
+		"a vote of the last epoch":          func(m *message) { m.kind, m.epoch = kindVote, top },
+		"a question of the last epoch":      func(m *message) { m.kind, m.epoch = kindClaim, top },
+		"a round that is broken at the end": func(m *message) { m.kind, m.step = kindBroken, top },
+		"the last round is broken":          func(m *message) { m.kind, m.round = kindBroken, top },
+		"an answer with the last epoch":     func(m *message) { m.kind, m.holder = kindState, top },
+		"an answer with the last step":      func(m *message) { m.kind, m.step, m.holds = kindState, top, true },
+		"a vote of the day after tomorrow": func(m *message) {
+			m.kind, m.epoch = kindVote, latestEpoch()+uint64(24*time.Hour)
+		},
 	} {
 		synctest.Test(t, func(t *testing.T) { poisoned(t, what, poison) })
 	}
