@@ -181,6 +181,11 @@ func (m *member) handleState(p *peer, msg *message) {
 		}
 		return
 	}
+	if msg.ahead {
+		m.refuse("the clock of rank %d was more than %v ahead of that of rank %d when it began; set the clocks",
+			m.rank, clocksDiffer, msg.rank)
+		return
+	}
 	m.contested = m.contested || msg.contested
 	switch {
 	case m.phase == claiming && !msg.claimed: // late: it was for the phase before

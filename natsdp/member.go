@@ -502,7 +502,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	case msg.size != m.size:
 		m.handleOtherSize(&msg)
 	case !m.credible(&msg):
-		m.stats.Implausible++
+		m.handleImplausible(&msg)
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
@@ -531,6 +531,29 @@ func (m *member) credible(msg *message) bool {
 		max(msg.epoch, msg.holder) <= latestEpoch()
 }
 
+// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong: whoever
+// joins with such a clock learns it.
+func (m *member) handleImplausible(msg *message) {
+	m.stats.Implausible++
+	if msg.rank == m.rank || msg.epoch <= latestEpoch() {
+		return
+	}
+	if (msg.kind == kindHello || msg.kind == kindClaim) && m.strangers.allow() {
+		answer := m.message(kindState)
+		answer.ahead, answer.asker = true, msg.epoch
+		m.sendMessage(msg.rank, answer)
+	}
+	m.refuse("the clock of rank %d is more than %v behind that of rank %d; set the clocks",
+		m.rank, clocksDiffer, msg.rank)
+}
+
+// foreign counts a message that has no sender.
+func (m *member) foreign() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stats.Foreign++
+}
+
 // clocksDiffer is the most by which the clocks of two hosts may differ.
 const clocksDiffer = 24 * time.Hour
 
@@ -557,8 +580,11 @@ func (m *member) handleOtherSize(msg *message) {
 }
 
 func (m *member) handleBad(from int, err error) {
-	if v := versionError(0); errors.As(err, &v) {
+	if v := (versionError{}); errors.As(err, &v) {
 		m.stats.Foreign++
+		if v.asks && m.strangers.allow() {
+			m.sendMessage(from, m.message(kindState)) // which tells it the version
+		}
 		m.refuse("rank %d sends %v", from, v)
 		return
 	}

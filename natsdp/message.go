@@ -11,7 +11,9 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// A message is a header and a body. All numbers are big-endian.
+// A message is a header and a body. All numbers are big-endian. In every version the first four bytes
+// mean the same, and so do the kinds that ask: so a rank of any version can be told which one the
+// group speaks.
 //
 //	 0  magic "fw"                                   2 bytes
 //	 2  version, kind                                1 each
@@ -72,6 +74,7 @@ const (
 	flagHolds     = 1 << iota // the rank is this process's: nobody has objected to its claim
 	flagClaimed               // this answers a claim
 	flagContested             // another process has, or wants, the rank that has asked
+	flagAhead                 // the epoch of the asker is too far ahead of the clock here
 
 	flagsOfState = 1<<iota - 1
 )
@@ -124,6 +127,7 @@ type message struct {
 	holds     bool
 	claimed   bool
 	contested bool
+	ahead     bool
 	asker     uint64 // the epoch of the life that has asked; 0: nobody
 	holder    uint64 // the epoch of the life that has that rank, as far as is known; 0: nobody
 }
@@ -170,7 +174,8 @@ func (m *message) encode() []byte {
 			b[bits+rank/8] |= 1 << (rank % 8)
 		}
 	case kindState:
-		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|flag(m.contested, flagContested)))
+		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|
+			flag(m.contested, flagContested)|flag(m.ahead, flagAhead)))
 		b = binary.BigEndian.AppendUint64(b, m.asker)
 		b = binary.BigEndian.AppendUint64(b, m.holder)
 	}
@@ -243,7 +248,8 @@ func decodeHeader(b []byte) (m message, body []byte, err error) {
 		return m, nil, fmt.Errorf("%d bytes that are no message of a group", len(b))
 	}
 	if v := b[len(magic)]; v != version {
-		return m, nil, versionError(v)
+		asks := len(b) > 3 && (kind(b[3]) == kindHello || kind(b[3]) == kindClaim)
+		return m, nil, versionError{v, asks}
 	}
 	r := reader{rest: b[len(magic)+1:]}
 	m.kind = kind(r.uint8())
@@ -300,6 +306,7 @@ func (m *message) decodeState(r *reader) {
 	flags := r.uint8()
 	r.require(flags&^flagsOfState == 0)
 	m.holds, m.claimed, m.contested = flags&flagHolds != 0, flags&flagClaimed != 0, flags&flagContested != 0
+	m.ahead = flags&flagAhead != 0
 	m.asker, m.holder = r.counter(), r.counter()
 }
 
@@ -341,13 +348,16 @@ func (m *message) decodeBroken(r *reader) {
 	r.require(len(m.missing) == 0 || m.missing[len(m.missing)-1] < m.size)
 }
 
-// versionError is the version of a message that this package can't read.
-type versionError uint8
+// versionError is about a message of a version that this package can't read.
+type versionError struct {
+	version uint8
+	asks    bool // its sender asks where the group is
+}
 
 // Error says which version this package speaks.
 func (v versionError) Error() string {
 	return fmt.Sprintf("messages of version %d, this one speaks version %d; run the same natsdp everywhere",
-		uint8(v), version)
+		v.version, version)
 }
 
 // reader takes numbers off the front of rest, until something is bad.

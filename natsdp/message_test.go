@@ -49,6 +49,7 @@ func samples() []message {
 		{kind: kindState},
 		{kind: kindState, holds: true, asker: 4, holder: 3},
 		{kind: kindState, contested: true},
+		{kind: kindState, ahead: true},
 		{kind: kindState, claimed: true},
 		{kind: kindState, holds: true, claimed: true},
 		{kind: kindBroken, by: 2, lowest: 8, missing: []int{0, 2}},
@@ -233,12 +234,12 @@ func TestOtherVersions(t *testing.T) {
 	for _, v := range []byte{0, 1, 2, 4, 255} {
 		b := version1("sim")
 		b[2] = v
-		if _, err := decode(b); err != versionError(v) {
-			t.Errorf("a message of version %d: %v, want %v", v, err, versionError(v))
+		if _, err := decode(b); err != (versionError{version: v}) {
+			t.Errorf("a message of version %d: %v", v, err)
 		}
 	}
 	want := "messages of version 1, this one speaks version 3; run the same natsdp everywhere"
-	if got := versionError(1).Error(); got != want {
+	if got := (versionError{version: 1}).Error(); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -309,11 +309,22 @@ func (c Config) check(o *options) error {
 			break
 		}
 	}
+	if n := len(fmt.Sprintf(longestLine, o.prefix, c.Group)); n > maxControlLine {
+		bad("subject prefix of %d bytes makes a line of %d bytes, and servers take %d; use a shorter one",
+			len(o.prefix), n, maxControlLine)
+	}
 	if o.conn == nil && o.connect == nil {
 		bad("rank %d of group %q has neither a URL nor a connection; use WithURL or WithConn", c.Rank, c.Group)
 	}
 	return errors.Join(errs...)
 }
+
+// A server ends a connection on which a line comes that is longer than maxControlLine, unless its
+// configuration says otherwise.
+const (
+	maxControlLine = 4096
+	longestLine    = "PUB %s.%s.1048575.1048575 1048576\r\n"
+)
 
 // isToken reports whether s can be part of a subject.
 func isToken(s string) bool {
@@ -366,6 +377,8 @@ func (c *Coordinator) subscribeTo(address string, direct bool) (*nats.Subscripti
 	sub, err := c.conn.Subscribe(c.base+"."+address+".*", func(msg *nats.Msg) {
 		if from, ok := sender(msg.Subject); ok {
 			c.member.handle(from, direct, msg.Data)
+		} else {
+			c.member.foreign()
 		}
 	})
 	if err != nil {
@@ -461,10 +474,12 @@ func (c *Coordinator) closedError() error {
 	return fmt.Errorf("natsdp: rank %d: %w", c.member.rank, nats.ErrConnectionClosed)
 }
 
-// sender returns the rank at the end of a subject.
+// sender returns the rank at the end of a subject. Numbers such as 01 and +1 are no ranks: a server
+// knows them as other subjects than 1, with other permissions.
 func sender(subject string) (rank int, ok bool) {
-	rank, err := strconv.Atoi(subject[strings.LastIndexByte(subject, '.')+1:])
-	return rank, err == nil && rank >= 0
+	token := subject[strings.LastIndexByte(subject, '.')+1:]
+	rank, err := strconv.Atoi(token)
+	return rank, err == nil && rank >= 0 && rank < maxRanks && strconv.Itoa(rank) == token
 }
 
 // Rank returns this rank, from 0.
@@ -498,7 +513,7 @@ type Stats struct {
 	Malformed uint64
 
 	// Foreign counts messages of another version, group or size, of a rank that is not that of the
-	// subject, and of another process with this rank.
+	// subject, on subjects that end with no rank, and of another process with this rank.
 	Foreign uint64
 
 	// Implausible counts messages with a round, step or epoch that no honest rank can have come to.
