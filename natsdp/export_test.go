@@ -4,6 +4,9 @@ package natsdp
 
 import "github.com/forwardctx/fwd"
 
+// LaterEpoch returns the epoch of a life that would count, if its rank said so.
+func LaterEpoch() uint64 { return latestEpoch() - 1<<40 }
+
 // ForgeVote returns the message of a vote, as somebody could make it up.
 func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []byte {
 	m := message{
@@ -20,4 +23,16 @@ func ForgeBroken(group string, size, rank int, epoch, round uint64, missing ...i
 		round: round, step: round, missing: missing,
 	}
 	return m.encode()
+}
+
+// Pause keeps a rank from handling messages until resume is called.
+func Pause(c *Coordinator) (resume func()) {
+	c.member.mu.Lock()
+	return c.member.mu.Unlock
+}
+
+// Dropped returns how many messages for all there was no room for.
+func Dropped(c *Coordinator) int {
+	n, _ := c.all.Dropped()
+	return n
 }

@@ -161,6 +161,9 @@ func (m *member) handleHello(msg *message) {
 	if p.taken > state.round {
 		state.round, state.step = p.taken, max(state.step, p.step)
 	}
+	if !p.answers.allow() {
+		return
+	}
 	m.sendMessage(msg.rank, state)
 	if m.phase != joined && !p.heard {
 		m.askLocked(msg.rank) // it may not have been there when this rank asked all
@@ -176,6 +179,11 @@ func (m *member) handleState(p *peer, msg *message) {
 		if msg.holds && msg.holder > m.epoch {
 			m.dieReplaced()
 		}
+		return
+	}
+	if msg.ahead {
+		m.refuse("the clock of rank %d was more than %v ahead of that of rank %d when it began; set the clocks",
+			m.rank, clocksDiffer, msg.rank)
 		return
 	}
 	m.contested = m.contested || msg.contested
@@ -218,7 +226,7 @@ func (m *member) handleOwnRank(msg *message) {
 	case m.phase != asking && !asks && msg.epoch > m.epoch:
 		m.dieReplaced()
 	case m.phase == asking && msg.kind == kindState: // both ask, and answers to answers would never end
-	default:
+	case m.strangers.allow():
 		m.sendMessage(m.rank, m.state())
 	}
 }

@@ -309,6 +309,9 @@ func TestJoinConfig(t *testing.T) {
 		{natsdp.Config{Group: "g >", Size: 1}, []natsdp.Option{url, natsdp.WithSubjectPrefix("a..b")},
 			[]string{`"g >"`, `"a..b"`}},
 		{natsdp.Config{Group: "g", Size: 1}, []natsdp.Option{url, nil}, []string{"option 1 of 2 is nil"}},
+		{natsdp.Config{Group: "g", Size: 1},
+			[]natsdp.Option{url, natsdp.WithSubjectPrefix(strings.Repeat("prefix.", 600) + "x")},
+			[]string{"prefix of 4201 bytes", "4096"}},
 	} {
 		_, err := natsdp.Join(t.Context(), tt.cfg, tt.opts...)
 		if !errors.Is(err, fwd.ErrInvalid) {
@@ -425,5 +428,29 @@ func TestSubjectPrefix(t *testing.T) {
 		if stats := c.Stats(); stats.Foreign+stats.Stale+stats.Malformed != 0 {
 			t.Errorf("rank %d has counted %+v", c.Rank(), stats)
 		}
+	}
+}
+
+// Subjects that do not end with the number of a rank, as the number is written, are foreign.
+func TestRankAsItIsWritten(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	name := newName()
+	group := joinAll(t, name, 2, at(s))
+	conn := connect(t, s)
+	good := natsdp.ForgeBroken(name, 2, 1, natsdp.LaterEpoch(), 1, 0)
+	tokens := []string{"01", "+1", "001", "-0", "x", "1048576"}
+	before := group[0].Stats().Foreign
+	for _, token := range tokens {
+		if err := conn.Publish(natsdp.DefaultSubjectPrefix+"."+name+".all."+token, good); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := conn.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+	together(t, group, 1)
+	if got := group[0].Stats().Foreign - before; got != uint64(len(tokens)) {
+		t.Errorf("%d foreign messages, want %d", got, len(tokens))
 	}
 }

@@ -23,6 +23,12 @@ import (
 // lost, comes twice, or comes late. Steps could not serve for that, since ranks that restart vote
 // for low ones again.
 //
+// A rank may be started again while its last process lives on, cut off from the others. So a vote
+// says which lives of all ranks its sender counts, and a round is complete only if all votes agree
+// on that. A rank votes once in a round: if it learns of a new life while its vote is there, it gives
+// the round up, since the last life may have completed it, and votes again in the next one. So all
+// that complete a round have the same votes, of the same processes.
+//
 // Messages get lost. A rank that waits sends its vote again from time to time. A rank that has that
 // round behind it answers how the round ended: with its own vote if the votes of all were there,
 // otherwise with the news that the round is broken. A rank that finds out that it has been left
@@ -55,6 +61,10 @@ type member struct {
 	// when its vote in the one after comes.
 	open, next gathering
 
+	// down says that there is no connection: what still comes in was said before. cut says that it was
+	// lost while the round was open, so that votes may be missing.
+	down, cut bool
+
 	// This rank's vote in the open round.
 	waiting bool
 	vote    fwd.Vote
@@ -69,6 +79,8 @@ type member struct {
 	// that is open now if it is for lateFrom or a later step.
 	late     bool
 	lateFrom uint64
+
+	strangers limit // answers to those who are no other rank of this group
 
 	phase     phase
 	contested bool          // another process has, or had, this rank
@@ -91,23 +103,58 @@ type peer struct {
 
 	// Rounds up to taken may have votes of an earlier life of the rank. They ended at most at step.
 	taken, step uint64
+
+	answers limit // of answers to it
+}
+
+// limit bounds answers: whoever floods a rank does not make it flood others. A rank that waits asks
+// far less often, and asks again for an answer that it did not get.
+type limit struct {
+	began time.Time // of the present interval
+	count int       // of answers in it
+}
+
+const (
+	limitInterval = resendFirst
+	limitAnswers  = 16 // in an interval
+)
+
+// allow reports whether another answer may be sent now, and counts it.
+func (l *limit) allow() bool {
+	if now := time.Now(); now.Sub(l.began) >= limitInterval {
+		*l = limit{began: now}
+	}
+	l.count++
+	return l.count <= limitAnswers
 }
 
 // gathering is the votes of one round.
 type gathering struct {
 	votes []fwd.Vote
+	lives []uint64 // what the votes say of them, see hashLives
 	here  []bool
 	count int
 	last  int // the rank whose vote came last
 }
 
 func newGathering(size int) gathering {
-	return gathering{votes: make([]fwd.Vote, size), here: make([]bool, size)}
+	return gathering{votes: make([]fwd.Vote, size), lives: make([]uint64, size), here: make([]bool, size)}
 }
 
-func (g *gathering) add(rank int, v fwd.Vote) {
-	g.votes[rank], g.here[rank], g.last = v, true, rank
+func (g *gathering) add(rank int, v fwd.Vote, lives uint64) {
+	g.votes[rank], g.lives[rank], g.here[rank], g.last = v, lives, true, rank
 	g.count++
+}
+
+// lacks returns the ranks whose votes are not there, or that count other lives than this one. They
+// vote again when they have heard of the others' lives, or this rank does.
+func (g *gathering) lacks(lives uint64) (ranks []int) {
+	for rank, here := range g.here {
+		if !here || g.lives[rank] != lives {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
 }
 
 func (g *gathering) remove(rank int) {
@@ -115,6 +162,16 @@ func (g *gathering) remove(rank int) {
 		g.here[rank] = false
 		g.count--
 	}
+}
+
+// highest returns the highest step of a vote, or 0 if none is there.
+func (g *gathering) highest() (step uint64) {
+	for rank, here := range g.here {
+		if here {
+			step = max(step, g.votes[rank].Step)
+		}
+	}
+	return step
 }
 
 // reset empties a gathering. It takes a new slice, since a caller may have been given the old one.
@@ -169,9 +226,6 @@ func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 	}
 	if err := v.Validate(m.rank); err != nil {
 		return nil, err
-	}
-	if v.Step > maxCounter {
-		return nil, invalidf("rank %d votes for step %d, want at most %d", m.rank, v.Step, uint64(maxCounter))
 	}
 	if !m.busy.CompareAndSwap(false, true) {
 		return nil, twice(m.rank, v.Step)
@@ -240,6 +294,10 @@ func (m *member) begin(v fwd.Vote) error {
 	if m.voted && v.Step == m.last {
 		return twice(m.rank, v.Step)
 	}
+	if most := m.mostStep(); v.Step > most {
+		return invalidf("rank %d votes for step %d, but the group is at step %d; want at most %d",
+			m.rank, v.Step, m.step, most)
+	}
 	m.voted, m.waiting = true, true
 	m.enter(v)
 	return nil
@@ -260,12 +318,52 @@ func (m *member) enter(v fwd.Vote) {
 		v.Step = m.step + 1
 	}
 	m.vote, m.last, m.late = v, v.Step, false
+	m.open.add(m.rank, v, m.lives())
+	m.sendVote()
+	m.endIfFull()
+}
+
+// sendVote sends this rank's vote to all.
+func (m *member) sendVote() {
 	msg := m.message(kindVote)
-	msg.round, msg.vote, msg.complete = m.round+1, v, m.complete
+	msg.round, msg.vote, msg.lives = m.round+1, m.vote, m.open.lives[m.rank]
+	msg.complete, msg.asks = m.complete, m.cut
 	m.sent = msg.encode()
 	m.send(toAll, m.sent)
-	m.open.add(m.rank, v)
-	m.endIfFull()
+}
+
+// interrupted notes that the connection is lost or, if back is true, that it is there again. What
+// the others said before may not hold any more: they may have given the round up, and others may
+// have taken their places. So their votes count only if they are said again.
+func (m *member) interrupted(back bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.down, m.cut = !back, true
+	for rank := range m.peers {
+		if rank != m.rank {
+			m.open.remove(rank)
+			m.next.remove(rank)
+		}
+	}
+	if back && m.waiting {
+		m.stats.Resent++
+		m.sendVote()
+	}
+}
+
+// lives returns the number that stands for the lives that count for this rank.
+func (m *member) lives() uint64 {
+	return hashLives(func(yield func(uint64) bool) {
+		for rank := range m.peers {
+			epoch := m.peers[rank].epoch
+			if rank == m.rank {
+				epoch = m.epoch
+			}
+			if !yield(epoch) {
+				return
+			}
+		}
+	})
 }
 
 // missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
@@ -275,12 +373,7 @@ func (m *member) missingVotes() (ranks []int) {
 	if !m.waiting {
 		return nil
 	}
-	for rank, here := range m.open.here {
-		if !here {
-			ranks = append(ranks, rank)
-		}
-	}
-	return ranks
+	return m.open.lacks(m.open.lives[m.rank])
 }
 
 // lastVote returns whose vote came last in the latest exchange that has ended, see lastRank.
@@ -300,9 +393,10 @@ func (m *member) again() {
 	}
 }
 
-// endIfFull ends the open round if the votes of all are there. All ranks come to the same end.
+// endIfFull ends the open round if the votes of all are there and count the same lives. All ranks
+// come to the same end.
 func (m *member) endIfFull() {
-	if m.open.count < m.size {
+	if m.open.count < m.size || m.open.lacks(m.open.lives[m.rank]) != nil {
 		return
 	}
 	votes, step := m.open.votes, m.last
@@ -330,7 +424,7 @@ func (m *member) endRound(round, step uint64) {
 		m.open.reset()
 	}
 	m.next.reset()
-	m.round, m.step = round, step
+	m.round, m.step, m.cut = round, step, false
 }
 
 // release ends the wait of this rank.
@@ -349,14 +443,12 @@ func (m *member) breakRound() {
 	}
 	msg := m.message(kindBroken)
 	msg.round, msg.by, msg.lowest = m.round+1, m.rank, m.last
+	msg.missing = m.open.lacks(m.open.lives[m.rank])
+	msg.step = max(msg.step, m.open.highest()) // not below what a restarted rank may have missed
 	for rank, here := range m.open.here {
-		if !here {
-			msg.missing = append(msg.missing, rank)
-			continue
+		if here {
+			msg.lowest = min(msg.lowest, m.open.votes[rank].Step)
 		}
-		step := m.open.votes[rank].Step
-		msg.step = max(msg.step, step) // not below what a restarted rank may have missed
-		msg.lowest = min(msg.lowest, step)
 	}
 	m.stats.Broken++
 	m.sendMessage(toAll, msg)
@@ -393,26 +485,24 @@ func (m *member) leftBehind(round, step, lowest uint64) {
 // handle takes a message that came in on the subject of rank from. It is for this rank alone if
 // direct, otherwise for all.
 func (m *member) handle(from int, direct bool, data []byte) {
-	msg, err := decode(data)
+	msg, body, err := decodeHeader(data)
+	if err == nil && msg.group == m.group && msg.size == m.size && msg.rank == from {
+		err = msg.decodeBody(body)
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead != nil {
-		return
-	}
-	if err != nil {
-		m.handleBad(from, err)
+	if m.dead != nil || m.down {
 		return
 	}
 	switch {
+	case err != nil:
+		m.handleBad(from, err)
 	case msg.group != m.group || msg.rank != from:
 		m.stats.Foreign++
 	case msg.size != m.size:
-		m.stats.Foreign++
-		if msg.kind == kindHello || msg.kind == kindClaim {
-			m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
-		}
-		m.refuse("rank %d says that the group has %d ranks, rank %d says %d; give all the same Config.Size",
-			msg.rank, msg.size, m.rank, m.size)
+		m.handleOtherSize(&msg)
+	case !m.credible(&msg):
+		m.handleImplausible(&msg)
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
@@ -429,9 +519,72 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	}
 }
 
+// credible reports whether an honest rank can send a message. The numbers of a group only grow, so
+// one that is near their end would leave it none, even after the rank that said so is replaced.
+//
+// Rounds take longer than a microsecond. So a group can't have come further than the microseconds
+// since 1970, and whoever pushes it there leaves it one for each microsecond to come. Epochs are
+// nanoseconds since 1970. The clocks of hosts differ, by less than a day.
+func (m *member) credible(msg *message) bool {
+	return msg.round <= uint64(time.Now().Add(clocksDiffer).UnixMicro()) &&
+		max(msg.step, msg.vote.Step) <= m.mostStep() &&
+		max(msg.epoch, msg.holder) <= latestEpoch()
+}
+
+// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong: whoever
+// joins with such a clock learns it.
+func (m *member) handleImplausible(msg *message) {
+	m.stats.Implausible++
+	if msg.rank == m.rank || msg.epoch <= latestEpoch() {
+		return
+	}
+	if (msg.kind == kindHello || msg.kind == kindClaim) && m.strangers.allow() {
+		answer := m.message(kindState)
+		answer.ahead, answer.asker = true, msg.epoch
+		m.sendMessage(msg.rank, answer)
+	}
+	m.refuse("the clock of rank %d is more than %v behind that of rank %d; set the clocks",
+		m.rank, clocksDiffer, msg.rank)
+}
+
+// foreign counts a message that has no sender.
+func (m *member) foreign() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.stats.Foreign++
+}
+
+// clocksDiffer is the most by which the clocks of two hosts may differ.
+const clocksDiffer = 24 * time.Hour
+
+// latestEpoch returns the largest epoch that a life may have.
+func latestEpoch() uint64 { return uint64(time.Now().Add(clocksDiffer).UnixNano()) }
+
+// mostStep returns the highest step that a vote may be for, see maxJump. A rank that joins does not
+// know yet where the group is.
+func (m *member) mostStep() uint64 {
+	if m.phase != joined {
+		return maxCounter - maxCounter/maxJump
+	}
+	return m.step + (maxCounter-m.step)/maxJump
+}
+
+// handleOtherSize takes a message of a rank that has another size of the group in its configuration.
+func (m *member) handleOtherSize(msg *message) {
+	m.stats.Foreign++
+	if (msg.kind == kindHello || msg.kind == kindClaim) && m.strangers.allow() {
+		m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
+	}
+	m.refuse("rank %d says that the group has %d ranks, rank %d says %d; give all the same Config.Size",
+		msg.rank, msg.size, m.rank, m.size)
+}
+
 func (m *member) handleBad(from int, err error) {
-	if v := versionError(0); errors.As(err, &v) {
+	if v := (versionError{}); errors.As(err, &v) {
 		m.stats.Foreign++
+		if v.asks && m.strangers.allow() {
+			m.sendMessage(from, m.message(kindState)) // which tells it the version
+		}
 		m.refuse("rank %d sends %v", from, v)
 		return
 	}
@@ -474,7 +627,7 @@ func (m *member) handleBye(msg *message) {
 // tellStale tells a process that another has its rank now. The other process, which hears the same
 // messages, tells it too, unless it has ended meanwhile.
 func (m *member) tellStale(msg *message) {
-	if m.phase != joined {
+	if m.phase != joined || !m.peers[msg.rank].answers.allow() {
 		return
 	}
 	state := m.state()
@@ -485,10 +638,12 @@ func (m *member) tellStale(msg *message) {
 // newLife notes that a rank has been started again. The votes of its last life don't count any
 // more: some ranks may have them, and others not. Nor can the rank vote in a round in which this
 // rank waits: its last life may have had the votes of all there, with a vote of its own that came
-// to nobody.
+// to nobody. So this rank gives that round up.
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
-	life := peer{epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step}
+	life := peer{
+		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step, answers: old.answers,
+	}
 	for i, g := range []*gathering{&m.open, &m.next} {
 		voter := msg.rank
 		if !g.here[voter] && old.epoch != 0 {
@@ -500,6 +655,9 @@ func (m *member) newLife(msg *message) {
 		g.remove(msg.rank)
 	}
 	m.peers[msg.rank] = life
+	if m.waiting {
+		m.leftBehind(m.round+1, m.open.highest(), m.last)
+	}
 }
 
 func (m *member) handleVote(msg *message, direct bool) {
@@ -508,10 +666,14 @@ func (m *member) handleVote(msg *message, direct bool) {
 		m.stats.Duplicates++
 		// A direct vote is an answer itself. A process that still asks for its rank must not speak for
 		// it.
-		if !direct && m.phase != asking {
+		if !direct && m.phase != asking && m.peers[msg.rank].answers.allow() {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
+		if msg.asks && !direct && m.waiting && m.peers[msg.rank].answers.allow() {
+			m.stats.Resent++
+			m.send(msg.rank, m.sent)
+		}
 		m.add(&m.open, msg)
 	case msg.round == m.round+2 && msg.complete && m.waiting:
 		// Another rank had all votes of the open round, so they come here too: this rank asks again for
@@ -528,7 +690,7 @@ func (m *member) add(g *gathering, msg *message) {
 		m.stats.Duplicates++
 		return
 	}
-	g.add(msg.rank, msg.vote)
+	g.add(msg.rank, msg.vote, msg.lives)
 	m.endIfFull()
 }
 

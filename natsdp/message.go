@@ -4,12 +4,16 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
+	"iter"
+	"math/bits"
 
 	"github.com/forwardctx/fwd"
 	"go.opentelemetry.io/otel/trace"
 )
 
-// A message is a header and a body. All numbers are big-endian.
+// A message is a header and a body. All numbers are big-endian. In every version the first four bytes
+// mean the same, and so do the kinds that ask: so a rank of any version can be told which one the
+// group speaks.
 //
 //	 0  magic "fw"                                   2 bytes
 //	 2  version, kind                                1 each
@@ -20,7 +24,7 @@ import (
 //	44  body
 const (
 	magic   = "fw"
-	version = 2
+	version = 3
 )
 
 // kind says what a message is about.
@@ -60,6 +64,7 @@ const (
 	flagWarmUp
 	flagSpan     // a span context follows
 	flagComplete // the round before this one ended with the votes of all
+	flagAsks     // its rank has lost votes of this round: whoever waits in it sends its own again
 
 	flagsOfVote = 1<<iota - 1
 )
@@ -69,6 +74,7 @@ const (
 	flagHolds     = 1 << iota // the rank is this process's: nobody has objected to its claim
 	flagClaimed               // this answers a claim
 	flagContested             // another process has, or wants, the rank that has asked
+	flagAhead                 // the epoch of the asker is too far ahead of the clock here
 
 	flagsOfState = 1<<iota - 1
 )
@@ -79,9 +85,21 @@ const (
 	// maxCounter bounds rounds, steps and epochs: a larger one is damaged, and would overflow.
 	maxCounter = 1 << 62
 
+	// maxJump is the part of the steps that are left up to maxCounter which one message, or one vote
+	// of this rank, may skip. So nothing that anybody says uses all of them up.
+	maxJump = 64
+
 	// maxTraceState bounds the bytes of a trace state. A longer one is left out, as the W3C
 	// recommendation on trace context allows.
 	maxTraceState = 4096
+)
+
+// These are the sizes of bodies in bytes.
+const (
+	stateSize  = 1 + 8 + 8
+	voteSize   = 51             // without a span
+	spanSize   = 16 + 8 + 1 + 2 // without the trace state
+	brokenSize = 4 + 8          // without the bits of the missing ranks
 )
 
 // message is any message. Fields that its kind does not use are zero.
@@ -96,7 +114,9 @@ type message struct {
 
 	// Of a vote.
 	vote     fwd.Vote
-	complete bool // see flagComplete
+	lives    uint64 // see hashLives
+	complete bool   // see flagComplete
+	asks     bool   // see flagAsks
 
 	// Of a broken round.
 	by      int    // the rank that stopped waiting
@@ -107,6 +127,7 @@ type message struct {
 	holds     bool
 	claimed   bool
 	contested bool
+	ahead     bool
 	asker     uint64 // the epoch of the life that has asked; 0: nobody
 	holder    uint64 // the epoch of the life that has that rank, as far as is known; 0: nobody
 }
@@ -115,6 +136,18 @@ type message struct {
 func hashGroup(name string) uint64 {
 	h := fnv.New64a()
 	h.Write([]byte(name))
+	return h.Sum64()
+}
+
+// hashLives returns the number that stands for the lives of all ranks that a rank counts: the FNV-1a
+// hash of their epochs, in rank order.
+func hashLives(epochs iter.Seq[uint64]) uint64 {
+	h := fnv.New64a()
+	var b [8]byte
+	for epoch := range epochs {
+		binary.BigEndian.PutUint64(b[:], epoch)
+		h.Write(b[:])
+	}
 	return h.Sum64()
 }
 
@@ -141,7 +174,8 @@ func (m *message) encode() []byte {
 			b[bits+rank/8] |= 1 << (rank % 8)
 		}
 	case kindState:
-		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|flag(m.contested, flagContested)))
+		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|
+			flag(m.contested, flagContested)|flag(m.ahead, flagAhead)))
 		b = binary.BigEndian.AppendUint64(b, m.asker)
 		b = binary.BigEndian.AppendUint64(b, m.holder)
 	}
@@ -153,9 +187,10 @@ func (m *message) encode() []byte {
 //	 0  step                                         8 bytes
 //	 8  tokens, padded tokens, requests, adapters    4 each
 //	24  note, fingerprint of the configuration       8 each
-//	40  graph mode                                   1
-//	41  flags                                        2
-//	43  span context, see appendSpan
+//	40  lives that its rank counts, see hashLives    8
+//	48  graph mode                                   1
+//	49  flags                                        2
+//	51  span context, see appendSpan
 func (m *message) appendVote(b []byte) []byte {
 	v := &m.vote
 	b = binary.BigEndian.AppendUint64(b, v.Step)
@@ -164,11 +199,12 @@ func (m *message) appendVote(b []byte) []byte {
 	}
 	b = binary.BigEndian.AppendUint64(b, v.Note)
 	b = binary.BigEndian.AppendUint64(b, v.Config)
+	b = binary.BigEndian.AppendUint64(b, m.lives)
 	b = append(b, byte(v.GraphMode))
 	span := hasSpan(v.SpanContext)
 	b = binary.BigEndian.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
 		flag(v.Eager, flagEager)|flag(v.UBatch, flagUBatch)|flag(v.Idle, flagIdle)|flag(v.WarmUp, flagWarmUp)|
-		flag(span, flagSpan)|flag(m.complete, flagComplete))
+		flag(span, flagSpan)|flag(m.complete, flagComplete)|flag(m.asks, flagAsks))
 	if span {
 		b = appendSpan(b, v.SpanContext)
 	}
@@ -204,15 +240,16 @@ func flag(set bool, bit uint16) uint16 {
 	return 0
 }
 
-// decode reads a message. It accepts exactly what encode writes, and returns an error for anything
-// else. It never panics: anyone who may publish on the subject can send anything.
-func decode(b []byte) (message, error) {
-	var m message
+// decodeHeader reads the header of a message, and returns the body for decodeBody. Bodies of other
+// groups, and of other sizes, are not worth the memory that they may need. It never panics: anyone
+// who may publish on the subject can send anything.
+func decodeHeader(b []byte) (m message, body []byte, err error) {
 	if len(b) < len(magic)+1 || string(b[:len(magic)]) != magic {
-		return m, fmt.Errorf("%d bytes that are no message of a group", len(b))
+		return m, nil, fmt.Errorf("%d bytes that are no message of a group", len(b))
 	}
 	if v := b[len(magic)]; v != version {
-		return m, versionError(v)
+		asks := len(b) > 3 && (kind(b[3]) == kindHello || kind(b[3]) == kindClaim)
+		return m, nil, versionError{v, asks}
 	}
 	r := reader{rest: b[len(magic)+1:]}
 	m.kind = kind(r.uint8())
@@ -220,27 +257,56 @@ func decode(b []byte) (message, error) {
 	m.size, m.rank = int(r.uint32()), int(r.uint32())
 	m.epoch, m.round, m.step = r.counter(), r.counter(), r.counter()
 	r.require(m.size >= 1 && m.size <= maxRanks && m.rank >= 0 && m.rank < m.size)
+	least, most := m.bodySize()
+	r.require(len(r.rest) >= least && len(r.rest) <= most)
+	if r.bad {
+		return m, nil, m.damaged()
+	}
+	return m, r.rest, nil
+}
+
+// bodySize returns how many bytes a body of this kind has, or none that fit if there is no such
+// kind.
+func (m *message) bodySize() (least, most int) {
 	switch m.kind {
 	case kindHello, kindClaim, kindBye:
+		return 0, 0
+	case kindState:
+		return stateSize, stateSize
+	case kindVote:
+		return voteSize, voteSize + spanSize + maxTraceState
+	case kindBroken:
+		n := brokenSize + (m.size+7)/8
+		return n, n
+	}
+	return 1, 0
+}
+
+// decodeBody reads what follows the header. It accepts exactly what encode writes, and returns an
+// error for anything else.
+func (m *message) decodeBody(body []byte) error {
+	r := reader{rest: body}
+	switch m.kind {
 	case kindState:
 		m.decodeState(&r)
 	case kindVote:
 		m.decodeVote(&r)
 	case kindBroken:
 		m.decodeBroken(&r)
-	default:
-		r.bad = true
 	}
 	if r.bad || len(r.rest) > 0 {
-		return m, fmt.Errorf("a damaged message of %d bytes, kind %d", len(b), m.kind)
+		return m.damaged()
 	}
-	return m, nil
+	return nil
 }
+
+func (m *message) damaged() error { return fmt.Errorf("a damaged message of kind %d", m.kind) }
 
 func (m *message) decodeState(r *reader) {
 	flags := r.uint8()
 	r.require(flags&^flagsOfState == 0)
 	m.holds, m.claimed, m.contested = flags&flagHolds != 0, flags&flagClaimed != 0, flags&flagContested != 0
+	m.ahead = flags&flagAhead != 0
 	m.asker, m.holder = r.counter(), r.counter()
 }
 
@@ -250,12 +316,12 @@ func (m *message) decodeVote(r *reader) {
 	for _, n := range [...]*int{&v.NumTokens, &v.NumTokensPadded, &v.NumReqs, &v.NumActiveLoRAs} {
 		*n = int(r.uint32())
 	}
-	v.Note, v.Config = r.uint64(), r.uint64()
+	v.Note, v.Config, m.lives = r.uint64(), r.uint64(), r.uint64()
 	v.GraphMode = fwd.GraphMode(r.uint8())
 	flags := r.uint16()
 	v.Uniform, v.ExcludeFull, v.Eager = flags&flagUniform != 0, flags&flagExcludeFull != 0, flags&flagEager != 0
 	v.UBatch, v.Idle, v.WarmUp = flags&flagUBatch != 0, flags&flagIdle != 0, flags&flagWarmUp != 0
-	m.complete = flags&flagComplete != 0
+	m.complete, m.asks = flags&flagComplete != 0, flags&flagAsks != 0
 	r.require(flags&^flagsOfVote == 0 && m.round > 0)
 	r.require(v.Validate(m.rank) == nil)
 	if flags&flagSpan != 0 {
@@ -265,9 +331,15 @@ func (m *message) decodeVote(r *reader) {
 
 func (m *message) decodeBroken(r *reader) {
 	m.by, m.lowest = int(r.uint32()), r.counter()
-	for i, bits := range r.bytes((m.size + 7) / 8) {
+	missing := r.bytes((m.size + 7) / 8)
+	count := 0
+	for _, b := range missing {
+		count += bits.OnesCount8(b)
+	}
+	m.missing = make([]int, 0, count)
+	for i, b := range missing {
 		for bit := range 8 {
-			if bits&(1<<bit) != 0 {
+			if b&(1<<bit) != 0 {
 				m.missing = append(m.missing, 8*i+bit)
 			}
 		}
@@ -276,13 +348,16 @@ func (m *message) decodeBroken(r *reader) {
 	r.require(len(m.missing) == 0 || m.missing[len(m.missing)-1] < m.size)
 }
 
-// versionError is the version of a message that this package can't read.
-type versionError uint8
+// versionError is about a message of a version that this package can't read.
+type versionError struct {
+	version uint8
+	asks    bool // its sender asks where the group is
+}
 
 // Error says which version this package speaks.
 func (v versionError) Error() string {
 	return fmt.Sprintf("messages of version %d, this one speaks version %d; run the same natsdp everywhere",
-		uint8(v), version)
+		v.version, version)
 }
 
 // reader takes numbers off the front of rest, until something is bad.
@@ -346,6 +421,7 @@ func (r *reader) span() trace.SpanContext {
 	copy(config.SpanID[:], r.bytes(len(config.SpanID)))
 	config.TraceFlags = trace.TraceFlags(r.uint8())
 	if state := r.bytes(int(r.uint16())); len(state) > 0 {
+		r.require(len(state) <= maxTraceState)
 		var err error
 		config.TraceState, err = trace.ParseTraceState(string(state))
 		r.require(err == nil && config.TraceState.String() == string(state))

@@ -4,9 +4,11 @@ package natsdp
 
 import (
 	"bytes"
+	"encoding/binary"
 	"fmt"
 	"math"
 	"reflect"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -47,11 +49,12 @@ func samples() []message {
 		{kind: kindState},
 		{kind: kindState, holds: true, asker: 4, holder: 3},
 		{kind: kindState, contested: true},
+		{kind: kindState, ahead: true},
 		{kind: kindState, claimed: true},
 		{kind: kindState, holds: true, claimed: true},
 		{kind: kindBroken, by: 2, lowest: 8, missing: []int{0, 2}},
 		{kind: kindBroken, missing: []int{1}},
-		{kind: kindVote, vote: fullVote(), complete: true},
+		{kind: kindVote, vote: fullVote(), lives: math.MaxUint64 - 2, complete: true, asks: true},
 	}
 	for _, v := range votes {
 		samples = append(samples, message{kind: kindVote, vote: v})
@@ -61,6 +64,15 @@ func samples() []message {
 		m.group, m.size, m.rank, m.epoch, m.round, m.step = hashGroup("sim"), 3, 1, 5, 7, 9
 	}
 	return samples
+}
+
+// decode reads a whole message.
+func decode(b []byte) (message, error) {
+	m, body, err := decodeHeader(b)
+	if err == nil {
+		err = m.decodeBody(body)
+	}
+	return m, err
 }
 
 func TestMessages(t *testing.T) {
@@ -87,8 +99,8 @@ func TestFullVote(t *testing.T) {
 
 func TestMessageSizes(t *testing.T) {
 	small := message{kind: kindVote, size: 2, round: 1}
-	if n := len(small.encode()); n != 87 {
-		t.Errorf("a vote has %d bytes, want 87", n)
+	if n := len(small.encode()); n != 95 {
+		t.Errorf("a vote has %d bytes, want 95", n)
 	}
 	large := message{kind: kindBroken, size: maxRanks, round: 1}
 	for rank := range maxRanks - 1 {
@@ -101,14 +113,19 @@ func TestMessageSizes(t *testing.T) {
 	}
 }
 
+// longTraceState returns a trace state that is a little longer than a message takes.
+func longTraceState() (state trace.TraceState) {
+	for key := 'a'; key <= 'p'; key++ {
+		state, _ = state.Insert(string(key), strings.Repeat("x", 256))
+	}
+	return state
+}
+
 // A trace state that is too long is left out, and the rest of the vote comes.
 func TestLongTraceState(t *testing.T) {
-	state := trace.TraceState{}
-	for key := 'a'; key <= 'q'; key++ {
-		var err error
-		if state, err = state.Insert(string(key), strings.Repeat("x", 256)); err != nil {
-			t.Fatal(err)
-		}
+	state := longTraceState()
+	if n := len(state.String()); n <= maxTraceState || n > maxTraceState+100 {
+		t.Fatalf("a trace state of %d bytes, want a few more than %d", n, maxTraceState)
 	}
 	m := message{kind: kindVote, size: 2, round: 1, vote: fullVote()}
 	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(state)
@@ -122,6 +139,41 @@ func TestLongTraceState(t *testing.T) {
 	}
 }
 
+// A large message costs a rank of another group, or of another size, next to nothing.
+func TestBomb(t *testing.T) {
+	bomb := message{kind: kindBroken, group: hashGroup("sim"), size: maxRanks, epoch: 1, round: 1}
+	for rank := range maxRanks {
+		bomb.missing = append(bomb.missing, rank)
+	}
+	m := newMember("sim", 1, 3, func(int, []byte) {})
+	elsewhere := newMember("elsewhere", 1, maxRanks, func(int, []byte) {})
+	const times = 100
+	data := bomb.encode()
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range times {
+		m.handle(0, false, data)
+		elsewhere.handle(0, false, data)
+	}
+	runtime.ReadMemStats(&after)
+	if n := (after.TotalAlloc - before.TotalAlloc) / times; n > 4096 {
+		t.Errorf("two ranks allocate %d bytes for a message of %d bytes of another group", n, len(data))
+	}
+}
+
+// The kind and the size of a group bound the length of a message, before anything of its body is
+// read.
+func TestLengthIsChecked(t *testing.T) {
+	for _, m := range samples() {
+		if _, _, err := decodeHeader(append(m.encode(), make([]byte, 1<<13)...)); err == nil {
+			t.Errorf("a header of kind %d is read with a body that is too long", m.kind)
+		}
+		if _, _, err := decodeHeader(m.encode()); err != nil {
+			t.Errorf("kind %d: %v", m.kind, err)
+		}
+	}
+}
+
 // damaged are messages that differ a little from good ones.
 func damaged() map[string][]byte {
 	bad := make(map[string][]byte)
@@ -130,7 +182,7 @@ func damaged() map[string][]byte {
 		bad[fmt.Sprintf("sample %d, one byte less", i)] = good[:len(good)-1]
 		bad[fmt.Sprintf("sample %d, one byte more", i)] = append(slices.Clone(good), 0)
 		if m.kind == kindVote {
-			good[44+41] |= 1 // the upper byte of the flags
+			good[44+49] |= 2 // the upper byte of the flags
 			bad[fmt.Sprintf("sample %d, a flag that nobody knows", i)] = good
 		}
 	}
@@ -147,7 +199,18 @@ func damaged() map[string][]byte {
 		spoil(&m)
 		bad[what] = m.encode()
 	}
+	bad["a trace state that is too long"] = withLongTraceState()
 	return bad
+}
+
+// withLongTraceState returns a vote with a trace state that encode leaves out.
+func withLongTraceState() []byte {
+	state := longTraceState().String()
+	m := message{kind: kindVote, size: 3, round: 1, vote: fwd.Vote{SpanContext: sampleSpan()}}
+	m.vote.SpanContext = m.vote.SpanContext.WithTraceState(trace.TraceState{})
+	b := m.encode()
+	b = binary.BigEndian.AppendUint16(b[:len(b)-2], uint16(len(state)))
+	return append(b, state...)
 }
 
 func TestDamaged(t *testing.T) {
@@ -168,15 +231,15 @@ func version1(group string) []byte {
 
 // Messages of other versions are told apart from damaged ones.
 func TestOtherVersions(t *testing.T) {
-	for _, v := range []byte{0, 1, 3, 255} {
+	for _, v := range []byte{0, 1, 2, 4, 255} {
 		b := version1("sim")
 		b[2] = v
-		if _, err := decode(b); err != versionError(v) {
-			t.Errorf("a message of version %d: %v, want %v", v, err, versionError(v))
+		if _, err := decode(b); err != (versionError{version: v}) {
+			t.Errorf("a message of version %d: %v", v, err)
 		}
 	}
-	want := "messages of version 1, this one speaks version 2; run the same natsdp everywhere"
-	if got := versionError(1).Error(); got != want {
+	want := "messages of version 1, this one speaks version 3; run the same natsdp everywhere"
+	if got := (versionError{version: 1}).Error(); got != want {
 		t.Errorf("%q, want %q", got, want)
 	}
 }

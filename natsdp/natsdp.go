@@ -34,11 +34,12 @@
 // PREFIX.GROUP.r.*. With these permissions alone it can't speak for another rank, and nobody else
 // can speak for it. A message is believed only if the rank in it is that of its subject. Some
 // messages are counted in [Stats], and a group that is together ignores them: damaged ones, those
-// of another version, group or size, and those of a process whose rank has been taken over.
+// of another version, group or size, those of a process whose rank has been taken over, and those
+// with numbers that no honest rank can have come to, which would leave the group none to go on with.
 //
 // # Versions
 //
-// All ranks of a group must run the same version of the messages, which is 2. If they don't, Join
+// All ranks of a group must run the same version of the messages, which is 3. If they don't, Join
 // returns an error that names both versions.
 package natsdp
 
@@ -209,7 +210,8 @@ func isAbsent(err error) bool {
 // methods at any time.
 //
 // A connection may keep its user waiting: for a name server, a server that does not answer, or room
-// in a socket. No caller must wait for that, so one goroutine speaks on it and another listens.
+// in a socket. No caller must wait for that, so a goroutine speaks on it, and those of its
+// subscriptions listen.
 type Coordinator struct {
 	member *member
 	conn   *nats.Conn
@@ -217,7 +219,6 @@ type Coordinator struct {
 	base   string // of subjects: PREFIX.GROUP
 
 	out       chan outgoing
-	in        chan *nats.Msg
 	all       *nats.Subscription // messages for everyone
 	direct    *nats.Subscription // messages for this rank alone
 	down      atomic.Bool        // the connection is being made again: what is sent is lost
@@ -261,12 +262,10 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 			return nil, err
 		}
 	}
-	room := min(1024+16*cfg.Size, 1<<16) // for several rounds; what does not fit is dropped, and sent again
 	c := &Coordinator{
 		conn: conn, owned: o.connect != nil,
 		base:  o.prefix + "." + cfg.Group,
-		out:   make(chan outgoing, room),
-		in:    make(chan *nats.Msg, room),
+		out:   make(chan outgoing, queueRoom(cfg.Size)),
 		done:  make(chan struct{}),
 		ended: make(chan struct{}),
 	}
@@ -279,6 +278,15 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 	}
 	return c, nil
 }
+
+// queueRoom returns how many messages a queue holds: those of several rounds. What does not fit is
+// dropped, and sent again.
+func queueRoom(size int) int { return min(1024+16*size, 1<<16) }
+
+// queueBytes is how many bytes a queue of messages that have come in holds, since anyone who may
+// publish to a rank can send large ones. There is room for a vote with the longest trace state of
+// each of 1,000 ranks.
+const queueBytes = 4 << 20
 
 func invalidf(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", fwd.ErrInvalid, fmt.Sprintf(format, args...))
@@ -301,11 +309,22 @@ func (c Config) check(o *options) error {
 			break
 		}
 	}
+	if n := len(fmt.Sprintf(longestLine, o.prefix, c.Group)); n > maxControlLine {
+		bad("subject prefix of %d bytes makes a line of %d bytes, and servers take %d; use a shorter one",
+			len(o.prefix), n, maxControlLine)
+	}
 	if o.conn == nil && o.connect == nil {
 		bad("rank %d of group %q has neither a URL nor a connection; use WithURL or WithConn", c.Rank, c.Group)
 	}
 	return errors.Join(errs...)
 }
+
+// A server ends a connection on which a line comes that is longer than maxControlLine, unless its
+// configuration says otherwise.
+const (
+	maxControlLine = 4096
+	longestLine    = "PUB %s.%s.1048575.1048575 1048576\r\n"
+)
 
 // isToken reports whether s can be part of a subject.
 func isToken(s string) bool {
@@ -340,17 +359,32 @@ func (c *Coordinator) speak() {
 		return
 	default:
 	}
-	var listening sync.WaitGroup
-	listening.Go(func() { c.listen(status) })
+	var watching sync.WaitGroup
+	watching.Go(func() { c.watch(status) })
 	c.publish(before)
-	listening.Wait()
+	watching.Wait()
 }
 
 func (c *Coordinator) subscribe() (err error) {
-	if c.all, err = c.conn.ChanSubscribe(c.base+".all.*", c.in); err == nil {
-		c.direct, err = c.conn.ChanSubscribe(c.base+"."+strconv.Itoa(c.member.rank)+".*", c.in)
+	if c.all, err = c.subscribeTo("all", false); err == nil {
+		c.direct, err = c.subscribeTo(strconv.Itoa(c.member.rank), true)
 	}
 	return err
+}
+
+// subscribeTo hands the member what comes in for an address. Its queue has bounds.
+func (c *Coordinator) subscribeTo(address string, direct bool) (*nats.Subscription, error) {
+	sub, err := c.conn.Subscribe(c.base+"."+address+".*", func(msg *nats.Msg) {
+		if from, ok := sender(msg.Subject); ok {
+			c.member.handle(from, direct, msg.Data)
+		} else {
+			c.member.foreign()
+		}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sub, sub.SetPendingLimits(queueRoom(c.member.size), queueBytes)
 }
 
 // unsubscribe ends the subscriptions. An error says that there is none, or that the connection has
@@ -415,21 +449,17 @@ func (c *Coordinator) isRefusal(err error, rank string) bool {
 	return ok && (subject == "all.*" || subject == rank+".*" || strings.HasSuffix(subject, "."+rank))
 }
 
-// listen hands the member what comes in.
-func (c *Coordinator) listen(status <-chan nats.Status) {
+// watch tells the member when the connection is lost, is there again, and has ended.
+func (c *Coordinator) watch(status <-chan nats.Status) {
 	for {
 		select {
-		case msg := <-c.in:
-			if from, ok := sender(msg.Subject); ok {
-				c.member.handle(from, msg.Sub == c.direct, msg.Data)
-			}
 		case s := <-status:
-			switch c.down.Store(s != nats.CONNECTED); s {
-			case nats.CONNECTED:
-				c.member.again()
-			case nats.CLOSED:
+			c.down.Store(s != nats.CONNECTED)
+			if s == nats.CLOSED {
 				c.member.lose(c.closedError())
+				continue
 			}
+			c.member.interrupted(s == nats.CONNECTED)
 		case <-c.done:
 			return
 		}
@@ -444,10 +474,12 @@ func (c *Coordinator) closedError() error {
 	return fmt.Errorf("natsdp: rank %d: %w", c.member.rank, nats.ErrConnectionClosed)
 }
 
-// sender returns the rank at the end of a subject.
+// sender returns the rank at the end of a subject. Numbers such as 01 and +1 are no ranks: a server
+// knows them as other subjects than 1, with other permissions.
 func sender(subject string) (rank int, ok bool) {
-	rank, err := strconv.Atoi(subject[strings.LastIndexByte(subject, '.')+1:])
-	return rank, err == nil && rank >= 0
+	token := subject[strings.LastIndexByte(subject, '.')+1:]
+	rank, err := strconv.Atoi(token)
+	return rank, err == nil && rank >= 0 && rank < maxRanks && strconv.Itoa(rank) == token
 }
 
 // Rank returns this rank, from 0.
@@ -474,15 +506,18 @@ func (c *Coordinator) Missing() []int { return c.member.missingVotes() }
 // and not on another. Last may be called at any time, from any goroutine, and does not wait.
 func (c *Coordinator) Last() int { return c.member.lastVote() }
 
-// Stats are counts since Join. The first four count messages that told this rank nothing about its
+// Stats are counts since Join. The first five count messages that told this rank nothing about its
 // round.
 type Stats struct {
 	// Malformed counts messages that could not be read.
 	Malformed uint64
 
 	// Foreign counts messages of another version, group or size, of a rank that is not that of the
-	// subject, and of another process with this rank.
+	// subject, on subjects that end with no rank, and of another process with this rank.
 	Foreign uint64
+
+	// Implausible counts messages with a round, step or epoch that no honest rank can have come to.
+	Implausible uint64
 
 	// Stale counts messages of processes whose rank has been taken over.
 	Stale uint64

@@ -201,8 +201,8 @@ func (g *guarded) forge(conn *nats.Conn, subject string, rank int) {
 	for round := uint64(2); round < 6; round++ {
 		vote := fwd.Vote{Step: round, NumTokensPadded: 999}
 		for _, message := range [][]byte{
-			natsdp.ForgeVote(g.name, size, rank, 1<<61, round, vote),
-			natsdp.ForgeBroken(g.name, size, rank, 1<<61, round, (rank+1)%size),
+			natsdp.ForgeVote(g.name, size, rank, natsdp.LaterEpoch(), round, vote),
+			natsdp.ForgeBroken(g.name, size, rank, natsdp.LaterEpoch(), round, (rank+1)%size),
 		} {
 			if err := conn.Publish(subject, message); err != nil {
 				g.Fatal(err)
@@ -247,7 +247,7 @@ func TestNoCredentials(t *testing.T) {
 	if _, err := in.ReadString('\n'); err != nil { // INFO
 		t.Fatal(err)
 	}
-	broken := natsdp.ForgeBroken(g.name, 3, 1, 1<<61, 2, 0)
+	broken := natsdp.ForgeBroken(g.name, 3, 1, natsdp.LaterEpoch(), 2, 0)
 	fmt.Fprintf(conn, "CONNECT {\"verbose\":false}\r\nSUB fwd.dp.> 1\r\n")
 	fmt.Fprintf(conn, "PUB fwd.dp.%s.all.1 %d\r\n%s\r\nPING\r\n", g.name, len(broken), broken)
 	_ = conn.SetReadDeadline(time.Now().Add(patience))
@@ -351,16 +351,16 @@ func TestNoise(t *testing.T) {
 			}
 			round := n % (steps + 2)
 			vote := fwd.Vote{Step: round + 1, NumTokensPadded: 999}
-			good := natsdp.ForgeVote(name, size, 1, 1<<61, round+1, vote)
+			good := natsdp.ForgeVote(name, size, 1, natsdp.LaterEpoch(), round+1, vote)
 			for _, message := range [][]byte{
 				good[:len(good)-1], append(good, 0), {}, []byte("fw"), // malformed
 				append([]byte("xx"), good[2:]...),     // likewise
 				append([]byte("fw\x63"), good[3:]...), // another version
-				natsdp.ForgeVote("another", size, 1, 1<<61, round+1, vote),
-				natsdp.ForgeVote(name, size+1, 1, 1<<61, round+1, vote),
-				natsdp.ForgeBroken(name, size-1, 1, 1<<61, round+1, 0),
-				natsdp.ForgeVote(name, size, 2, 1<<61, round+1, vote), // on the subject of rank 1
-				natsdp.ForgeVote(name, size, 1, 1, round+1, vote),     // of a life that is over
+				natsdp.ForgeVote("another", size, 1, natsdp.LaterEpoch(), round+1, vote),
+				natsdp.ForgeVote(name, size+1, 1, natsdp.LaterEpoch(), round+1, vote),
+				natsdp.ForgeBroken(name, size-1, 1, natsdp.LaterEpoch(), round+1, 0),
+				natsdp.ForgeVote(name, size, 2, natsdp.LaterEpoch(), round+1, vote), // on the subject of rank 1
+				natsdp.ForgeVote(name, size, 1, 1, round+1, vote),                   // of a life that is over
 				natsdp.ForgeBroken(name, size, 1, 1, round+1, 0),
 			} {
 				_ = conn.Publish(base+".all.1", message)
@@ -384,4 +384,30 @@ func TestNoise(t *testing.T) {
 			t.Errorf("rank %d has counted %+v", rank, stats)
 		}
 	}
+}
+
+// While a rank can't look at its messages, those that it keeps are bounded in bytes, not only in
+// number, and it is together with the others afterwards.
+func TestQueueIsBounded(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	name := newName()
+	group := joinAll(t, name, 2, at(s))
+	together(t, group, 1)
+	resume := natsdp.Pause(group[0])
+	conn := connect(t, s)
+	const times = 64
+	for range times {
+		_ = conn.Publish(natsdp.DefaultSubjectPrefix+"."+name+".all.1", make([]byte, 1<<19))
+	}
+	if err := conn.FlushTimeout(patience); err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); natsdp.Dropped(group[0]) == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("a rank keeps %d MB", times/2)
+		}
+	}
+	resume()
+	together(t, group, 2)
 }

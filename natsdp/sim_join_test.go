@@ -196,7 +196,7 @@ func TestVersion1(t *testing.T) {
 		synctest.Wait()
 		joining.handle(1, false, version1("sim"))
 		err := <-refused
-		if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), versionError(1).Error()) {
+		if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), versionError{version: 1}.Error()) {
 			t.Errorf("joining: %v, want that rank 1 speaks version 1", err)
 		}
 		joining.kill()
@@ -213,6 +213,59 @@ func TestVersion1(t *testing.T) {
 		defer group[0].mu.Unlock()
 		if group[0].stats.Foreign != 1 {
 			t.Errorf("%d foreign messages, want 1", group[0].stats.Foreign)
+		}
+	})
+}
+
+// A rank of another version that asks a group learns from the answer which version that speaks. It
+// would not get one for anything else.
+func TestOtherVersionGetsAnAnswer(t *testing.T) {
+	t.Parallel()
+	var answers [][]byte
+	m := newMember("sim", 0, 3, func(to int, data []byte) {
+		if to == 1 {
+			answers = append(answers, data)
+		}
+	})
+	m.phase = joined
+	for _, k := range []kind{kindHello, kindClaim, kindVote, kindState} {
+		later := version1("sim")
+		later[2], later[3] = version+1, byte(k)
+		m.handle(1, false, later)
+	}
+	if len(answers) != 2 {
+		t.Fatalf("%d answers, want one to each of two questions", len(answers))
+	}
+	for _, b := range answers {
+		if !strings.HasPrefix(string(b), magic+string(rune(version))) {
+			t.Errorf("the answer %x does not begin with the version", b)
+		}
+	}
+}
+
+// A process whose clock is more than a day ahead of the others' does not join a group, and learns
+// why. So do those that join together with it: theirs may be the wrong ones.
+func TestClocksOfDifferentDays(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		b := newBus(2, 1)
+		defer b.killAll()
+		join := func(rank int, ahead time.Duration) <-chan error {
+			s := b.attach(rank)
+			s.epoch += uint64(ahead)
+			done := make(chan error, 1)
+			go func() { done <- s.join(t.Context()) }()
+			return done
+		}
+		wrong, right := join(0, 25*time.Hour), join(1, 0)
+		for clock, done := range map[string]<-chan error{"clock of rank 0": wrong, "clock of rank 1": right} {
+			if err := <-done; !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), clock) {
+				t.Errorf("%v, want an error that names the %s", err, clock)
+			}
+		}
+		b.joinAll(t)
+		if err := <-join(1, 25*time.Hour); !errors.Is(err, fwd.ErrInvalid) {
+			t.Errorf("joining a group that is together: %v, want %v", err, fwd.ErrInvalid)
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -36,10 +37,11 @@ type bus struct {
 // station is a member's place on the bus.
 type station struct {
 	*member
-	bus    *bus
-	killed bool
-	frozen bool // nothing gets through, until it thaws
-	held   []func()
+	bus     *bus
+	killed  bool
+	severed bool // nothing gets through, and nothing is kept for it
+	frozen  bool // nothing gets through, until it thaws
+	held    []func()
 }
 
 func newBus(size int, seed uint64) *bus {
@@ -86,11 +88,11 @@ func (b *bus) joinAll(t *testing.T) []*station {
 func (b *bus) send(from *station, to int, data []byte) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if from.killed || b.cut[from.rank] {
+	if from.killed || from.severed || b.cut[from.rank] {
 		return
 	}
 	for _, s := range b.stations {
-		if to != toAll && s.rank != to || s.killed || b.cut[s.rank] || b.random.Float64() < b.loss {
+		if to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss {
 			continue
 		}
 		b.deliver(from.rank, s, to != toAll, data)
@@ -161,6 +163,13 @@ func (s *station) Exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) 
 }
 func (s *station) Rank() int { return s.rank }
 func (s *station) Size() int { return s.size }
+
+// look shows what a member knows.
+func (s *station) look(f func(m *member)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f(s.member)
+}
 
 // begin lets a station take a step in a goroutine. Its error comes from the channel.
 func (s *station) begin(ctx context.Context, step uint64) <-chan error {
@@ -786,4 +795,118 @@ func TestLastOfALostVote(t *testing.T) {
 			t.Errorf("%v, rank %d came last; want ErrClosed and -1", err, group[0].lastVote())
 		}
 	})
+}
+
+// Whoever floods a rank gets few answers: neither votes of rounds that are over, nor those of a life
+// that is over, nor questions make it flood others.
+func TestFloodIsAnsweredSlowly(t *testing.T) {
+	t.Parallel()
+	for what, flood := range map[string]func(m *message){
+		"votes of a round that is over": func(m *message) { m.kind, m.round = kindVote, 1 },
+		"votes of a life that is over":  func(m *message) { m.kind, m.round, m.epoch = kindVote, 1, 1 },
+		"questions":                     func(m *message) { m.kind = kindHello },
+		"questions of another size":     func(m *message) { m.kind, m.size = kindHello, 9 },
+		"votes of the rank itself": func(m *message) {
+			m.kind, m.rank, m.epoch, m.round = kindVote, 0, 1, 1
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBus(2, 1)
+			group := b.joinAll(t)
+			defer b.killAll()
+			succeed(t, group[0].begin(t.Context(), 1), group[1].begin(t.Context(), 1))
+			time.Sleep(time.Second)
+			msg := group[1].message(kindHello)
+			flood(&msg)
+			group[1].kill()
+			sent := 0
+			group[0].send = func(int, []byte) { sent++ }
+			data := msg.encode()
+			for range 10_000 { // in a second
+				group[0].handle(msg.rank, false, data)
+				time.Sleep(100 * time.Microsecond)
+			}
+			if most := limitAnswers * int(time.Second/limitInterval+1); sent == 0 || sent > most {
+				t.Errorf("%s: %d answers, want some and at most %d", what, sent, most)
+			}
+		})
+	}
+}
+
+// One message of a rank, with a number near the end of the range, does not end the group: the rank is
+// started again, and all go on.
+func TestPoison(t *testing.T) {
+	t.Parallel()
+	const top = uint64(maxCounter)
+	for what, poison := range map[string]func(m *message){
+		"a vote in the last round":          func(m *message) { m.kind, m.round = kindVote, top },
+		"a vote in the round before":        func(m *message) { m.kind, m.round = kindVote, top-1 },
+		"a vote for the last step":          func(m *message) { m.kind, m.vote.Step = kindVote, top },
+		"a vote of the last epoch":          func(m *message) { m.kind, m.epoch = kindVote, top },
+		"a question of the last epoch":      func(m *message) { m.kind, m.epoch = kindClaim, top },
+		"a round that is broken at the end": func(m *message) { m.kind, m.step = kindBroken, top },
+		"the last round is broken":          func(m *message) { m.kind, m.round = kindBroken, top },
+		"an answer with the last epoch":     func(m *message) { m.kind, m.holder = kindState, top },
+		"an answer with the last step":      func(m *message) { m.kind, m.step, m.holds = kindState, top, true },
+		"a vote of the day after tomorrow": func(m *message) {
+			m.kind, m.epoch = kindVote, latestEpoch()+uint64(24*time.Hour)
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) { poisoned(t, what, poison) })
+	}
+}
+
+func poisoned(t *testing.T, what string, poison func(m *message)) {
+	b := newBus(3, 1)
+	group := b.joinAll(t)
+	defer b.killAll()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	succeed(t, group[0].begin(ctx, 1), group[1].begin(ctx, 1), group[2].begin(ctx, 1))
+	time.Sleep(time.Millisecond)
+	msg := group[2].message(kindVote)
+	msg.round, msg.vote.Step, msg.by, msg.missing = 2, 2, 2, []int{0, 1}
+	poison(&msg)
+	group[2].send(toAll, msg.encode())
+	time.Sleep(time.Millisecond)
+	group[2].kill()
+	for rank, s := range group[:2] {
+		s.look(func(m *member) {
+			if m.stats.Implausible != 1 {
+				t.Errorf("%s: rank %d has counted %d of 1", what, rank, m.stats.Implausible)
+			}
+		})
+	}
+	for restarted := 2; restarted > 0; restarted-- {
+		group[restarted].kill()
+		again, err := b.join(ctx, restarted)
+		if err != nil {
+			t.Fatalf("%s: rank %d can't join any more: %v", what, restarted, err)
+		}
+		group[restarted] = again
+		step := uint64(0)
+		group[0].look(func(m *member) { step = m.step + 1 })
+		for range 3 {
+			succeed(t, group[0].begin(ctx, step), group[1].begin(ctx, step), group[2].begin(ctx, step))
+			step++
+		}
+	}
+}
+
+// However many votes skip steps, some steps are left.
+func TestStepsAreLeft(t *testing.T) {
+	t.Parallel()
+	m := newMember("sim", 0, 2, func(int, []byte) {})
+	m.phase = joined
+	for range 300 {
+		before := m.step
+		m.step = m.mostStep()
+		if m.step <= before || m.step >= maxCounter {
+			t.Fatalf("after step %d comes at most %d", before, m.step)
+		}
+	}
+	_, err := m.exchange(t.Context(), fwd.Vote{Step: m.mostStep() + 1})
+	if !errors.Is(err, fwd.ErrInvalid) || !strings.Contains(err.Error(), fmt.Sprint(m.mostStep())) {
+		t.Errorf("a vote that skips too many: %v, want that it names what is possible", err)
+	}
 }
