@@ -121,7 +121,8 @@ func leftOut(l fwdplan.LeftOut) string {
 		what string
 	}{
 		{l.Failed, "failed"}, {l.NoBatch, "without a batch, as in warm-up"},
-		{l.NoGraph, "that no graph could serve"}, {l.Other, "of other engines"}, {l.Beyond, "beyond what is counted"},
+		{l.NoGraph, "that no graph could serve"}, {l.Other, "of other engines"},
+		{l.Beyond, "beyond what is counted"},
 	} {
 		if kind.n > 0 {
 			parts = append(parts, grouped(kind.n)+" "+kind.what)
