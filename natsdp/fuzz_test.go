@@ -22,8 +22,7 @@ func FuzzMember(f *testing.F) {
 	f.Add(all, false)
 	f.Fuzz(func(t *testing.T, script []byte, hasJoined bool) {
 		sent := 0
-		var m *member
-		m = newMember("sim", 0, 3, func(to int, data []byte) {
+		m := newMember("sim", 0, 3, func(to int, data []byte) {
 			if _, err := decode(data); err != nil || to < toAll {
 				t.Errorf("sent %x to %d: %v", data, to, err)
 			}

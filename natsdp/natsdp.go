@@ -21,7 +21,33 @@
 // thought dead and turns up after another has joined in its place, it is told so and gets
 // [ErrRankTaken] from then on. It should end, or join again once the other has ended.
 //
+// # What nobody can rule out
+//
+// A rank that has the votes of all completes the step, and no message can tell it that another rank
+// has not got them. So a step can be complete for some ranks and broken, or passed over, for others:
+// if a vote is lost and its receiver stops waiting before it comes again, or if a process dies, or is
+// cut off without noticing, just after it has got all votes. The ranks that complete a step always
+// have the same votes, of the same processes: each vote says which lives of all ranks its sender
+// counts, and votes that disagree on that complete nothing. A rank that has lost its connection asks
+// for the votes of the open step again. A process that was replaced and has heard nothing of it takes
+// at most the step alone that was open then.
+//
+// An engine loses nothing by that. A rank for which the step was broken has run no pass, and plans
+// the same requests again in the next step. A rank for which it was complete has run its pass. If
+// passes of ranks exchange rows, that pass waits for ranks that do not run it: such an exchange needs a
+// deadline of its own.
+//
+// # Another size
+//
+// The ranks of a group close their coordinators, all of them, and join again with another
+// Config.Size. The group may keep its name, and its steps begin at 1 again. As long as a rank of the
+// old size has not left, Join returns an error that names it. That rank's exchanges fail with
+// [fwd.ErrRankMissing], and the error says that the group has another size now. A rank that joins
+// later with the old size gets an error that names both sizes.
+//
 // # Time
+//
+// The clocks of the hosts may differ by less than a day.
 //
 // Exchange waits for as long as its ctx and [fwd.WithExchangeTimeout] let it. Both must last longer
 // than the slowest pass of any rank, and longer than any outage that should not cost a step.
@@ -40,7 +66,8 @@
 // # Versions
 //
 // All ranks of a group must run the same version of the messages, which is 3. If they don't, Join
-// returns an error that names both versions.
+// returns an error that names both versions. A group answers a rank of another version that asks, so
+// that it can tell.
 package natsdp
 
 import (

@@ -70,7 +70,8 @@ type callOf struct {
 }
 
 // All ranks that complete a step have the same votes, and these are of processes which had not been
-// replaced when their calls began, see check for the one exception. When the faults are over the group is whole.
+// replaced when their calls began, see check for the one exception. When the faults are over the
+// group is whole.
 func TestLives(t *testing.T) {
 	t.Parallel()
 	var mu sync.Mutex
