@@ -475,7 +475,8 @@ func (m *member) fail(msg *message) {
 	}})
 }
 
-// resized says which of the ranks that are missing has gone on in a group of another size, if any has.
+// resized says which of the ranks that are missing has gone on in a group of another size, if any
+// has.
 func (m *member) resized(missing []int) string {
 	for _, rank := range missing {
 		if p := &m.peers[rank]; p.gone && p.otherSize != 0 {
@@ -548,8 +549,8 @@ func (m *member) credible(msg *message) bool {
 		max(msg.epoch, msg.holder) <= latestEpoch()
 }
 
-// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong: whoever
-// joins with such a clock learns it.
+// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong:
+// whoever joins with such a clock learns it.
 func (m *member) handleImplausible(msg *message) {
 	m.stats.Implausible++
 	if msg.rank == m.rank || msg.epoch <= latestEpoch() {

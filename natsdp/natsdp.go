@@ -34,8 +34,8 @@
 //
 // An engine loses nothing by that. A rank for which the step was broken has run no pass, and plans
 // the same requests again in the next step. A rank for which it was complete has run its pass. If
-// passes of ranks exchange rows, that pass waits for ranks that do not run it: such an exchange needs a
-// deadline of its own.
+// passes of ranks exchange rows, that pass waits for ranks that do not run it: such an exchange
+// needs a deadline of its own.
 //
 // # Another size
 //
@@ -147,7 +147,8 @@ func WithURL(url string, opts ...nats.Option) Option {
 
 // WithConn makes the coordinator use a connection that the caller closes. Several groups may share
 // it, and several ranks of a group, unless it has [nats.NoEcho]: then they would not hear each
-// other, and Join refuses the second. An outage may last for as long as the connection tries to reconnect.
+// other, and Join refuses the second. An outage may last for as long as the connection tries to
+// reconnect.
 func WithConn(conn *nats.Conn) Option {
 	return optionFunc(func(o *options) { o.conn, o.connect = conn, nil })
 }
