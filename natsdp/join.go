@@ -46,7 +46,7 @@ const (
 func (m *member) join(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true
-	interval := resendFirst
+	interval, said := resendFirst, time.Now()
 	again := time.NewTimer(interval)
 	defer again.Stop()
 	m.ask(toAll)
@@ -69,6 +69,10 @@ func (m *member) join(ctx context.Context) error {
 		case <-objections:
 			quiet = true
 		case <-again.C:
+			if now := time.Now(); now.Sub(said) >= time.Second {
+				said = now
+				m.log.Info("waiting for ranks", "missing", missing)
+			}
 			m.ask(append(missing, m.rank)...) // another process may have its own rank too
 			interval = min(2*interval, resendMost)
 			again.Reset(interval)
@@ -128,6 +132,7 @@ func (m *member) proceed() bool {
 	// open.
 	m.late, m.lateFrom = m.round > 0, 0
 	m.sendMessage(toAll, m.state())
+	m.log.Info("joined", "size", m.size, "step", m.step)
 	return true
 }
 
@@ -275,6 +280,9 @@ func (m *member) die(err error) {
 		return
 	}
 	m.dead = err
+	if !errors.Is(err, ErrClosed) {
+		m.log.Error("this rank takes no further part", "error", err)
+	}
 	if m.waiting {
 		m.lastRank = -1
 		m.release(outcome{err: err})

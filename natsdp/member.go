@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -40,6 +41,8 @@ type member struct {
 
 	// send sends to a rank, or toAll. It never waits, and it keeps the message.
 	send func(to int, message []byte)
+
+	log *slog.Logger // says what happens to the group; nothing that happens in each step
 
 	busy    atomic.Bool // in exchange
 	outcome chan outcome
@@ -104,7 +107,8 @@ type peer struct {
 	// Rounds up to taken may have votes of an earlier life of the rank. They ended at most at step.
 	taken, step uint64
 
-	answers limit // of answers to it
+	otherSize int   // that it has said last, see handleOtherSize; 0: none
+	answers   limit // of answers to it
 }
 
 // limit bounds answers: whoever floods a rank does not make it flood others. A rank that waits asks
@@ -196,6 +200,7 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		outcome: make(chan outcome, 1),
 		resend:  time.NewTimer(time.Hour),
 		closing: make(chan struct{}),
+		log:     slog.New(slog.DiscardHandler),
 		changed: make(chan struct{}, 1),
 
 		contested: size == 1, // no other rank could tell
@@ -462,11 +467,24 @@ func (m *member) fail(msg *message) {
 	m.answer = answer.encode()
 	m.endRound(msg.round, msg.step)
 	m.complete, m.last, m.lastRank = false, msg.step, -1
+	m.log.Warn("a step is broken", "step", msg.step, "by", msg.by, "missing", msg.missing)
 	m.release(outcome{err: &fwd.RankError{
-		Err:   fmt.Errorf("%w: rank %d stopped waiting", fwd.ErrRankMissing, msg.by),
+		Err:   fmt.Errorf("%w: rank %d stopped waiting%s", fwd.ErrRankMissing, msg.by, m.resized(msg.missing)),
 		Step:  msg.step,
 		Ranks: msg.missing,
 	}})
+}
+
+// resized says which of the ranks that are missing has gone on in a group of another size, if any
+// has.
+func (m *member) resized(missing []int) string {
+	for _, rank := range missing {
+		if p := &m.peers[rank]; p.gone && p.otherSize != 0 {
+			return fmt.Sprintf("; rank %d has left, and says that the group has %d ranks now, not %d",
+				rank, p.otherSize, m.size)
+		}
+	}
+	return ""
 }
 
 // leftBehind notes that the group has ended rounds without this rank. If this rank waits, it votes
@@ -531,8 +549,8 @@ func (m *member) credible(msg *message) bool {
 		max(msg.epoch, msg.holder) <= latestEpoch()
 }
 
-// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong: whoever
-// joins with such a clock learns it.
+// handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong:
+// whoever joins with such a clock learns it.
 func (m *member) handleImplausible(msg *message) {
 	m.stats.Implausible++
 	if msg.rank == m.rank || msg.epoch <= latestEpoch() {
@@ -569,9 +587,16 @@ func (m *member) mostStep() uint64 {
 	return m.step + (maxCounter-m.step)/maxJump
 }
 
-// handleOtherSize takes a message of a rank that has another size of the group in its configuration.
+// handleOtherSize takes a message of a rank that has another size of the group in its configuration,
+// or in whose group this one was left behind when it changed its size.
 func (m *member) handleOtherSize(msg *message) {
 	m.stats.Foreign++
+	if msg.rank < m.size {
+		m.peers[msg.rank].otherSize = msg.size
+	}
+	if msg.kind == kindBye { // of the group's last life, which had another size
+		return
+	}
 	if (msg.kind == kindHello || msg.kind == kindClaim) && m.strangers.allow() {
 		m.sendMessage(msg.rank, m.message(kindState)) // which tells it the size
 	}
@@ -620,6 +645,7 @@ func (m *member) handleBye(msg *message) {
 	}
 	if p.epoch == msg.epoch {
 		p.gone, p.heard = true, false
+		m.log.Info("a rank has left", "other", msg.rank)
 	}
 	m.signal()
 }
@@ -655,6 +681,7 @@ func (m *member) newLife(msg *message) {
 		g.remove(msg.rank)
 	}
 	m.peers[msg.rank] = life
+	m.log.Info("a rank is there", "other", msg.rank, "again", old.epoch != 0)
 	if m.waiting {
 		m.leftBehind(m.round+1, m.open.highest(), m.last)
 	}

@@ -21,7 +21,33 @@
 // thought dead and turns up after another has joined in its place, it is told so and gets
 // [ErrRankTaken] from then on. It should end, or join again once the other has ended.
 //
+// # What nobody can rule out
+//
+// A rank that has the votes of all completes the step, and no message can tell it that another rank
+// has not got them. So a step can be complete for some ranks and broken, or passed over, for others:
+// if a vote is lost and its receiver stops waiting before it comes again, or if a process dies, or is
+// cut off without noticing, just after it has got all votes. The ranks that complete a step always
+// have the same votes, of the same processes: each vote says which lives of all ranks its sender
+// counts, and votes that disagree on that complete nothing. A rank that has lost its connection asks
+// for the votes of the open step again. A process that was replaced and has heard nothing of it takes
+// at most the step alone that was open then.
+//
+// An engine loses nothing by that. A rank for which the step was broken has run no pass, and plans
+// the same requests again in the next step. A rank for which it was complete has run its pass. If
+// passes of ranks exchange rows, that pass waits for ranks that do not run it: such an exchange
+// needs a deadline of its own.
+//
+// # Another size
+//
+// The ranks of a group close their coordinators, all of them, and join again with another
+// Config.Size. The group may keep its name, and its steps begin at 1 again. As long as a rank of the
+// old size has not left, Join returns an error that names it. That rank's exchanges fail with
+// [fwd.ErrRankMissing], and the error says that the group has another size now. A rank that joins
+// later with the old size gets an error that names both sizes.
+//
 // # Time
+//
+// The clocks of the hosts may differ by less than a day.
 //
 // Exchange waits for as long as its ctx and [fwd.WithExchangeTimeout] let it. Both must last longer
 // than the slowest pass of any rank, and longer than any outage that should not cost a step.
@@ -40,7 +66,8 @@
 // # Versions
 //
 // All ranks of a group must run the same version of the messages, which is 3. If they don't, Join
-// returns an error that names both versions.
+// returns an error that names both versions. A group answers a rank of another version that asks, so
+// that it can tell.
 package natsdp
 
 import (
@@ -48,7 +75,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
+	"net/url"
 	"strconv"
 	"strings"
 	"sync"
@@ -99,6 +128,8 @@ type options struct {
 	connect func(ctx context.Context) (*nats.Conn, error) // nil: conn is given
 	conn    *nats.Conn
 	prefix  string
+	log     *slog.Logger
+	rotated bool // see WithRotatedCredentials
 }
 
 type optionFunc func(*options)
@@ -110,13 +141,14 @@ func (f optionFunc) apply(o *options) { f(o) }
 func WithURL(url string, opts ...nats.Option) Option {
 	opts = append([]nats.Option{nats.NoEcho()}, opts...) // only one rank uses the connection
 	return optionFunc(func(o *options) {
-		o.conn, o.connect = nil, func(ctx context.Context) (*nats.Conn, error) { return Connect(ctx, url, opts...) }
+		o.conn, o.connect = nil, func(ctx context.Context) (*nats.Conn, error) { return o.dial(ctx, url, opts) }
 	})
 }
 
 // WithConn makes the coordinator use a connection that the caller closes. Several groups may share
 // it, and several ranks of a group, unless it has [nats.NoEcho]: then they would not hear each
-// other. An outage may last for as long as the connection tries to reconnect.
+// other, and Join refuses the second. An outage may last for as long as the connection tries to
+// reconnect.
 func WithConn(conn *nats.Conn) Option {
 	return optionFunc(func(o *options) { o.conn, o.connect = conn, nil })
 }
@@ -127,17 +159,48 @@ func WithSubjectPrefix(prefix string) Option {
 	return optionFunc(func(o *options) { o.prefix = prefix })
 }
 
+// WithRotatedCredentials makes a connection of [WithURL] keep trying if a server refuses its
+// credentials, while Join waits and later, since they may be replaced at any time. Without it a
+// refusal ends Join, and a second one in a row ends a connection that is made again.
+// [nats.UserCredentials] reads its file for each attempt.
+func WithRotatedCredentials() Option {
+	return optionFunc(func(o *options) { o.rotated = true })
+}
+
+// WithLogger sets where the coordinator says who is awaited, who has joined and left, that the
+// connection is lost or there again, that another process has the rank, which rounds were broken, and
+// what a server reports on a connection of [WithURL]. While Join waits, that is at most a line a
+// second. Without it, or if logger is nil, nothing is said.
+func WithLogger(logger *slog.Logger) Option {
+	return optionFunc(func(o *options) {
+		if o.log = logger; logger == nil {
+			o.log = slog.New(slog.DiscardHandler)
+		}
+	})
+}
+
 // Connect connects to a NATS server in the way that suits a group: it waits for a server until ctx
-// ends. A lost connection is made again, as often as necessary, unless a server refuses the
-// credentials. Meanwhile no votes are kept for later, since they are sent again anyway. TLS and
-// credentials are options of nats: [nats.RootCAs], [nats.ClientCert], [nats.Secure],
-// [nats.UserCredentials], [nats.UserInfo] and others. opts override what Connect would choose.
+// ends, also for one that is starting or full. A lost connection is made again, as often as
+// necessary, unless a server refuses the credentials. Meanwhile no votes are kept for later, since
+// they are sent again anyway. TLS and credentials are options of nats: [nats.RootCAs],
+// [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and others. opts override
+// what Connect would choose.
 //
 // If a server refuses, the error is that of [nats.Connect], such as [nats.ErrAuthorization]. If no
 // server has answered before ctx ended, the error wraps ctx's cause and the error of the last
-// attempt.
+// attempt. A URL that can't be parsed is fwd.ErrInvalid, and the error does not show it, since it
+// may hold a password.
 func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, error) {
-	opts = append([]nats.Option{
+	o := options{log: slog.New(slog.DiscardHandler)}
+	return o.dial(ctx, url, opts)
+}
+
+// dial is Connect with the options of Join.
+func (o *options) dial(ctx context.Context, url string, opts []nats.Option) (*nats.Conn, error) {
+	if err := checkURLs(url); err != nil {
+		return nil, err
+	}
+	base := []nats.Option{
 		nats.MaxReconnects(-1),
 		nats.ReconnectWait(50 * time.Millisecond),
 		nats.ReconnectJitter(50*time.Millisecond, 200*time.Millisecond),
@@ -146,17 +209,28 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 		// A link that is silently gone is noticed after three pings.
 		nats.PingInterval(5 * time.Second),
 		// The default one prints.
-		nats.ErrorHandler(func(*nats.Conn, *nats.Subscription, error) {}),
-	}, opts...)
+		nats.ErrorHandler(func(_ *nats.Conn, _ *nats.Subscription, err error) {
+			o.log.Warn("the server or the connection reports an error", "error", err)
+		}),
+	}
+	if o.rotated {
+		base = append(base, nats.IgnoreAuthErrorAbort())
+	}
+	opts = append(base, opts...)
 	failed := errors.New("nats: no server has answered") // before any attempt has failed
+	var said time.Time
 	for {
 		conn, err := connectOnce(ctx, url, opts)
 		if conn != nil {
 			return conn, nil
 		}
 		if ctx.Err() == nil {
-			if failed = err; !isAbsent(err) {
+			if failed = err; !isAbsent(err) && !(o.rotated && isRefused(err)) {
 				return nil, err
+			}
+			if time.Since(said) >= time.Second {
+				said = time.Now()
+				o.log.Warn("cannot connect yet", "error", err)
 			}
 		}
 		select {
@@ -165,6 +239,28 @@ func Connect(ctx context.Context, url string, opts ...nats.Option) (*nats.Conn, 
 		case <-time.After(2 * resendFirst):
 		}
 	}
+}
+
+// checkURLs refuses URLs, separated by commas, that can't be parsed. Its error, unlike that of nats,
+// does not show them.
+func checkURLs(list string) error {
+	urls := strings.Split(list, ",")
+	for i, text := range urls {
+		if text = strings.TrimSpace(text); !strings.Contains(text, "://") {
+			text = "nats://" + text
+		}
+		if _, err := url.Parse(text); err != nil {
+			return invalidf("URL %d of %d of NATS servers can't be parsed; "+
+				"write special characters of a password as %%XX, or give it by an option of nats", i+1, len(urls))
+		}
+	}
+	return nil
+}
+
+// isRefused reports whether an error is that of a server which refuses credentials.
+func isRefused(err error) bool {
+	return errors.Is(err, nats.ErrAuthorization) || errors.Is(err, nats.ErrAuthExpired) ||
+		errors.Is(err, nats.ErrAuthRevoked) || errors.Is(err, nats.ErrAccountAuthExpired)
 }
 
 // connectOnce connects once. If ctx ends first, its cause is the error.
@@ -191,18 +287,27 @@ func connectOnce(ctx context.Context, url string, opts []nats.Option) (*nats.Con
 	}
 }
 
-// isAbsent reports whether an error of connecting means that there is no server yet, rather than
-// one that refuses.
+// isAbsent reports whether an error of connecting means that there is no server yet, or none with
+// room, rather than one that refuses.
 func isAbsent(err error) bool {
+	said := strings.ToLower(err.Error())
+	for _, busy := range []string{
+		nats.MAX_CONNECTIONS_ERR, nats.MAX_ACCOUNT_CONNECTIONS_ERR, "authentication timeout",
+	} {
+		if strings.Contains(said, busy) {
+			return true
+		}
+	}
 	var op *net.OpError
 	ok := errors.As(err, &op)
 	if errors.Is(err, nats.ErrNoServers) || errors.Is(err, nats.ErrTimeout) ||
 		ok && (op.Op == "dial" || op.Timeout()) {
 		return true
 	}
-	// A load balancer hangs up if there is no server behind it. A server hangs up after TLS has begun
-	// if it refuses the certificate.
-	return !errors.Is(err, nats.ErrTLS) && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET))
+	// A load balancer hangs up if there is no server behind it, and so does a full server. A server hangs
+	// up after TLS has begun if it refuses the certificate.
+	return !errors.Is(err, nats.ErrTLS) && (errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.Is(err, syscall.EPIPE))
 }
 
 // Coordinator is one rank of a group. Make one with [Join]; the zero value is of no use. It
@@ -245,7 +350,7 @@ type outgoing struct {
 // of nats are wrapped, such as [nats.ErrPermissionViolation] and [nats.ErrAuthorization]. Join
 // returns at most a second after ctx has ended.
 func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error) {
-	o := options{prefix: DefaultSubjectPrefix}
+	o := options{prefix: DefaultSubjectPrefix, log: slog.New(slog.DiscardHandler)}
 	for i, opt := range opts {
 		if opt == nil {
 			return nil, invalidf("option %d of %d is nil", i, len(opts))
@@ -270,6 +375,10 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 		ended: make(chan struct{}),
 	}
 	c.member = newMember(cfg.Group, cfg.Rank, cfg.Size, c.send)
+	c.member.log = o.log.With("group", cfg.Group, "rank", cfg.Rank)
+	if err := c.claimConn(); err != nil {
+		return nil, err
+	}
 	go c.speak()
 	if err := c.member.join(ctx); err != nil {
 		c.member.goodbye()
@@ -277,6 +386,26 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 		return nil, err
 	}
 	return c, nil
+}
+
+// deaf are the connections with nats.NoEcho that groups use, by the subjects of the group.
+var deaf sync.Map // of deafConn
+
+type deafConn struct {
+	conn *nats.Conn
+	base string
+}
+
+// claimConn refuses a connection with nats.NoEcho that another rank of the group has.
+func (c *Coordinator) claimConn() error {
+	if c.owned || !c.conn.Opts.NoEcho {
+		return nil
+	}
+	if other, taken := deaf.LoadOrStore(deafConn{c.conn, c.base}, c.member.rank); taken {
+		return invalidf("ranks %d and %d of a group share a connection with nats.NoEcho, and would not "+
+			"hear each other; connect without it", other, c.member.rank)
+	}
+	return nil
 }
 
 // queueRoom returns how many messages a queue holds: those of several rounds. What does not fit is
@@ -455,6 +584,7 @@ func (c *Coordinator) watch(status <-chan nats.Status) {
 		select {
 		case s := <-status:
 			c.down.Store(s != nats.CONNECTED)
+			c.member.log.Warn("the connection has changed", "status", s.String())
 			if s == nats.CLOSED {
 				c.member.lose(c.closedError())
 				continue
@@ -556,6 +686,7 @@ func (c *Coordinator) Close() error {
 
 // release lets go of the connection. It waits until that is done, though not for long.
 func (c *Coordinator) release() {
+	deaf.Delete(deafConn{c.conn, c.base})
 	close(c.done)
 	select {
 	case <-c.ended:

@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -394,7 +395,8 @@ func TestQueueIsBounded(t *testing.T) {
 	name := newName()
 	group := joinAll(t, name, 2, at(s))
 	together(t, group, 1)
-	resume := natsdp.Pause(group[0])
+	resume := sync.OnceFunc(natsdp.Pause(group[0]))
+	defer resume()
 	conn := connect(t, s)
 	const times = 64
 	for range times {
