@@ -154,7 +154,7 @@ func TestAllocsBegin(t *testing.T) {
 		t.Fatal(err)
 	}
 	if !raceEnabled {
-		wantAllocs(t, "a step of 4 ranks", 3*ranks, step)
+		wantAllocs(t, "a step of 4 ranks, with their schedules", 4*ranks, step)
 	}
 }
 
