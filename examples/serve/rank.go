@@ -5,7 +5,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"net/url"
 	"regexp"
 	"slices"
 	"strings"
@@ -203,9 +202,6 @@ func joinGroups(ctx context.Context, o *options) (*groups, error) {
 		fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
 	defer cancel()
 	conn, err := natsdp.Connect(ctx, o.nats, o.credentials()...)
-	if quoted := (*url.Error)(nil); errors.As(err, &quoted) {
-		err = errNoURL
-	}
 	if err != nil {
 		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
 	}
@@ -232,9 +228,6 @@ func withoutSecrets(urls string) string {
 	}
 	return shown + userinfo.ReplaceAllString(urls[begin:], "${1}xxxxx@")
 }
-
-// errNoURL stands for the errors of a URL that can't be parsed: they quote it.
-var errNoURL = errors.New("it is no URL; a name, password or token in it must be percent-encoded")
 
 // join joins all groups concurrently, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {

@@ -74,8 +74,8 @@ func TestSecrets(t *testing.T) {
 		{"nats://s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: nats: no servers available"},
 		{"nats://rank0:s3cret@127.0.0.1:1,nats://rank0:s3cret@127.0.0.1:2",
 			"-nats nats://xxxxx@127.0.0.1:1,nats://xxxxx@127.0.0.1:2: nats: no servers available"},
-		{"nats://rank0:%s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: it is no URL; "},
-		{"nats://rank0:a/s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: it is no URL; "},
+		{"nats://rank0:%s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: fwd: invalid: URL 1 of 1"},
+		{"nats://rank0:a/s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: fwd: invalid: URL 1 of 1"},
 		{"nats://rank0:a,s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: "},
 		{"rank0:s3cret@127.0.0.1:1", "-nats xxxxx@127.0.0.1:1: nats: no servers available"},
 	} {
