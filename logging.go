@@ -1446,7 +1446,7 @@ const minWait = 100 * time.Microsecond
 
 // Waited says that the pass in ctx has waited for a rank since began, inside its forward function, as
 // for the rows of that rank's experts. began must come from the clock of the Runner, which is time.Now
-// without [WithClock]. A wait of 100 µs or more is a span, fwd.wait, of which a pass has 256 at most. All
+// without [WithClock]. A wait of 100 µs or more is a span, fwd.wait; a pass has at most 256 of them. All
 // waits of a pass add up, also those that overlap, in Record.Waited, in the attribute fwd.wait_time and
 // in the metric fwd.wait.time. Waited does nothing outside a Runner's pass. It may be called by several
 // goroutines.

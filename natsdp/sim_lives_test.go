@@ -346,23 +346,31 @@ func (s *station) awake() {
 	}
 }
 
+// replaceRank1 lets a group of three take its first step, cuts rank 1 off, and starts its successor. It
+// returns the group with the old rank 1, and the successor.
+func replaceRank1(ctx context.Context, t *testing.T, b *bus) (group []*station, again *station) {
+	t.Helper()
+	group = b.joinAll(t)
+	succeed(t, group[0].begin(ctx, 1), group[1].begin(ctx, 1), group[2].begin(ctx, 1))
+	group[1].sever(true)
+	again, err := b.join(ctx, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group, again
+}
+
 // A process that was cut off and replaced comes back between two votes of a round. The others take
 // the step with its successor's vote, and it learns that it has been replaced.
 func TestReplacedBetweenVotes(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		b := newBus(3, 1)
-		group := b.joinAll(t)
-		defer b.killAll()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
+		b := newBus(3, 1)
+		defer b.killAll()
+		group, again := replaceRank1(ctx, t, b)
 		old := group[1]
-		succeed(t, group[0].begin(ctx, 1), old.begin(ctx, 1), group[2].begin(ctx, 1))
-		old.sever(true)
-		again, err := b.join(ctx, 1)
-		if err != nil {
-			t.Fatal(err)
-		}
 		replaced, first := old.begin(ctx, 2), again.begin(ctx, 2)
 		time.Sleep(resendFirst / 5) // so that the old one has not sent its vote again yet
 		old.sever(false)
@@ -378,18 +386,12 @@ func TestReplacedBetweenVotes(t *testing.T) {
 func TestDifferentLives(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		b := newBus(3, 1)
-		group := b.joinAll(t)
-		defer b.killAll()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
+		b := newBus(3, 1)
+		defer b.killAll()
+		group, again := replaceRank1(ctx, t, b)
 		old := group[1]
-		succeed(t, group[0].begin(ctx, 1), old.begin(ctx, 1), group[2].begin(ctx, 1))
-		old.sever(true)
-		again, err := b.join(ctx, 1)
-		if err != nil {
-			t.Fatal(err)
-		}
 		time.Sleep(time.Second)
 		again.freeze()
 		old.sever(false)

@@ -107,8 +107,8 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	}
 }
 
-// same returns what all ranks must have been started with, beside the trace, of which this is the
-// fingerprint. What else there is may differ.
+// same returns what all ranks must have been started with, beside the trace with this fingerprint. What
+// else there is may differ.
 func (o *options) same(trace string) []engine.Setting {
 	same := []engine.Setting{{Name: "-trace", Value: trace}}
 	for name, value := range map[string]any{
