@@ -299,8 +299,8 @@ func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
 	return t, nil
 }
 
-// makeNames makes the names of all fwd.forward spans: the model, the mode, and the reason if it says more
-// than that all is well.
+// makeNames makes the names of all fwd.forward spans: the model, the mode, and the reason unless that is
+// the expected one. They are made once, so that a pass only looks its name up.
 func (t *telemetry) makeNames() {
 	for mode := range t.names {
 		for reason := range t.names[mode] {
