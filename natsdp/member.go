@@ -1001,7 +1001,7 @@ func (m *member) handleVote(msg *message, direct bool) {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
-		if msg.asks && m.peers[msg.rank].answers.allow() {
+		if msg.asks && m.phase != asking && m.peers[msg.rank].answers.allow() {
 			m.answerAsks(msg)
 		}
 		m.add(&m.open, msg)
@@ -1058,7 +1058,7 @@ func (m *member) answerLate(msg *message) {
 }
 
 func (m *member) handleBroken(msg *message, direct bool) {
-	if m.isHub() && direct {
+	if m.isHub() && direct && m.phase != asking {
 		if m.hubHearsBroken(msg); msg.round <= m.round {
 			return
 		}
