@@ -15,8 +15,13 @@ import (
 // i. None of them has exchanged yet. It registers what has to be closed with the Cleanup of the t
 // that it is given, which is the subtest's, and calls the Fatal of that t if it can't make a group.
 // Several subtests call it concurrently. With -short there are fewer steps.
-func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.Coordinator) {
+func TestCoordinator(
+	t *testing.T, newGroup func(t *testing.T, size int) []fwd.Coordinator, opts ...Option,
+) {
 	s := suite{newGroup: newGroup}
+	for _, o := range opts {
+		o.apply(&s)
+	}
 	s.measure(t)
 	for _, p := range parts {
 		s := s
@@ -39,6 +44,7 @@ func TestCoordinator(t *testing.T, newGroup func(t *testing.T, size int) []fwd.C
 // suite is what the checks need to know.
 type suite struct {
 	newGroup func(t *testing.T, size int) []fwd.Coordinator
+	lose     func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) // nil: nothing is lost
 	round    time.Duration // how long a round takes
 	settle   time.Duration // after which a vote has come to the other ranks
 }
