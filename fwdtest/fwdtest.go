@@ -45,8 +45,8 @@ func TestCoordinator(
 type suite struct {
 	newGroup func(t *testing.T, size int) []fwd.Coordinator
 	lose     func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) // nil: nothing is lost
-	round    time.Duration // how long a round takes
-	settle   time.Duration // after which a vote has come to the other ranks
+	round    time.Duration                                                          // how long a round takes
+	settle   time.Duration                                                          // after which a vote has come to the other ranks
 }
 
 type check struct {
@@ -127,6 +127,15 @@ var parts = []part{
 		{"Begin", suite.planBegin},
 		{"BeginMissing", suite.planBeginMissing},
 	}},
+	{name: "Loss", checks: []check{
+		{"BeforeTheVote", of(3, suite.lossBeforeTheVote)},
+		{"AfterFirstVotes", of(3, suite.lossAfterFirstVotes)},
+		{"UnheardByAll", of(4, suite.lossUnheardByAll)},
+		{"HearsNobody", of(4, suite.lossHearsNobody)},
+		{"OnePatience", of(3, suite.lossWithOnePatience)},
+		{"Stays", of(3, suite.lossStays)},
+		{"ComesAndGoes", of(4, suite.lossComesAndGoes)},
+	}},
 	{name: "Load", alone: true, checks: []check{
 		{"BackToBack", suite.backToBack},
 		{"Paced", suite.paced},
@@ -169,4 +178,8 @@ func (s suite) many(n int) int {
 		n /= 10
 	}
 	return min(n, int(5*time.Second/max(s.round, 1)))
+}
+
+func of(size int, f func(s suite, t *testing.T, size int)) func(s suite, t *testing.T) {
+	return func(s suite, t *testing.T) { f(s, t, size) }
 }
