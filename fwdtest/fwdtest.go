@@ -132,7 +132,7 @@ var parts = []part{
 		{"AfterFirstVotes", of(3, suite.lossAfterFirstVotes)},
 		{"UnheardByAll", of(4, suite.lossUnheardByAll)},
 		{"HearsNobody", of(4, suite.lossHearsNobody)},
-		{"OnePatience", of(3, suite.lossWithOnePatience)},
+		{"GiveUpInTurn", of(3, suite.lossGiveUpInTurn)},
 		{"Stays", of(3, suite.lossStays)},
 		{"ComesAndGoes", of(4, suite.lossComesAndGoes)},
 	}},

@@ -241,12 +241,14 @@ func (a *attempt) again(ranks ...int) {
 	}
 }
 
-// allTogether ends the attempt as it ends if all ranks have the same patience, in that order. Then
-// ranks may give up before they know why.
-func (a *attempt) allTogether(order []int) {
+// inTurn ends the attempt as ranks give up one after the other. Then they may not know yet why they
+// have to wait.
+func (a *attempt) inTurn(order []int) {
 	a.Helper()
 	a.settled()
-	a.giveUp(order...)
+	for _, rank := range order {
+		a.giveUp(rank)
+	}
 	a.blind = true
 	a.note(order...)
 	a.step = slices.Max(a.steps)
@@ -317,21 +319,22 @@ func (l *lossy) losses() string {
 	return text
 }
 
-// nobodyAlone checks that a rank which is not heard completes at most the first step in which that can
-// be felt, and no later one, unless all complete it: others may pass on what it says.
+// nobodyAlone checks that the first step in which the losses can be felt is the only one that may be
+// complete on some ranks and broken on others. In the later ones nobody gets the votes, unless all do:
+// ranks may pass on what others say.
 func (l *lossy) nobodyAlone() {
 	l.Helper()
+	if len(l.lost) == 0 {
+		return
+	}
 	broken := l.since
 	for broken < l.step && !slices.Contains(l.completeOn(broken), false) {
 		broken++
 	}
 	for step := broken + 1; step <= l.step; step++ {
-		ranks := l.completeOn(step)
-		for _, k := range l.lost {
-			if ranks[k.from] && slices.Contains(ranks, false) {
-				l.Fatalf("rank %d, which rank %d does not hear, got the votes of step %d although step %d was "+
-					"broken; of the others only some got them: %v", k.from, k.to, step, broken, ranks)
-			}
+		if on := l.completeOn(step); slices.Contains(on, true) && slices.Contains(on, false) {
+			l.Fatalf("only some ranks got the votes of step %d, although step %d was broken with %s: %v",
+				step, broken, l.losses(), on)
 		}
 	}
 }
@@ -414,18 +417,20 @@ func (s suite) lossOfSeveral(t *testing.T, size int, of func(g *group, rank int)
 	}
 }
 
-// lossWithOnePatience checks losses in groups whose ranks all give up together, the one that is not
-// heard before or after the others.
-func (s suite) lossWithOnePatience(t *testing.T, size int) {
+// lossGiveUpInTurn checks losses in which the rank that is not heard gives up first, or one that has no
+// part in it does.
+func (s suite) lossGiveUpInTurn(t *testing.T, size int) {
 	l := s.lossyGroup(t, size)
 	for i, k := range links(size) {
-		order := append(l.except(k.from, k.to), k.to, k.from)
+		order, others := []int{k.from, k.to}, l.except(k.from, k.to)
 		if i%2 == 0 {
-			slices.Reverse(order)
+			order = append(order, others...)
+		} else {
+			order = append(others, order...)
 		}
 		l.loses(k)
 		for range 3 {
-			l.newAttempt(l.all()...).allTogether(order)
+			l.newAttempt(l.all()...).inTurn(order)
 		}
 		l.heal()
 	}

@@ -34,12 +34,14 @@ type mesh struct {
 type flaws struct {
 	saysNothing   bool // of the round before
 	confirmsNever bool // nor waits for confirmations
-	majority      bool // goes by what most ballots say of the round before
-	grudge        bool // says for ever that the round before was broken, after ballots have disagreed
-	namesUnheard  bool // also to a rank that is not heard itself
+	confirmsEarly bool // when it votes
+	majority      bool // decides whether the round before was complete, if the ballots disagree
+	thirdsGoOn    bool // if they have all ballots when another rank gives up
+	namesItself   bool // to a rank that the round before lacked
+	namesAll      bool // other ranks, to a rank that is not heard
 	waitsForEver  bool // for confirmations
-	guesses       bool // gives itself the vote of a rank that it has not heard, if its context ends
-	leavesOut     bool // a rank that has been lacked twice in a row: its last vote counts again
+	shuns         bool // for ever what a rank says that has been lacked once
+	guesses       bool // a rank that gives up takes the votes that it lacks from the round before
 }
 
 // meshRank is one rank's coordinator. The mesh's mutex guards it.
@@ -62,7 +64,9 @@ type meshRank struct {
 	lastRank int      // whose ballot came last in that round; -1: not all came
 	late     bool     // rounds were broken without it since it was there,
 	lateFrom uint64   // this step first
-	before   fwd.Vote // flaws alone need it
+
+	shunned []int      // for flaws alone, as known is
+	known   []fwd.Vote // of the last round that was complete
 }
 
 type meshOutcome struct {
@@ -216,6 +220,7 @@ func (r *meshRank) add(from int, b ballot) {
 // handleBallot takes the ballot of another rank.
 func (r *meshRank) handleBallot(from int, b ballot) {
 	switch {
+	case slices.Contains(r.shunned, from):
 	case b.round <= r.round:
 		if over := r.broken; over != nil { // the news of it was lost
 			r.send(from, func(r *meshRank) { r.handleOver(over) })
@@ -236,25 +241,22 @@ func (r *meshRank) look() {
 	if !r.waiting {
 		return
 	}
-	confirm := false
-	if !r.saysNothing {
-		complete, broken := r.said()
-		switch {
-		case len(complete) > 0 && len(broken) > 0 && !(r.majority && 2*len(complete) > len(r.ranks)):
+	complete, broken := r.said()
+	confirm := len(broken) > 0 && !r.confirmsNever
+	if len(complete) > 0 && len(broken) > 0 {
+		if confirm = false; !r.majority || 2*len(complete) <= len(r.ranks) {
 			r.disagree()
 			return
-		default:
-			confirm = len(broken) > 0 && !r.confirmsNever
 		}
+	}
+	if confirm && r.confirmsEarly {
+		r.confirm()
 	}
 	if len(r.open.ballots) < len(r.ranks) {
 		return
 	}
 	if confirm {
-		if from, round := r.rank, r.round+1; !r.open.confirmed[from] {
-			r.open.confirmed[from] = true
-			r.sendAll(func(r *meshRank) { r.handleConfirmation(from, round) })
-		}
+		r.confirm()
 		if len(r.open.confirmed) < len(r.ranks) {
 			return
 		}
@@ -262,12 +264,22 @@ func (r *meshRank) look() {
 	r.finish()
 }
 
+// confirm tells the others that all ballots of the open round are here.
+func (r *meshRank) confirm() {
+	from, round := r.rank, r.round+1
+	if r.open.confirmed[from] {
+		return
+	}
+	r.open.confirmed[from] = true
+	r.sendAll(func(r *meshRank) { r.handleConfirmation(from, round) })
+}
+
 // said returns the ranks whose ballots say that the round before was complete, and broken.
 func (r *meshRank) said() (complete, broken []int) {
 	for rank := range r.ranks {
 		b, here := r.open.ballots[rank]
 		switch {
-		case !here || b.first:
+		case !here || b.first || r.saysNothing:
 		case b.broken == nil:
 			complete = append(complete, rank)
 		default:
@@ -303,7 +315,7 @@ func (r *meshRank) finish() {
 	if behind != nil {
 		votes, err = nil, &fwd.RankError{Err: fwd.ErrLockstep, Step: step, Ranks: behind}
 	}
-	r.lastRank = r.open.last
+	r.lastRank, r.known = r.open.last, votes
 	r.endRound(r.round+1, step, nil)
 	r.release(meshOutcome{votes, err})
 }
@@ -320,7 +332,7 @@ func (r *meshRank) disagree() {
 			by = append(by, b.by)
 		}
 	}
-	if by != nil && !r.namesUnheard {
+	if by != nil && !r.namesItself {
 		missing = by
 	}
 	slices.Sort(missing)
@@ -343,9 +355,30 @@ func (r *meshRank) giveUp() {
 	if !r.waiting {
 		return
 	}
+	if r.guesses && r.known != nil {
+		r.guess()
+		return
+	}
+	if r.waitsForEver && len(r.open.ballots) == len(r.ranks) {
+		return
+	}
 	n := r.brokenRound(r.rank, r.lacks())
+	if r.shuns {
+		r.shunned = append(r.shunned, n.missing...)
+	}
 	r.sendAll(func(r *meshRank) { r.handleNews(n) })
 	r.fail(n, n.missing)
+}
+
+// guess ends the open round with what this rank knows.
+func (r *meshRank) guess() {
+	for rank, v := range r.known {
+		if _, here := r.open.ballots[rank]; !here {
+			v.Step = r.last
+			r.open.ballots[rank] = ballot{vote: v}
+		}
+	}
+	r.finish()
 }
 
 // lacks returns the ranks whose ballots are not there, or if all are, those that have not confirmed.
@@ -371,10 +404,14 @@ func (r *meshRank) handleNews(n *news) {
 	case n.round <= r.round: // it has ended here
 	case n.round > r.round+1 || !r.waiting:
 		r.handleOver(n)
+	case r.thirdsGoOn && len(r.open.ballots) == len(r.ranks):
+		r.finish()
 	case !slices.Contains(n.missing, r.rank):
 		r.fail(n, n.missing)
 	case len(r.open.ballots) < len(r.ranks): // it has not confirmed, since it lacks others
 		r.fail(n, r.lacks())
+	case r.namesAll:
+		r.fail(n, others(r, r.rank))
 	default: // it is not heard
 		r.fail(n, []int{n.by})
 	}
