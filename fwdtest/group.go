@@ -177,11 +177,12 @@ func (g *group) begin(ctx context.Context, ranks ...int) []*call {
 	return calls
 }
 
-// beginInOrder lets ranks come to their next steps one after the other.
+// beginInOrder lets ranks come to their next steps one after the other. If they are many, only the first
+// and the last ones come alone.
 func (g *group) beginInOrder(ctx context.Context, ranks ...int) []*call {
 	var calls []*call
 	for i, rank := range ranks {
-		if i > 0 {
+		if i > 0 && (i <= 2 || i >= len(ranks)-2) {
 			g.pause()
 		}
 		calls = append(calls, g.begin(ctx, rank)...)

@@ -85,20 +85,20 @@ func noPause()     {}
 func randomPause() { time.Sleep(rand.N(time.Millisecond)) }
 
 // backToBack takes many steps, as fast as the ranks can.
-func (s suite) backToBack(t *testing.T) {
-	for _, size := range []int{2, 4, 8} {
-		s.group(t, size).takeAll(s.many(3000), noPause)
-	}
+func (s suite) backToBack(t *testing.T, size int) {
+	s.group(t, size).takeAll(s.many(3000), noPause)
 }
 
+// backToBackOfRunners is backToBack in groups in which a Runner drives each rank.
+func (s suite) backToBackOfRunners(t *testing.T, size int) { s.withRunners().backToBack(t, size) }
+
 // paced takes many steps of ranks that don't come at the same time.
-func (s suite) paced(t *testing.T) {
-	s.group(t, 4).takeAll(s.many(500), randomPause)
+func (s suite) paced(t *testing.T, size int) {
+	s.group(t, size).takeAll(s.many(500), randomPause)
 }
 
 // severalGroups checks that groups which run concurrently don't get each other's votes.
-func (s suite) severalGroups(t *testing.T) {
-	const size = 3
+func (s suite) severalGroups(t *testing.T, size int) {
 	var groups []*group
 	for range 5 {
 		groups = append(groups, s.group(t, size))
@@ -110,8 +110,8 @@ func (s suite) severalGroups(t *testing.T) {
 
 // chaos lets contexts end at any time, for a while. Every exchange must end, and the group must
 // come together again when all is calm.
-func (s suite) chaos(t *testing.T) {
-	c := chaos{s.group(t, 4), newHistory(4)}
+func (s suite) chaos(t *testing.T, size int) {
+	c := chaos{s.group(t, size), newHistory(size)}
 	length := time.Second
 	if testing.Short() {
 		length /= 10

@@ -24,3 +24,18 @@ func (f optionFunc) apply(s *suite) { f(s) }
 func WithLoss(lose func(t *testing.T, group []fwd.Coordinator, from, to int) (end func())) Option {
 	return optionFunc(func(s *suite) { s.lose = lose })
 }
+
+// WithSizes sets the numbers of ranks of the groups in which the checks run, instead of a few small ones
+// that each check has chosen. Each check runs in a group of each size, in a subtest of its own, and is
+// skipped for a size that it can't use: some need 3 ranks. In groups of more than 4 ranks the suite
+// tries some of the ranks, pairs and orders in which it tries all of a small group. Checks of groups
+// with 32 ranks are fine; for more there is [WithSmoke].
+func WithSizes(sizes ...int) Option {
+	return optionFunc(func(s *suite) { s.sizes = sizes })
+}
+
+// WithSmoke adds groups of those numbers of ranks for a few checks, one for each thing that may depend
+// on the number: votes, order, lockstep, missing, late and last ranks, and plans.
+func WithSmoke(sizes ...int) Option {
+	return optionFunc(func(s *suite) { s.smoke = sizes })
+}
