@@ -66,7 +66,7 @@ func (s suite) nothingLeftByBrokenRounds(t *testing.T, size int) {
 	const rounds = 1000
 	leavesNothing(t, rounds, func() {
 		for range rounds {
-			g.breakAtOnce(0, 1)
+			g.breakAtOnce(g.all()[:min(2, size-1)]...)
 		}
 	})
 	g.comeTogether()
