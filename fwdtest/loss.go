@@ -188,8 +188,7 @@ func (a *attempt) waitsForTheUnheard() bool {
 			continue
 		}
 		some = true
-		missing := slices.Sorted(slices.Values(a.missing(rank)))
-		if !slices.Equal(missing, unheard) && !a.calls[rank].isDone() {
+		if !names(a.missing(rank), unheard) && !a.calls[rank].isDone() {
 			return false
 		}
 	}
@@ -477,7 +476,7 @@ func (l *lossy) losesWhileRunning(k link) {
 	}, func() {
 		time.Sleep(l.settle)
 		l.loses(k)
-		l.since = begun.Load()
+		l.since = max(l.since, begun.Load())
 		select {
 		case <-running.Done():
 		case <-time.After(10 * l.settle):
