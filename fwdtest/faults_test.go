@@ -201,6 +201,8 @@ var liberties = []struct {
 		}
 	}, []string{"Exchange/Ranks"}},
 	{aMesh + "without flaws", inMesh(flaws{}), []string{"Loss/BeforeTheVote"}},
+	{aMesh + "that passes ballots on", inMesh(flaws{relays: true}),
+		[]string{"Loss/BeforeTheVote", "Loss/UnheardByAll", "Loss/GiveUpInTurn", "Loss/ComesAndGoes"}},
 	{aLargeMesh, inMesh(flaws{}), []string{"Loss/AfterFirstVotes", "Loss/Stays", "Loss/ComesAndGoes"}},
 }
 

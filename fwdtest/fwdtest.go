@@ -12,10 +12,10 @@ import (
 // TestCoordinator checks that the coordinators which newGroup makes do what [fwd.Coordinator]
 // promises, each promise in a subtest of its own. All subtests have ended when it returns.
 //
-// newGroup makes the coordinators of a new group of size ranks, 1 to 8; element i is that of rank
-// i. None of them has exchanged yet. It registers what has to be closed with the Cleanup of the t
-// that it is given, which is the subtest's, and calls the Fatal of that t if it can't make a group.
-// Several subtests call it concurrently. With -short there are fewer steps.
+// newGroup makes the coordinators of a new group of size ranks, 1 to 8 unless an option asks for more;
+// element i is that of rank i. None of them has exchanged yet. It registers what has to be closed with
+// the Cleanup of the t that it is given, which is the subtest's, and calls the Fatal of that t if it
+// can't make a group. Several subtests call it concurrently. With -short there are fewer steps.
 func TestCoordinator(
 	t *testing.T, newGroup func(t *testing.T, size int) []fwd.Coordinator, opts ...Option,
 ) {
