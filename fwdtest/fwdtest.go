@@ -45,11 +45,13 @@ func TestCoordinator(
 // suite is what the checks need to know.
 type suite struct {
 	newGroup func(t *testing.T, size int) []fwd.Coordinator
-	lose     func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) // nil: nothing is lost
-	sizes    []int                                                                  // nil: each check has its own
-	smoke    []int                                                                  // more sizes, for a few checks
 
-	timings map[int]timing // by size of a group
+	// These are options.
+	lose  func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) // nil: nothing is lost
+	sizes []int                                                                  // nil: those of each check
+	smoke []int
+
+	timings map[int]timing // by size of large groups
 	timing                 // of the group that is checked
 }
 
@@ -73,7 +75,7 @@ type ranks struct {
 	smokes bool  // it is one of the few that WithSmoke chooses
 }
 
-// from returns the sizes of groups of a check.
+// from returns the sizes of groups of a check that needs at least so many ranks.
 func from(least int, usual ...int) ranks { return ranks{least: least, usual: usual} }
 
 // always returns the sizes of a check to which the number of ranks does not matter, but which would take

@@ -43,10 +43,10 @@ func WithLoss(lose func(t *testing.T, group []fwd.Coordinator, from, to int) (en
 }
 
 // WithSizes sets the numbers of ranks of the groups in which the checks run, instead of a few small ones
-// that each check has chosen. Each check runs in a group of each size, in a subtest of its own, and is
+// for each check. Each check runs in a group of each size, in a subtest of its own, and is
 // skipped for a size that it can't use: some need 3 ranks. In groups of more than 4 ranks the suite
-// tries some of the ranks, pairs and orders in which it tries all of a small group. Checks of groups
-// with 32 ranks are fine; for more there is [WithSmoke].
+// tries some of the ranks, pairs and orders where it tries all of a small one. NothingLeft always has
+// small groups. All checks are meant for up to 32 ranks or so; for more there is [WithSmoke].
 func WithSizes(sizes ...int) Option {
 	return optionFunc(func(s *suite) { s.sizes = sizes })
 }
