@@ -118,8 +118,10 @@ type attempt struct {
 	blind bool                 // ranks may have given up before they knew why
 }
 
-// newAttempt opens an attempt, and lets ranks come to it.
+// newAttempt opens an attempt, and lets ranks come to it. What was said in the one before has come by
+// then, as far as it comes.
 func (l *lossy) newAttempt(ranks ...int) *attempt {
+	l.pause()
 	a := &attempt{
 		lossy: l, calls: make([]*call, len(l.ranks)), stop: make([]context.CancelFunc, len(l.ranks)),
 	}
