@@ -453,20 +453,18 @@ func (s suite) lossStays(t *testing.T, size int) {
 func (l *lossy) losesWhileRunning(k link) {
 	running, stop := context.WithCancel(l.Context())
 	defer stop()
-	var begun atomic.Uint64 // the highest step
+	begun := make([]atomic.Uint64, len(l.ranks)) // the step of each rank
 	runWhile(l.T, len(l.ranks), func(ctx context.Context, w watch, rank int) error {
 		ctx, cancel := context.WithCancel(ctx)
 		defer cancel()
 		defer context.AfterFunc(running, cancel)()
+		patience := time.Hour
+		if rank == k.to {
+			patience = 4 * l.settle
+		}
 		for ctx.Err() == nil {
 			randomPause()
-			step := l.steps[rank] + 1
-			for seen := begun.Load(); seen < step && !begun.CompareAndSwap(seen, step); seen = begun.Load() {
-			}
-			patience := time.Hour
-			if rank == k.to {
-				patience = 4 * l.settle
-			}
+			begun[rank].Store(l.steps[rank] + 1)
 			if failed, err := l.exchange(ctx, w, rank, patience); failed || err != nil {
 				stop()
 				return err
@@ -476,7 +474,9 @@ func (l *lossy) losesWhileRunning(k link) {
 	}, func() {
 		time.Sleep(l.settle)
 		l.loses(k)
-		l.since = max(l.since, begun.Load())
+		for rank := range begun {
+			l.since = max(l.since, begun[rank].Load())
+		}
 		select {
 		case <-running.Done():
 		case <-time.After(10 * l.settle):
