@@ -197,29 +197,39 @@ func (a *attempt) waitsForTheUnheard() bool {
 
 // deafFirst ends the attempt as it ends if the ranks that do not hear others have the shortest
 // patience: these report the step as broken, and everybody else knows of it. The ranks that are not
-// heard come last, and must have heard by then who does not hear them.
+// heard have the longest, and must have heard by then who does not hear them.
 func (a *attempt) deafFirst() (whole bool) {
 	a.Helper()
-	var deaf, others []int
+	var deaf, unheard, others []int
 	for rank := range a.ranks {
-		if a.unheardBy(rank) != nil {
+		switch {
+		case a.unheardBy(rank) != nil:
 			deaf = append(deaf, rank)
-		} else if a.deafTo(rank) == nil {
+		case a.deafTo(rank) != nil:
+			unheard = append(unheard, rank)
+		default:
 			others = append(others, rank)
 		}
 	}
 	a.settled()
-	for range 2 {
-		if a.open(others) == nil || a.open(deaf) != nil {
+	for range 2 { // they may have been a step behind the others, who have not heard that it is broken
+		if len(a.lost) == 0 || a.open(others) == nil || a.open(deaf) != nil {
 			break
 		}
 		a.again(deaf...)
 		a.settled()
 	}
-	a.giveUp(deaf...)
 	if len(a.lost) > 0 {
+		a.giveUp(deaf...)
 		a.returned(others...)
 		a.pause()
+	}
+	if a.open(unheard) != nil { // in the next step: this one was broken without them
+		a.again(slices.Concat(deaf, others)...)
+		a.settled()
+		a.giveUp(unheard...)
+		a.note(unheard...)
+		a.blind = true
 	}
 	a.giveUp(a.all()...)
 	whole = a.note(a.all()...)
@@ -227,17 +237,14 @@ func (a *attempt) deafFirst() (whole bool) {
 	return whole && slices.Min(a.steps) == a.step
 }
 
-// again lets ranks come again that have failed already. They may have been a step behind the others,
-// who have not heard of it, so these wait for them.
+// again lets ranks come again whose exchanges have returned.
 func (a *attempt) again(ranks ...int) {
 	a.Helper()
 	a.note(ranks...)
 	for _, rank := range ranks {
-		if a.calls[rank].err != nil {
-			a.stop[rank]()
-			a.join(rank)
-		}
+		a.stop[rank]()
 	}
+	a.join(ranks...)
 }
 
 // inTurn ends the attempt as ranks give up one after the other. Then they may not know yet why they
