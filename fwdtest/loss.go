@@ -275,7 +275,7 @@ func (a *attempt) note(ranks ...int) (complete bool) {
 			a.Fatalf("%v, with %s: %v%s", c, a.losses(), err, a.errs())
 		}
 		if c.err != nil && !a.blind {
-			a.namesTheUnheard(c)
+			a.namesThePair(c)
 		}
 		a.steps[rank] = step
 		complete = complete && c.err == nil
@@ -283,21 +283,21 @@ func (a *attempt) note(ranks ...int) (complete bool) {
 	return complete
 }
 
-// namesTheUnheard checks whom an error names: to a rank that is not heard, those that do not hear it;
-// to all others, those that are not heard.
-func (l *lossy) namesTheUnheard(c *call) {
+// namesThePair checks whom an error names: to a rank that does not hear others, only those; to all
+// others, ranks that are not heard or that do not hear. So it names the one to the other if there is one
+// loss. The others can't always know which of the two it is, as if one of them passes votes on.
+func (l *lossy) namesThePair(c *call) {
 	l.Helper()
 	if len(l.lost) == 0 {
 		return
 	}
 	want := l.unheardBy(c.rank)
 	if want == nil {
-		want = l.deafTo(c.rank)
-	}
-	if want == nil {
 		for _, k := range l.lost {
-			want = append(want, k.from)
+			want = append(want, k.from, k.to)
 		}
+		slices.Sort(want)
+		want = slices.DeleteFunc(slices.Compact(want), func(rank int) bool { return rank == c.rank })
 	}
 	var named *fwd.RankError
 	errors.As(c.err, &named) // note has seen that it is one
