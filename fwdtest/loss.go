@@ -212,17 +212,17 @@ func (a *attempt) deafFirst() (whole bool) {
 		}
 	}
 	a.settled()
-	for range 2 { // they may have been a step behind the others, who have not heard that it is broken
-		if len(a.lost) == 0 || a.open(others) == nil || a.open(deaf) != nil {
-			break
-		}
-		a.again(deaf...)
-		a.settled()
-	}
 	if len(a.lost) > 0 {
+		for range 2 {
+			a.giveUp(deaf...)
+			if a.pause(); a.open(others) == nil {
+				break
+			}
+			a.again(deaf...) // they were a step behind the others, and did not hear that it was over
+			a.settled()
+		}
 		a.giveUp(deaf...)
 		a.returned(others...)
-		a.pause()
 	}
 	if a.open(unheard) != nil { // in the next step: this one was broken without them
 		a.again(slices.Concat(deaf, others)...)
@@ -303,8 +303,8 @@ func (l *lossy) namesThePair(c *call) {
 	errors.As(c.err, &named) // note has seen that it is one
 	for _, rank := range named.Ranks {
 		if !slices.Contains(want, rank) {
-			l.Errorf("%v, with %s: error %v has ranks %v, want ranks of %v",
-				c, l.losses(), c.err, named.Ranks, want)
+			l.Errorf("%v, with %s: error %v has ranks %v, want ranks of %v%s",
+				c, l.losses(), c.err, named.Ranks, want, l.errs())
 			return
 		}
 	}
