@@ -115,7 +115,7 @@ type attempt struct {
 	*lossy
 	calls []*call              // by rank
 	stop  []context.CancelFunc // ends the context
-	blind bool                 // ranks may have given up before they knew why
+	blind []int                // ranks that may have given up before they knew why
 }
 
 // newAttempt opens an attempt, and lets ranks come to it.
@@ -163,8 +163,8 @@ func (a *attempt) returned(ranks ...int) {
 	}
 }
 
-// settled waits until every rank knows what it will ever know: all have returned, or those that do not
-// hear others wait for exactly these. Coordinators without Missing get the time that votes take.
+// settled waits until all have returned, or wait only for ranks that they don't hear, or that don't hear
+// others. Coordinators without Missing get the time that votes take.
 func (a *attempt) settled() {
 	a.Helper()
 	if len(a.lost) > 0 {
@@ -172,27 +172,21 @@ func (a *attempt) settled() {
 	}
 	_, ok := a.ranks[0].(misser)
 	for end := time.Now().Add(atOnce); time.Now().Before(end); time.Sleep(time.Millisecond) {
-		if len(a.open(a.all())) == 0 || len(a.lost) > 0 && (!ok || a.waitsForTheUnheard()) {
+		open := a.open(a.all())
+		if open == nil || len(a.lost) > 0 && (!ok || !slices.ContainsFunc(open, a.waitsForOthers)) {
 			return
 		}
 	}
 }
 
-// waitsForTheUnheard reports whether the ranks that do not hear others, and are still there, name
-// exactly those as missing. At least one must be there.
-func (a *attempt) waitsForTheUnheard() bool {
-	some := false
-	for _, rank := range a.open(a.all()) {
-		unheard := a.unheardBy(rank)
-		if unheard == nil {
-			continue
-		}
-		some = true
-		if !names(a.missing(rank), unheard) && !a.calls[rank].isDone() {
-			return false
-		}
-	}
-	return some
+// waitsForOthers reports whether a rank waits for a rank that its error must not name.
+func (a *attempt) waitsForOthers(rank int) bool {
+	return !within(a.missing(rank), a.mayName(rank))
+}
+
+// within reports whether all ranks are among those.
+func within(ranks, those []int) bool {
+	return !slices.ContainsFunc(ranks, func(rank int) bool { return !slices.Contains(those, rank) })
 }
 
 // deafFirst ends the attempt as it ends if the ranks that do not hear others have the shortest
@@ -219,7 +213,10 @@ func (a *attempt) deafFirst() (whole bool) {
 				break
 			}
 			a.again(deaf...) // they were a step behind the others, and did not hear that it was over
-			a.settled()
+			if a.settled(); a.open(others) == nil {
+				a.blind = append(a.blind, deaf...) // no, the others have heard of it late, and are not there
+				break
+			}
 		}
 		a.giveUp(deaf...)
 		a.returned(others...)
@@ -228,8 +225,8 @@ func (a *attempt) deafFirst() (whole bool) {
 		a.again(slices.Concat(deaf, others)...)
 		a.settled()
 		a.giveUp(unheard...)
-		a.note(unheard...)
-		a.blind = true
+		a.blind = append(a.blind, deaf...)
+		a.blind = append(a.blind, others...)
 	}
 	a.giveUp(a.all()...)
 	whole = a.note(a.all()...)
@@ -255,7 +252,7 @@ func (a *attempt) inTurn(order []int) {
 	for _, rank := range order {
 		a.giveUp(rank)
 	}
-	a.blind = true
+	a.blind = order
 	a.note(order...)
 	a.step = slices.Max(a.steps)
 }
@@ -274,7 +271,7 @@ func (a *attempt) note(ranks ...int) (complete bool) {
 		if err != nil {
 			a.Fatalf("%v, with %s: %v%s", c, a.losses(), err, a.errs())
 		}
-		if c.err != nil && !a.blind {
+		if c.err != nil && len(a.lost) > 0 && !slices.Contains(a.blind, rank) {
 			a.namesThePair(c)
 		}
 		a.steps[rank] = step
@@ -283,30 +280,27 @@ func (a *attempt) note(ranks ...int) (complete bool) {
 	return complete
 }
 
-// namesThePair checks whom an error names: to a rank that does not hear others, only those; to all
-// others, ranks that are not heard or that do not hear. So it names the one to the other if there is one
-// loss. The others can't always know which of the two it is, as if one of them passes votes on.
+// mayName returns the ranks that an error may name: to a rank that does not hear others, only those; to
+// all others, ranks that are not heard or that do not hear. So it names the one to the other if there is
+// one loss. The others can't always know which of the two it is, as if one of them passes votes on.
+func (l *lossy) mayName(to int) (ranks []int) {
+	if ranks = l.unheardBy(to); ranks != nil {
+		return ranks
+	}
+	for _, k := range l.lost {
+		ranks = append(ranks, k.from, k.to)
+	}
+	return slices.DeleteFunc(distinct(ranks), func(rank int) bool { return rank == to })
+}
+
+// namesThePair checks whom an error names.
 func (l *lossy) namesThePair(c *call) {
 	l.Helper()
-	if len(l.lost) == 0 {
-		return
-	}
-	want := l.unheardBy(c.rank)
-	if want == nil {
-		for _, k := range l.lost {
-			want = append(want, k.from, k.to)
-		}
-		slices.Sort(want)
-		want = slices.DeleteFunc(slices.Compact(want), func(rank int) bool { return rank == c.rank })
-	}
 	var named *fwd.RankError
 	errors.As(c.err, &named) // note has seen that it is one
-	for _, rank := range named.Ranks {
-		if !slices.Contains(want, rank) {
-			l.Errorf("%v, with %s: error %v has ranks %v, want ranks of %v%s",
-				c, l.losses(), c.err, named.Ranks, want, l.errs())
-			return
-		}
+	if want := l.mayName(c.rank); !within(named.Ranks, want) {
+		l.Errorf("%v, with %s: error %v has ranks %v, want ranks of %v%s",
+			c, l.losses(), c.err, named.Ranks, want, l.errs())
 	}
 }
 
