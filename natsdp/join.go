@@ -71,7 +71,7 @@ func (m *member) join(ctx context.Context) error {
 		case <-again.C:
 			if now := time.Now(); now.Sub(said) >= time.Second {
 				said = now
-				m.log.Info("waiting for ranks", "missing", missing)
+				m.log.Warn("waiting for ranks", "missing", missing)
 			}
 			m.ask(append(missing, m.rank)...) // another process may have its own rank too
 			interval = min(2*interval, resendMost)

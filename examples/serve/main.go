@@ -16,7 +16,10 @@
 // else than the others, or by other graphs, are refused at the start. A rank that dies can be
 // started again by the same command: the others wait for it, and it serves what its results file
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
-// groups are GROUP-target and, with -spec, GROUP-draft.
+// groups are GROUP-target and, with -spec, GROUP-draft. Who a rank is to the server may be in the URL, in
+// a file (-nats-creds) or in the environment: NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS. A
+// file with credentials may be replaced at any time: a rank that is refused says so, and tries again with
+// what the file has then.
 //
 // With -otlp each rank sends its spans and metrics, as the service serve-rank-N, and the last lines
 // say how much was sent. -debug shows metrics, status, profiles and the last passes without a
@@ -195,7 +198,7 @@ func parseFlags(args []string, stdout, stderr io.Writer) (o options, err error) 
 	} else if errors.Is(err, flag.ErrHelp) {
 		printUsage(stdout, groups)
 	} else {
-		err = fmt.Errorf("serve: %w", err)
+		err = explainFlags(err)
 	}
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stderr, "serve -h explains the flags.\n%v\n", err)
@@ -207,6 +210,9 @@ func (o *options) validate(rest []string) error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf("serve: "+format, args...)) }
 	if len(rest) > 0 {
+		for i := range rest {
+			rest[i] = withoutSecrets(rest[i])
+		}
 		bad("unexpected arguments %q: there are only flags", rest)
 	}
 	if o.requests < 0 {

@@ -121,10 +121,10 @@ func (r *report) warned(message string) (n int) {
 	return n
 }
 
-// said returns what a process has written to stderr: the warnings of its log, and everything else.
+// said returns what a process has written to stderr: the lines of its log, and everything else.
 func (p *process) said() (warnings []string, rest string) {
 	for line := range strings.Lines(p.stderr.String()) {
-		if strings.HasPrefix(line, "time=") && strings.Contains(line, " level=WARN ") {
+		if strings.HasPrefix(line, "time=") && strings.Contains(line, " level=") {
 			warnings = append(warnings, line)
 		} else {
 			rest += line
