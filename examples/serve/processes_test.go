@@ -307,7 +307,8 @@ func TestProcessesJoin(t *testing.T) {
 		"-join-timeout",
 		"300ms",
 	)
-	if exit != 1 || !strings.Contains(errs, ": nats: no servers available for connection: -join-timeout 300ms is over") ||
+	const want = ": nats: no servers available for connection: -join-timeout 300ms is over\n"
+	if exit != 1 || !strings.HasSuffix(errs, want) ||
 		time.Since(began) < 300*time.Millisecond {
 		t.Errorf("no server: exit %d, stderr %q", exit, errs)
 	}

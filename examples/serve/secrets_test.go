@@ -121,15 +121,16 @@ func TestLogin(t *testing.T) {
 		{"token in the environment", []string{"NATS_TOKEN=" + secret}, nil, "token"},
 		{"file in the environment", []string{"NATS_CREDS=" + creds}, nil, "credentials"},
 		{"file", []string{"NATS_USER=u", "NATS_PASSWORD=wrong"}, []string{"-nats-creds", creds}, "credentials"},
-		{"URL", []string{"NATS_TOKEN=wrong", "NATS_CREDS=none"}, []string{"-nats", "rank1:" + secret + "@" + address},
-			"user rank1"},
+		{"URL", []string{"NATS_TOKEN=wrong", "NATS_CREDS=none"},
+			[]string{"-nats", "rank1:" + secret + "@" + address}, "user rank1"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			setLogin(t, c.env...)
 			args := []string{"-nats", address, "-dp", "1", "-rank", "0", "-requests", "3", "-spec", "1", "-check",
 				"-join-timeout", "20s"}
 			exit, out, errs := runServe(t, append(args, c.flags...)...)
-			if exit != 0 || errs != "" || !strings.HasSuffix(out, "check: 3 of 3 requests agree with the reference\n") {
+			const want = "check: 3 of 3 requests agree with the reference\n"
+			if exit != 0 || errs != "" || !strings.HasSuffix(out, want) {
 				t.Errorf("exit %d, stderr %q, stdout %s", exit, errs, out)
 			}
 			if came := d.visits(); !slices.Equal(came, []string{c.want}) {
@@ -180,7 +181,7 @@ func TestBadLogin(t *testing.T) {
 		exit  int
 		want  string
 	}{
-		{[]string{"NATS_USER=" + secret}, "", 2, "serve: NATS_USER is set without NATS_PASSWORD: they need each other"},
+		{[]string{"NATS_USER=" + secret}, "", 2, "serve: NATS_USER is set without NATS_PASSWORD: they need "},
 		{[]string{"NATS_PASSWORD=" + secret}, "", 2, "serve: NATS_PASSWORD is set without NATS_USER: they need "},
 		{[]string{"NATS_TOKEN=" + secret, "NATS_CREDS=" + secret}, "", 2,
 			"serve: NATS_TOKEN and NATS_CREDS are set: give one of them"},
@@ -197,7 +198,8 @@ func TestBadLogin(t *testing.T) {
 		args := append([]string{"-nats", address, "-dp", "1", "-rank", "0"}, strings.Fields(c.flags)...)
 		exit, out, errs := runServe(t, args...)
 		if exit != c.exit || out != "" || !strings.Contains(errs, c.want) || strings.Contains(errs, secret) {
-			t.Errorf("%q %s: exit %d, stdout %q, stderr %q, want %d and %q", c.env, c.flags, exit, out, errs, c.exit, c.want)
+			t.Errorf("%q %s: exit %d, stdout %q, stderr %q, want %d and %q",
+				c.env, c.flags, exit, out, errs, c.exit, c.want)
 		}
 	}
 }
@@ -206,9 +208,10 @@ func TestBadLogin(t *testing.T) {
 // -nats was meant.
 func TestSecrets(t *testing.T) {
 	for _, c := range []struct{ url, want string }{
-		{"nats://s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: group serve-target: nats: no servers available"},
+		{"nats://s3cret@127.0.0.1:1",
+			"-nats nats://xxxxx@127.0.0.1:1: group serve-target: nats: no servers available"},
 		{"nats://rank0:s3cret@127.0.0.1:1,nats://rank0:s3cret@127.0.0.1:2",
-			"-nats nats://xxxxx@127.0.0.1:1,nats://xxxxx@127.0.0.1:2: group serve-target: nats: no servers available"},
+			"-nats nats://xxxxx@127.0.0.1:1,nats://xxxxx@127.0.0.1:2: group serve-target: nats: no servers"},
 		{"nats://rank0:%s3cret@127.0.0.1:1",
 			"-nats nats://xxxxx@127.0.0.1:1: group serve-target: fwd: invalid: URL 1 of 1"},
 		{"nats://rank0:a/s3cret@127.0.0.1:1",
@@ -251,7 +254,9 @@ func TestSecrets(t *testing.T) {
 // TestArgsWithoutSecrets: the arguments of the process, as -debug shows them, are those that may be seen.
 func TestArgsWithoutSecrets(t *testing.T) {
 	w := httptest.NewRecorder()
-	showArgs([]string{"serve", "-nats", "nats://u:" + secret + "@host", "-nats=" + secret + "@host", "-dp", "1"})(w, nil)
+	showArgs([]string{
+		"serve", "-nats", "nats://u:" + secret + "@host", "-nats=" + secret + "@host", "-dp", "1",
+	})(w, nil)
 	if want := "serve\x00-nats\x00nats://xxxxx@host\x00xxxxx@host\x00-dp\x001"; w.Body.String() != want {
 		t.Errorf("%q, want %q", w.Body, want)
 	}
