@@ -80,6 +80,7 @@ type options struct {
 	loras      int
 	graph      fwd.GraphMode
 	spec       int
+	overlap    bool
 	ubatches   int
 	decodeUB   int
 	prefillUB  int
@@ -140,6 +141,9 @@ func (o *options) defineRanks(flags *flag.FlagSet) {
 		"LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
 	flags.IntVar(&o.spec, "spec", 0,
 		"speculative decoding: a draft model guesses `K` tokens for each\nrequest and step")
+	flags.BoolVar(&o.overlap, "overlap", false,
+		"exchange the votes of the next step while a pass runs; not with\n"+
+			"-spec, and a rank that is alone has none to exchange")
 }
 
 func (o *options) defineGraphs(flags *flag.FlagSet) {
@@ -236,6 +240,10 @@ func (o *options) validate(rest []string) error {
 	if o.spec < 0 || o.spec > engine.MaxSpeculativeTokens {
 		bad("-spec is %d, want 0 to %d", o.spec, engine.MaxSpeculativeTokens)
 	}
+	if o.overlap && o.spec > 0 {
+		bad("-overlap with -spec %d: a step can't be scheduled before it is known how many guesses of the last "+
+			"one are right", o.spec)
+	}
 	if o.ubatches < 1 || o.ubatches > engine.MaxUBatches {
 		bad("-ubatches is %d, want 1 to %d", o.ubatches, engine.MaxUBatches)
 	}
@@ -306,6 +314,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		GraphMode:              o.graph,
 		CaptureSizes:           o.capture.sizes,
 		NumSpeculativeTokens:   o.spec,
+		Overlap:                o.overlap,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,

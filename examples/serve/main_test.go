@@ -132,6 +132,7 @@ func TestBadFlags(t *testing.T) {
 		{"-decode-ubatch-threshold 0", "serve: -decode-ubatch-threshold is 0, want at least 1"},
 		{"-prefill-ubatch-threshold -1", "serve: -prefill-ubatch-threshold is -1, want at least 1"},
 		{"-spec -1", "serve: -spec is -1, want 0 to 31"},
+		{"-overlap -spec 2", "serve: -overlap with -spec 2: a step can't be scheduled before "},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},
 		{"-requests -1", "serve: -requests is -1, want at least 0"},
 		{"-max-context -1", "serve: -max-context is -1, want at least 0"},

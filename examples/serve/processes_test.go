@@ -89,7 +89,8 @@ func (p *program) report() *report {
 // warning is a line that warns of an exchange that will be tried again, or of one that was, or of ranks
 // that take their time to start.
 var warning = regexp.MustCompile(
-	`(?m)^(rank \d+: )?time=\S+ level=WARN msg="(exchange of votes failed|rank came late|waiting for ranks).*\n`,
+	`(?m)^(rank \d+: )?time=\S+ level=WARN ` +
+		`msg="(exchange of votes failed|rank came late|waiting for ranks|a step is broken).*\n`,
 )
 
 // complaints returns what the program has printed to stderr beside such warnings.

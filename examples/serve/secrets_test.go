@@ -290,7 +290,7 @@ func TestLogRanks(t *testing.T) {
 	begin(1, 1)
 	eventually(t, "both listen", func() bool { return nats.NumSubscriptions() == before+4 })
 	begin(2, 0)
-	says(2, `msg="this rank takes no further part" group=serve-target rank=0 error="natsdp: another process has `)
+	says(2, `msg="this rank takes no further part" group=serve-target rank=0 error="natsdp: another process`)
 	nats.Shutdown()
 	says(0, `msg="the connection has changed" group=serve-target rank=0 status=RECONNECTING$`)
 	says(1, `msg="the connection has changed" group=serve-target rank=1 status=RECONNECTING$`)
