@@ -107,6 +107,7 @@ func newLivesRun(t *testing.T, seed uint64) *livesRun {
 		calls:  map[int]callOf{}, happened: map[string]int{},
 		together: map[uint64]bool{}, alone: map[uint64]bool{},
 	}
+	r.bus.hub = seed%3 == 2
 	r.current = make([]*process, r.bus.size)
 	return r
 }
