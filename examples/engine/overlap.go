@@ -70,12 +70,12 @@ func (r *rank) beginNext(ctx context.Context, interrupt <-chan struct{}, step []
 	}
 }
 
-// meanwhile returns for how long the rank has done something else since it voted.
-func (b *begun) meanwhile() time.Duration {
+// until returns for how long the rank has done something else when it asks for the votes.
+func (b *begun) until(asked time.Time) time.Duration {
 	if !b.ahead {
 		return 0
 	}
-	return time.Since(b.at)
+	return asked.Sub(b.at)
 }
 
 // leave waits for the end of the exchange that the rank has begun, if it has, when the run is over and

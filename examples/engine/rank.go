@@ -95,14 +95,15 @@ func (r *rank) instances() []*instance {
 // the ranks don't come together, nothing has happened: what was scheduled will be scheduled again.
 func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
 	b := r.current(ctx, interrupt)
-	asked, meanwhile := time.Now(), b.meanwhile()
+	asked := time.Now()
+	r.figures.meanwhile = b.until(asked)
 	r.noteLoad(ctx, asked)
 	pass, err := r.plan(b)
 	if err != nil {
 		r.figures.votes += time.Since(asked)
 		return true, err
 	}
-	r.missing, r.figures.meanwhile = time.Time{}, meanwhile
+	r.missing = time.Time{}
 	all := notesOf(pass.Agreement, b.own)
 	if stop := all.stopping(); stop >= 0 {
 		return false, r.interrupted(stop, b.own)
@@ -111,7 +112,7 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 		return false, nil
 	}
 	if idle := all.idle(); idle > 0 {
-		sleep(ctx, interrupt, idle-meanwhile)
+		sleep(ctx, interrupt, idle)
 		return true, nil
 	}
 	pass.Links = b.links

@@ -90,7 +90,7 @@ func (p *program) report() *report {
 // that take their time to start.
 var warning = regexp.MustCompile(
 	`(?m)^(rank \d+: )?time=\S+ level=WARN ` +
-		`msg="(exchange of votes failed|rank came late|waiting for ranks|a step is broken).*\n`,
+		`msg="(exchange of votes failed|rank came late|waiting for ranks|a step (is|was) |this rank is not heard).*\n`,
 )
 
 // complaints returns what the program has printed to stderr beside such warnings.
@@ -124,6 +124,8 @@ func TestProcesses(t *testing.T) {
 		"-loras 3",
 		"-graph NONE",
 		"-dp 1 -spec 1",
+		"-overlap",
+		"-overlap -dp 2 -sp 2 -ubatches 2 -loras 3 -graph FULL -speed 1000",
 		"-dp 5 -sp 2 -ubatches 2 -spec 2 -loras 2 -graph FULL_DECODE_ONLY -speed 1000",
 	} {
 		t.Run(flags, func(t *testing.T) {
@@ -145,7 +147,7 @@ func TestProcesses(t *testing.T) {
 				t.Errorf("%+v: %d passes in %d steps of %d ranks", r, passes, r.Steps, ranks)
 			}
 			for rank, w := range r.Waiting {
-				if w.Rank != rank || w.Forward <= 0 {
+				if w.Rank != rank || w.Forward <= 0 || strings.Contains(flags, "-overlap") != (w.Hidden > 0) {
 					t.Errorf("at %d: %+v", rank, w)
 				}
 			}
@@ -322,6 +324,12 @@ func TestProcessesJoin(t *testing.T) {
 // TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
 // was. The others wait for it, and nothing is served twice.
 func TestProcessesRejoin(t *testing.T) {
+	for _, flags := range []string{"-spec 1", "-overlap"} {
+		t.Run(flags, func(t *testing.T) { testRejoin(t, flags) })
+	}
+}
+
+func testRejoin(t *testing.T, flags string) {
 	nats, err := startServer()
 	if err != nil {
 		t.Fatal(err)
@@ -329,15 +337,8 @@ func TestProcessesRejoin(t *testing.T) {
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
 	args := func(rank int) []string {
-		return strings.Fields(
-			fmt.Sprintf(
-				"-nats %s -rank %d -dp 3 -spec 1 -json -check -exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20",
-				nats.ClientURL(),
-				rank,
-				results,
-				rank,
-			),
-		)
+		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -json -check -exchange-timeout 1s -rejoin 1m "+
+			"-results %s.%d -speed 20 %s", nats.ClientURL(), rank, results, rank, flags))
 	}
 	ranks := make([]*program, 3)
 	for rank := range ranks {

@@ -113,7 +113,7 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 }
 
 // same returns what all ranks must have been started with, beside the trace with this fingerprint. What
-// else there is may differ.
+// else there is may differ: -overlap is nothing that the others notice.
 func (o *options) same(trace string) []engine.Setting {
 	same := []engine.Setting{{Name: "-trace", Value: trace}}
 	for name, value := range map[string]any{

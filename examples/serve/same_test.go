@@ -1,4 +1,4 @@
-// Ranks that are started with different flags.
+// Ranks that are started with different flags: which are refused, and which may differ.
 
 package main
 
@@ -65,5 +65,17 @@ func TestOtherFlags(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestOverlapMayDiffer: ranks that overlap their steps and ranks that don't serve together.
+func TestOverlapMayDiffer(t *testing.T) {
+	t.Parallel()
+	exits, messages := runRanks(t, strings.Fields("-requests 20 -max-context 30 -check"),
+		[]string{"-overlap"}, nil, []string{"-overlap"})
+	for rank, message := range messages {
+		if exits[rank] != 0 || warning.ReplaceAllString(message, "") != "" {
+			t.Errorf("rank %d: exit %d, stderr %q", rank, exits[rank], message)
+		}
 	}
 }
