@@ -33,6 +33,6 @@ func Pause(c *Coordinator) (resume func()) {
 
 // Dropped returns how many messages for all there was no room for.
 func Dropped(c *Coordinator) int {
-	n, _ := c.all.Dropped()
+	n, _ := c.link.subs[0].Dropped()
 	return n
 }

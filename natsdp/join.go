@@ -181,7 +181,7 @@ func (m *member) handleHello(msg *message) {
 	held := p.epoch != 0 && p.epoch != msg.epoch && !p.gone
 	wanted, heardBefore := p.asked != 0 && p.asked != msg.epoch, p.asked == msg.epoch
 	state.contested, state.holder = held || wanted, p.epoch
-	p.asked = msg.epoch
+	m.noteAsked(p, msg.epoch)
 	if msg.kind == kindClaim && msg.epoch > p.epoch {
 		m.newLife(msg)
 	}
@@ -194,7 +194,7 @@ func (m *member) handleHello(msg *message) {
 	if !p.answers.allow() {
 		return
 	}
-	if m.hasHub() && m.phase == asking && m.fresh() {
+	if m.meets() {
 		if msg.rank == m.hub && !heardBefore { // it has not been there when this rank asked
 			m.askLocked(toAll)
 		}

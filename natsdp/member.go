@@ -52,10 +52,13 @@ type member struct {
 	send func(to int, message []byte)
 	most int // bytes of a message
 
-	hub   int // the rank through which all speak, or noHub
-	relay relay
+	hub     int // the rank through which all speak, or noHub
+	relay   relay
+	meeting meeting
 
 	log *slog.Logger // says what happens to the group; nothing that happens in each step
+
+	trouble func() error // what has kept messages from going out or coming in, or nil
 
 	busy    atomic.Bool // in exchange
 	outcome chan outcome
@@ -251,6 +254,7 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		outcome: make(chan outcome, 1),
 		askTime: time.NewTimer(time.Hour),
 		most:    defaultPayload,
+		trouble: func() error { return nil },
 		hub:     noHub,
 		closing: make(chan struct{}),
 		log:     slog.New(slog.DiscardHandler),
@@ -312,7 +316,7 @@ func (m *member) wait(ctx context.Context) ([]fwd.Vote, error) {
 	for {
 		select {
 		case o := <-m.outcome:
-			return o.votes, withCause(o.err, m.cause(ctx))
+			return o.votes, withCause(o.err, m.cause(ctx), m.trouble)
 		case <-m.askTime.C:
 			m.again()
 			interval = m.askNext(interval)
@@ -344,10 +348,17 @@ func (m *member) cause(ctx context.Context) error {
 	}
 }
 
-// withCause adds the cause that ended this rank's own wait, if any, to the error of a broken round.
-func withCause(err, cause error) error {
-	if rankErr, ok := err.(*fwd.RankError); ok && cause != nil && errors.Is(rankErr.Err, fwd.ErrRankMissing) {
-		rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, cause)
+// withCause adds the cause that ended this rank's own wait, if any, to the error of a broken round, and
+// what is wrong with its connection.
+func withCause(err, cause error, trouble func() error) error {
+	rankErr, ok := err.(*fwd.RankError)
+	if !ok || !errors.Is(rankErr.Err, fwd.ErrRankMissing) {
+		return err
+	}
+	for _, more := range []error{cause, trouble()} {
+		if more != nil {
+			rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, more)
+		}
 	}
 	return err
 }
@@ -415,6 +426,30 @@ func (m *member) voteMessage(asks bool) message {
 		msg.raw = msg.encode()
 	}
 	return msg
+}
+
+// setMost sets how many bytes a message may have.
+func (m *member) setMost(bytes int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.most = bytes
+}
+
+// pack returns messages as one, or as few as are not too large.
+func (m *member) pack(messages [][]byte) [][]byte {
+	if len(messages) == 1 {
+		return messages
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return bundles(m.message(kindBundle), messages, m.most)
+}
+
+// isEpoch reports whether this life of the rank has or had an epoch.
+func (m *member) isEpoch(epoch uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return epoch == m.epoch || slices.Contains(m.former, epoch)
 }
 
 // sendVoteAgain sends this rank's vote to a rank that has asked for it.
@@ -699,13 +734,18 @@ func (m *member) brokenMessage(by int) message {
 // fail ends the open round, in which this rank waits, without the votes of all.
 func (m *member) fail(msg *message) {
 	missing, err := m.blame(msg)
-	answer := *msg
-	answer.rank, answer.epoch = m.rank, m.epoch
-	m.answer = [][]byte{answer.encode()}
+	m.answer = m.repeated(msg)
 	m.endRound(msg.round, msg.step)
 	m.ending, m.last, m.lastRank = msg.ending, msg.step, -1
 	m.log.Warn("a step is broken", "step", msg.step, "by", msg.by, "missing", msg.missing)
 	m.release(outcome{err: &fwd.RankError{Err: err, Step: msg.step, Ranks: missing}})
+}
+
+// repeated returns a message as this rank's own.
+func (m *member) repeated(msg *message) [][]byte {
+	own := *msg
+	own.rank, own.epoch = m.rank, m.epoch
+	return [][]byte{own.encode()}
 }
 
 // blame returns the ranks that the open round lacks for this rank, and the error that says so.
@@ -903,7 +943,7 @@ func (m *member) handlePeer(msg *message, direct bool) {
 func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
-		p.asked = 0
+		m.noteAsked(p, 0)
 		p.heard = p.heard && p.epoch != 0 // from the process that has the rank
 	}
 	if p.epoch == msg.epoch {
@@ -931,7 +971,8 @@ func (m *member) tellStale(msg *message) {
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
 	life := peer{
-		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step, answers: old.answers,
+		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step,
+		answers: old.answers, greetings: old.greetings,
 	}
 	for i, g := range []*gathering{&m.open, &m.next} {
 		voter := msg.rank
@@ -943,7 +984,7 @@ func (m *member) newLife(msg *message) {
 		}
 		g.remove(msg.rank)
 	}
-	m.peers[msg.rank] = life
+	m.peers[msg.rank], m.meeting.over = life, true
 	m.log.Info("a rank is there", "other", msg.rank, "again", old.epoch != 0)
 	if m.waiting {
 		m.leftBehind(ending{}, m.round+1, max(m.open.highest(), m.vote.Step), m.last)
@@ -960,7 +1001,7 @@ func (m *member) handleVote(msg *message, direct bool) {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
-		if msg.asks && m.peers[msg.rank].answers.allow() {
+		if msg.asks && m.phase != asking && m.peers[msg.rank].answers.allow() {
 			m.answerAsks(msg)
 		}
 		m.add(&m.open, msg)
@@ -1017,7 +1058,7 @@ func (m *member) answerLate(msg *message) {
 }
 
 func (m *member) handleBroken(msg *message, direct bool) {
-	if m.isHub() && direct {
+	if m.isHub() && direct && m.phase != asking {
 		if m.hubHearsBroken(msg); msg.round <= m.round {
 			return
 		}
@@ -1033,6 +1074,9 @@ func (m *member) handleBroken(msg *message, direct bool) {
 		m.leftBehind(msg.ending, msg.round, msg.step, msg.lowest)
 	default: // this rank has not heard of the rounds before it, or not yet
 		m.leftBehind(msg.ending, msg.round, msg.step, min(msg.lowest, m.step+1))
+	}
+	if msg.round == m.round && m.answer == nil {
+		m.answer = m.repeated(msg)
 	}
 }
 

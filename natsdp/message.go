@@ -129,10 +129,10 @@ type message struct {
 	raw   []byte // the message, in the bytes that came or go
 
 	// Of a vote.
-	vote     fwd.Vote
-	lives    uint64 // see hashLives; also that of kindReady
-	full     bool   // see flagFull
-	asks     bool   // see flagAsks
+	vote  fwd.Vote
+	lives uint64 // see hashLives; also that of kindReady
+	full  bool   // see flagFull
+	asks  bool   // see flagAsks
 
 	// Of a vote and of kindBroken.
 	ending
@@ -458,6 +458,14 @@ func sayer(data []byte) (rank int, ok bool) {
 		return 0, false
 	}
 	return int(binary.BigEndian.Uint32(data[16:])), true
+}
+
+// sayerEpoch returns the epoch in a message whose sayer is known.
+func sayerEpoch(data []byte) uint64 {
+	if len(data) < 28 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(data[20:])
 }
 
 // versionError is about a message of a version that this package can't read.

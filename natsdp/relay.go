@@ -186,24 +186,32 @@ func (m *member) lackingThroughHub(ranks []int) []int {
 	return ranks
 }
 
-// fresh reports whether nobody is known to be in the group yet.
-func (m *member) fresh() bool {
-	for rank := range m.peers {
-		if m.peers[rank].epoch != 0 {
-			return false
-		}
-	}
-	return m.round == 0
+// meeting is what a rank knows of a large group that begins. The ranks don't answer each other one by
+// one: each says, once it has heard of a process of every rank, which processes these are. When all say
+// the same, the group is together.
+type meeting struct {
+	over  bool // somebody is in the group already
+	asked int  // ranks, other than this one, whose processes have asked
+	same  int  // ranks, from 0, that are known to say what this one says
 }
 
-// livesAsking returns the number that stands for the processes that ask for the ranks of a new group,
-// or 0 if some have not asked.
-func (m *member) livesAsking() uint64 {
-	for rank := range m.peers {
-		if rank != m.rank && m.peers[rank].asked == 0 {
-			return 0
-		}
+// noteAsked notes which process of another rank has asked last; 0: none.
+func (m *member) noteAsked(p *peer, epoch uint64) {
+	if p.asked != 0 {
+		m.meeting.asked--
 	}
+	if p.asked = epoch; epoch != 0 {
+		m.meeting.asked++
+	}
+}
+
+// meets reports whether this rank joins a group in which nobody is known to be yet.
+func (m *member) meets() bool {
+	return m.hasHub() && m.phase == asking && !m.meeting.over && m.round == 0 && m.dead == nil
+}
+
+// livesAsking returns the number that stands for the processes that have asked, and this one.
+func (m *member) livesAsking() uint64 {
 	return hashLives(func(yield func(uint64) bool) {
 		for rank := range m.peers {
 			epoch := m.peers[rank].asked
@@ -217,15 +225,16 @@ func (m *member) livesAsking() uint64 {
 	})
 }
 
-// getReady says which processes this rank knows, when it knows one of each rank of a new group. So the
-// ranks of a large group don't answer each other one by one.
+// getReady says which processes this rank knows, if it knows one of each rank.
 func (m *member) getReady() {
-	lives := m.livesAsking()
-	own := &m.peers[m.rank]
-	if lives == 0 || lives == own.ready && time.Since(m.asked) < askInterval {
+	if m.meeting.asked < m.size-1 {
 		return
 	}
-	own.ready, m.asked = lives, time.Now()
+	own, lives := &m.peers[m.rank].ready, m.livesAsking()
+	if lives == *own && time.Since(m.asked) < askInterval {
+		return
+	}
+	*own, m.asked, m.meeting.same = lives, time.Now(), 0
 	ready := m.message(kindReady)
 	ready.lives = lives
 	m.publish(ready.encode())
@@ -234,22 +243,23 @@ func (m *member) getReady() {
 
 // handleReady notes which processes a rank of a new group knows.
 func (m *member) handleReady(msg *message) {
-	m.peers[msg.rank].ready = msg.lives
-	m.beginTogether()
+	if p := &m.peers[msg.rank]; p.ready != msg.lives {
+		p.ready, m.meeting.same = msg.lives, min(m.meeting.same, msg.rank)
+	}
+	if m.meets() {
+		m.beginTogether()
+	}
 }
 
-// beginTogether makes this rank a part of a new group when all say that they know the same processes.
+// beginTogether makes this rank a part of the group when all say that they know the same processes.
 func (m *member) beginTogether() {
-	if m.phase != asking || !m.fresh() || m.dead != nil {
-		return
-	}
 	own := m.peers[m.rank].ready
-	for rank := range m.peers {
-		if own == 0 || m.peers[rank].ready != own {
+	for same := &m.meeting.same; *same < m.size; *same++ {
+		if own == 0 || m.peers[*same].ready != own {
 			return
 		}
 	}
-	if m.livesAsking() != own {
+	if m.livesAsking() != own { // another process has asked since
 		return
 	}
 	for rank := range m.peers {
@@ -257,6 +267,6 @@ func (m *member) beginTogether() {
 			p.epoch, p.heard = p.asked, true
 		}
 	}
-	m.phase = joined
+	m.phase, m.meeting.over = joined, true
 	m.signal()
 }

@@ -36,6 +36,11 @@ func TestNobodyRunsAlone(t *testing.T) {
 	counts := map[string]int{}
 	for seed := range seeds(t) {
 		synctest.Test(t, func(t *testing.T) {
+			defer func() {
+				if t.Failed() {
+					t.Logf("seed %d", seed)
+				}
+			}()
 			r := newAloneRun(t, seed)
 			r.run(rand.New(rand.NewPCG(seed, 9)))
 			for what, n := range r.counts {
@@ -43,7 +48,7 @@ func TestNobodyRunsAlone(t *testing.T) {
 			}
 		})
 		if t.Failed() {
-			t.Fatalf("seed %d", seed)
+			return
 		}
 	}
 	t.Log(counts)

@@ -78,6 +78,11 @@ func TestLives(t *testing.T) {
 	happened := map[string]int{}
 	for seed := range seeds(t) {
 		synctest.Test(t, func(t *testing.T) {
+			defer func() {
+				if t.Failed() {
+					t.Logf("seed %d", seed)
+				}
+			}()
 			r := newLivesRun(t, seed)
 			r.run()
 			mu.Lock()
@@ -88,7 +93,7 @@ func TestLives(t *testing.T) {
 			happened["agreed"] += r.agreed
 		})
 		if t.Failed() {
-			t.Fatalf("seed %d", seed)
+			return
 		}
 	}
 	t.Log(happened)

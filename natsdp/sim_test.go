@@ -34,6 +34,7 @@ type bus struct {
 	stations []*station
 
 	delivered atomic.Int64 // messages
+	longest   atomic.Int64 // bytes of one
 }
 
 // way is from one rank to another.
@@ -100,7 +101,7 @@ func (b *bus) send(from *station, to int, data []byte) {
 		return
 	}
 	for _, s := range b.stations {
-		if to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss ||
+		if s == from || to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss ||
 			b.random.Float64() < b.lossTo[way{from.rank, s.rank}] {
 			continue
 		}
@@ -113,6 +114,7 @@ func (b *bus) send(from *station, to int, data []byte) {
 
 func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	b.delivered.Add(1)
+	b.longest.Store(max(b.longest.Load(), int64(len(data))))
 	arrive := func() {
 		for data := range unbundle(data) {
 			if rank, ok := sayer(data); ok && from == s.hub {
