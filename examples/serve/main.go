@@ -253,6 +253,11 @@ func (o *options) validate(rest []string) error {
 	if o.prefillUB < 1 {
 		bad("-prefill-ubatch-threshold is %d, want at least 1", o.prefillUB)
 	}
+	for _, name := range []string{"decode-ubatch-threshold", "prefill-ubatch-threshold"} {
+		if value, given := o.given[name]; given && o.ubatches == 1 {
+			bad("-%s is %s: it needs -ubatches of 2 or more", name, value)
+		}
+	}
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
 	}
@@ -295,7 +300,11 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
-	requests, fingerprint, err := o.readRequests(stderr)
+	messages := io.Writer(stderr)
+	if o.rank > 0 { // all ranks have the same trace
+		messages = io.Discard
+	}
+	requests, fingerprint, err := o.readRequests(messages)
 	if err != nil {
 		return err
 	}

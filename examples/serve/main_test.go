@@ -131,6 +131,8 @@ func TestBadFlags(t *testing.T) {
 		{"-ubatches 0", "serve: -ubatches is 0, want 1 to 16"},
 		{"-decode-ubatch-threshold 0", "serve: -decode-ubatch-threshold is 0, want at least 1"},
 		{"-prefill-ubatch-threshold -1", "serve: -prefill-ubatch-threshold is -1, want at least 1"},
+		{"-decode-ubatch-threshold 8", "serve: -decode-ubatch-threshold is 8: it needs -ubatches of 2 or more"},
+		{"-ubatches 1 -prefill-ubatch-threshold 8", "serve: -prefill-ubatch-threshold is 8: it needs -ubatches "},
 		{"-spec -1", "serve: -spec is -1, want 0 to 31"},
 		{"-overlap -spec 2", "serve: -overlap with -spec 2: a step can't be scheduled before "},
 		{"-chunk 0", "serve: -chunk is 0, want at least 1"},

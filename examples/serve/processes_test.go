@@ -176,6 +176,21 @@ func TestProcessesTable(t *testing.T) {
 	}
 }
 
+// TestProcessesTrace: what all ranks find in the trace is said once.
+func TestProcessesTrace(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "trace.csv")
+	text := "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" +
+		"1,GPT-4,9,3,12,API log\n2,GPT-4,9,0,9,API log\n3,GPT-4,5,2,7,API log\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, "-processes", "-dp", "2", "-trace", path)
+	want := "rank 0: serve: trace " + path + ": 1 of 3 calls failed, and are left out\n"
+	if exit := p.wait(); exit != 0 || p.complaints() != want {
+		t.Errorf("exit %d, stderr %q, want %q", exit, &p.stderr, want)
+	}
+}
+
 // TestProcessesInterrupted: the first interrupt stops all ranks and prints what they have done. The
 // same command serves the rest, and everything agrees.
 func TestProcessesInterrupted(t *testing.T) {
