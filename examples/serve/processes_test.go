@@ -352,8 +352,8 @@ func testRejoin(t *testing.T, flags string) {
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
 	args := func(rank int) []string {
-		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -json -check -exchange-timeout 1s -rejoin 1m "+
-			"-results %s.%d -speed 20 %s", nats.ClientURL(), rank, results, rank, flags))
+		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -json -check -max-context 100 "+
+			"-exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20 %s", nats.ClientURL(), rank, results, rank, flags))
 	}
 	ranks := make([]*program, 3)
 	for rank := range ranks {
