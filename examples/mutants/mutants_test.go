@@ -275,7 +275,8 @@ func TestSummary(t *testing.T) {
 	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; overlap: -; serve: it"; lines[0] != want {
 		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, overlap noticed 0, serve noticed 1"
+	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, overlap noticed 0, " +
+		"serve noticed 1"
 	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}

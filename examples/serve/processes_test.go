@@ -89,8 +89,8 @@ func (p *program) report() *report {
 // warning is a line that warns of an exchange that will be tried again, or of one that was, or of ranks
 // that take their time to start.
 var warning = regexp.MustCompile(
-	`(?m)^(rank \d+: )?time=\S+ level=WARN ` +
-		`msg="(exchange of votes failed|rank came late|waiting for ranks|a step (is|was) |this rank is not heard).*\n`,
+	`(?m)^(rank \d+: )?time=\S+ level=WARN msg="` +
+		`(exchange of votes failed|rank came late|waiting for ranks|a step (is|was) |this rank is not heard).*\n`,
 )
 
 // complaints returns what the program has printed to stderr beside such warnings.
@@ -352,8 +352,9 @@ func testRejoin(t *testing.T, flags string) {
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
 	args := func(rank int) []string {
-		return strings.Fields(fmt.Sprintf("-nats %s -rank %d -dp 3 -json -check -max-context 100 "+
-			"-exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20 %s", nats.ClientURL(), rank, results, rank, flags))
+		const common = "-dp 3 -json -check -max-context 100 -exchange-timeout 1s -rejoin 1m -speed 20 "
+		return strings.Fields(common + flags +
+			fmt.Sprintf(" -nats %s -rank %d -results %s.%d", nats.ClientURL(), rank, results, rank))
 	}
 	ranks := make([]*program, 3)
 	for rank := range ranks {
