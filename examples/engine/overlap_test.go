@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -274,34 +273,8 @@ func TestOverlapRejoin(t *testing.T) {
 				}
 				requests[1].MaxTokens = int(c.nth)
 			}
-			f := newFleet(t, Config{DataParallelSize: c.dp, ExchangeTimeout: time.Second, Overlap: true}, requests)
-			var mu sync.Mutex
-			served := map[int]int{}
-			f.cfg.Finished = func(r Result) error {
-				mu.Lock()
-				defer mu.Unlock()
-				served[r.ID]++
-				return nil
-			}
-			outcomes := f.each(func(rank int) outcome {
-				cfg := f.config(rank, time.Hour)
-				if rank != 1 {
-					return f.run(t.Context(), cfg, f.requests[rank])
-				}
-				life := cfg
-				atPass(&life, c.nth, crash)
-				first := f.run(t.Context(), life, f.requests[rank])
-				if !errors.Is(first.err, errCrash) {
-					t.Errorf("the first life ended with %v, want %v", first.err, errCrash)
-				}
-				return f.resume(cfg, first, f.requests[rank])
-			})
-			f.allFinished(outcomes)
-			for _, r := range requests {
-				if served[r.ID] != 1 {
-					t.Errorf("request %d was finished %d times", r.ID, served[r.ID])
-				}
-			}
+			cfg := Config{DataParallelSize: c.dp, ExchangeTimeout: time.Second, Overlap: true}
+			newFleet(t, cfg, requests).comeBack(c.nth)
 		}))
 	}
 }
