@@ -21,6 +21,7 @@ const (
 	byUnit = iota
 	bySDK
 	byTelemetry
+	byOverlap
 	byServe
 	numDetectors
 )
@@ -50,6 +51,7 @@ var servedCombinations = []string{
 	"-dp 1 -sp 2 -chunk 7 -graph FULL -ubatches 2 -loras 3",
 	"-dp 2 -sp 2 -graph FULL_DECODE_ONLY -spec 2",
 	"-dp 3 -graph FULL -ubatches 3 -spec 2 -loras 3",
+	"-dp 3 -chunk 7 -ubatches 2 -loras 3 -overlap",
 }
 
 // servedRequests keeps a run to a fraction of a second. Their number is no multiple of a number of ranks,
@@ -87,6 +89,8 @@ func newDetectors(m modules) [numDetectors]detector {
 		runs:    []string{"-test.run ^TestTelemetry" + flags},
 		timeout: testTimeout, blame: blameTest,
 	}
+	overlapped := telemetry
+	overlapped.runs = []string{"-test.run ^TestOverlap" + flags}
 	serve := detector{
 		module: m.examples, dir: m.examples,
 		build:   []string{"build", "-ldflags=-s -w", "./serve"},
@@ -95,14 +99,17 @@ func newDetectors(m modules) [numDetectors]detector {
 	for _, flags := range servedCombinations {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
-	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve}
+	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byOverlap: overlapped, byServe: serve}
 }
 
 // order returns the detectors to ask about a fault of this kind, the cheapest that is likely to notice
 // first.
 func (k kind) order() []int {
-	if k == telemetry {
+	switch k {
+	case telemetry:
 		return []int{bySDK, byUnit, byTelemetry, byServe}
+	case overlap:
+		return []int{byOverlap, byServe}
 	}
 	return []int{byUnit, bySDK, byTelemetry, byServe}
 }
@@ -249,7 +256,7 @@ func (d *detector) look(ctx context.Context, f *fault, dir, overlay string) verd
 
 // relinked tries to make the detector in the quick way. A compiler's complaint comes out in the other way.
 func (d *detector) relinked(ctx context.Context, f *fault, dir, program string) bool {
-	if f.file == "" || d.parts == nil {
+	if filepath.Base(f.file) != f.file || d.parts == nil { // it is in another package, or there is none
 		return false
 	}
 	p, err := d.parts()

@@ -95,7 +95,7 @@ func TestFaults(t *testing.T) {
 		}
 	}
 	for _, k := range []kind{
-		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry,
+		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry, overlap,
 	} {
 		if kinds[k] < 5 {
 			t.Errorf("%d faults of kind %s", kinds[k], k)
@@ -238,6 +238,7 @@ func TestTry(t *testing.T) {
 	}{
 		{"until noticed", untilNoticed, graph, "unit: -; sdk: yes"},
 		{"telemetry first", untilNoticed, telemetry, "sdk: yes"},
+		{"overlap first", untilNoticed, overlap, "overlap: -; serve: -"},
 		{"everybody", everybody, telemetry, "unit: -; sdk: yes; telemetry: -; serve: -"},
 		{"the engine", engineOnly, arithmetic, "telemetry: -; serve: -"},
 	} {
@@ -271,10 +272,11 @@ func TestSummary(t *testing.T) {
 		t.Errorf("problems: %v", err)
 	}
 	lines := strings.Split(out.String(), "\n")
-	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; serve: it"; lines[0] != want {
+	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; overlap: -; serve: it"; lines[0] != want {
 		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1"
+	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, overlap noticed 0, " +
+		"serve noticed 1"
 	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}
