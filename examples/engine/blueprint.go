@@ -15,8 +15,9 @@ type blueprint struct {
 	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them
 	// have.
 	dispatcher *fwd.Dispatcher
-	parallel   fwd.ParallelConfig // but for the rank
-	ahead      int                // how many positions its input tokens are ahead of their rows
+	config     fwd.DispatcherConfig // of the dispatcher
+	parallel   fwd.ParallelConfig   // but for the rank
+	ahead      int                  // how many positions its input tokens are ahead of their rows
 }
 
 // targetBlueprint returns the blueprint of the model that is served.
@@ -49,7 +50,7 @@ func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelCon
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
 	}
-	b := &blueprint{name: name, model: m, dispatcher: dispatcher, parallel: parallel}
+	b := &blueprint{name: name, model: m, dispatcher: dispatcher, config: dispatch, parallel: parallel}
 	c.printGaps(b)
 	return b, nil
 }

@@ -33,6 +33,10 @@ type Config struct {
 	// largest decode batch if that is larger.
 	CaptureSizes []int
 
+	// Replan is after how many steps the ranks choose the capture sizes anew, from the sizes of all steps
+	// so far, again and again: at most as many graphs as the configuration has. 0: never.
+	Replan int
+
 	// NumUBatches is the number of microbatches of a split pass; with 0 or 1, passes are not split. A
 	// rank wants its pass split if it has at least so many tokens: DecodeUBatchThreshold if all
 	// requests decode, else PrefillUBatchThreshold. 0 means 4 and 32, so that even small batches are
@@ -137,6 +141,9 @@ func (c Config) withDefaults() (Config, error) {
 	most("SequenceParallel", c.SequenceParallel, MaxSequenceParallel)
 	if c.NumSpeculativeTokens < 0 || c.NumSpeculativeTokens > MaxSpeculativeTokens {
 		bad("NumSpeculativeTokens is %d, want 0 to %d", c.NumSpeculativeTokens, MaxSpeculativeTokens)
+	}
+	if c.Replan < 0 || c.Replan > 0 && c.GraphMode == fwd.GraphNone {
+		bad("Replan is %d with graph mode %v, want at least 0, and 0 without graphs", c.Replan, c.GraphMode)
 	}
 	if c.NumBlocks < 0 {
 		bad("NumBlocks is %d, want at least 0", c.NumBlocks)

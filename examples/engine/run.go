@@ -95,6 +95,7 @@ func (r *run) end() Stats {
 	}
 	for _, rank := range r.ranks {
 		rank.noteLoad(context.Background(), now)
+		rank.endLadder()
 	}
 	return collect(r.ranks, len(r.results))
 }
@@ -115,6 +116,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 				drafts:  cfg.NumSpeculativeTokens,
 			},
 			figures: newFigures(cfg.DataParallelSize),
+			replan:  replan{every: cfg.Replan},
 			load:    load{allBlocks: int64(numBlocks)},
 		}
 		tracers, meters := cfg.providers(r.rank)
@@ -148,7 +150,10 @@ func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators 
 	group.first, group.total = ranks[0].rank*sp, size*sp
 	group.spread(len(b.model.Weights().Layers[0].Experts), sp)
 	for i, r := range ranks {
-		on, observe := &r.target, func(ctx context.Context, rec *fwd.Record) { r.figures.observe(ctx, rec, sp) }
+		on, observe := &r.target, func(ctx context.Context, rec *fwd.Record) {
+			r.figures.observe(ctx, rec, sp)
+			r.replan.observe(rec)
+		}
 		if b == e.draft {
 			on, observe = &r.draft, func(_ context.Context, rec *fwd.Record) { r.figures.observeDraft(rec) }
 		}

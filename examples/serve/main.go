@@ -245,7 +245,7 @@ func (o *options) validate(rest []string) error {
 	if o.progress && !o.json {
 		bad("-progress needs -json")
 	}
-	o.sizesOptions.validate(bad)
+	o.sizesOptions.validate(o.graph, bad)
 	o.rankOptions.validate(o.dp, o.given, bad)
 	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
@@ -299,6 +299,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		MaxNumSeqs:             o.maxSeqs,
 		GraphMode:              o.graph,
 		CaptureSizes:           o.capture.sizes,
+		Replan:                 o.replan,
 		NumSpeculativeTokens:   o.spec,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -21,7 +23,7 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 		return out.Encode(r)
 	}
 	for _, section := range []func(io.Writer){
-		r.printCounts, r.printWaiting, r.printHeldUp, r.printLowered, r.printSent, r.printSlowest,
+		r.printCounts, r.printLadders, r.printWaiting, r.printHeldUp, r.printLowered, r.printSent, r.printSlowest,
 	} {
 		var text strings.Builder
 		t := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
@@ -75,6 +77,76 @@ func (r *report) printCounts(t io.Writer) {
 	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
 	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)
 	fmt.Fprintf(t, "  dp\t%d\tup to the largest rank\n", r.Padding.DP)
+}
+
+// printLadders prints what each list of capture sizes was worth while it was in use, and the last one.
+func (r *report) printLadders(t io.Writer) {
+	if len(r.Ladders) == 0 {
+		return
+	}
+	columns := make([][]string, 6)
+	for i, title := range []string{"steps", "eager", "padding", "graphs", "memory", "captured"} {
+		columns[i] = []string{title}
+	}
+	for _, l := range r.Ladders {
+		for i, cell := range []string{
+			fmt.Sprint(l.Steps), percent(l.Eager, l.Steps), percent(l.Padding, l.Tokens),
+			fmt.Sprint(l.Graphs), fmt.Sprintf("%.1f MB", float64(l.Bytes)/1e6),
+			fmt.Sprintf("%d in %v", l.Captured, seconds(l.Seconds)),
+		} {
+			columns[i] = append(columns[i], cell)
+		}
+	}
+	for i := range columns {
+		columns[i] = right(columns[i])
+	}
+	leftOut := r.LadderChanges + 1 - len(r.Ladders)
+	for i := range len(r.Ladders) + 1 {
+		name := "sizes"
+		if i == 1 {
+			name = "  1"
+		} else if i > 1 {
+			name = fmt.Sprintf("  %d", i+leftOut)
+		}
+		fmt.Fprintf(t, "%s", name)
+		for _, column := range columns {
+			fmt.Fprintf(t, "\t%s", column[i])
+		}
+		fmt.Fprintln(t)
+	}
+	last := r.Ladders[len(r.Ladders)-1].Sizes
+	for line := range wrapped("  the last sizes: ", last) {
+		fmt.Fprintln(t, line)
+	}
+}
+
+// wrapped yields lines with a list that fit tableWidth columns.
+func wrapped(title string, list []int) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		line := title
+		for i, n := range list {
+			text := strconv.Itoa(n)
+			if i < len(list)-1 {
+				text += ","
+			}
+			if len(line)+len(text) > tableWidth {
+				if !yield(line) {
+					return
+				}
+				line = "  "
+			}
+			line += text
+		}
+		yield(line)
+	}
+}
+
+// percent returns a share of all, or nothing if there are none.
+func percent(n, all int) string {
+	if all == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.1f%%", 100*float64(n)/float64(all))
 }
 
 // printMeanings prints counts, the largest first, with what each means.
