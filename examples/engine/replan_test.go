@@ -28,9 +28,9 @@ func TestReplanCovering(t *testing.T) {
 			if cfg.GraphMode == fwd.GraphNone {
 				t.Skip("there are no graphs")
 			}
-			cfg.Replan, cfg.DecodeUBatchThreshold = 7, 12 // so that most decode steps are not split
+			cfg.Replan, cfg.DecodeUBatchThreshold = 15, 12 // so that most decode steps are not split
 			votes := watchVotes(t, &cfg)
-			stats := serve(t, cfg, withAdapters(newRequests(9*cfg.DataParallelSize, 20, 30), adapters))
+			stats := serve(t, cfg, withAdapters(newRequests(7*cfg.DataParallelSize, 20, 30), adapters))
 			changes.Add(int64(votes.check(stats)))
 			if len(stats.Ladders) == 0 || stats.LadderChanges != len(stats.Ladders)-1 {
 				t.Errorf("%d changes, ladders %+v", stats.LadderChanges, stats.Ladders)
@@ -236,7 +236,7 @@ func TestReplanNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			c.cfg.Replan = 3
-			requests := newRequests(200, 1, 1)
+			requests := newRequests(120, 1, 1)
 			for i := range requests {
 				requests[i].Prompt, requests[i].MaxTokens = make([]int, 5), c.maxTokens
 			}
@@ -258,7 +258,7 @@ func TestReplanNothing(t *testing.T) {
 // TestReplanKeepsFew: of many ladders the first one and the last ones are kept.
 func TestReplanKeepsFew(t *testing.T) {
 	cfg := Config{GraphMode: fwd.GraphFull, Replan: 1}
-	stats := serve(t, cfg, newRequests(80, 40, 30))
+	stats := serve(t, cfg, newRequests(40, 40, 30))
 	if stats.LadderChanges < maxLadders || len(stats.Ladders) != maxLadders ||
 		!slices.Equal(stats.Ladders[0].Sizes, newEngine(t, cfg).target.config.CaptureSizes) {
 		t.Errorf("%d changes, ladders %+v", stats.LadderChanges, stats.Ladders)
@@ -268,7 +268,7 @@ func TestReplanKeepsFew(t *testing.T) {
 // replanned returns a fleet whose ranks are processes and choose anew.
 func replanned(t *testing.T, cfg Config) *fleet {
 	cfg.GraphMode, cfg.Replan, cfg.ExchangeTimeout = fwd.GraphFullAndPiecewise, 10, 300*time.Millisecond
-	return newFleet(t, cfg, newRequests(20*cfg.DataParallelSize, 20, 40))
+	return newFleet(t, cfg, newRequests(14*cfg.DataParallelSize, 20, 40))
 }
 
 // TestReplanProcesses: processes change together, without a failed step.

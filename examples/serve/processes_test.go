@@ -318,6 +318,16 @@ func TestProcessesJoin(t *testing.T) {
 // TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
 // was. The others wait for it, and nothing is served twice.
 func TestProcessesRejoin(t *testing.T) {
+	for name, flags := range map[string]string{"graphs that stay": "", "graphs that change": "-replan 20"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			rejoin(t, flags)
+		})
+	}
+}
+
+// rejoin kills rank 1 of 3 and starts it again.
+func rejoin(t *testing.T, flags string) {
 	nats, err := startServer()
 	if err != nil {
 		t.Fatal(err)
@@ -332,7 +342,7 @@ func TestProcessesRejoin(t *testing.T) {
 				rank,
 				results,
 				rank,
-			),
+			) + " " + flags,
 		)
 	}
 	ranks := make([]*program, 3)
@@ -357,6 +367,9 @@ func TestProcessesRejoin(t *testing.T) {
 		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
 			t.Errorf("rank %d: %d resumed, %d failed steps; rank 1 had written %d", rank, r.Resumed, r.FailedSteps,
 				written)
+		}
+		if flags != "" && len(r.Ladders) < 2 {
+			t.Errorf("rank %d: the graphs never changed: %+v", rank, r.Ladders)
 		}
 	}
 }

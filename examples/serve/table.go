@@ -68,7 +68,11 @@ func (r *report) printCounts(t io.Writer) {
 	printMeanings(t, r.Modes, modeMeaning)
 	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
 	printMeanings(t, r.Passes, reasonMeaning)
-	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp))
+	when := "captured in"
+	if r.LadderChanges > 0 {
+		when = "captured, at first in"
+	}
+	fmt.Fprintf(t, "graphs\t%d\t%s %v\n", r.Graphs.Captures, when, seconds(r.Graphs.WarmUp))
 	fmt.Fprintf(t, "\t%d\treplays\n", r.Graphs.Replays)
 	if s := r.Speculation; s != nil {
 		fmt.Fprintf(t, "guesses\t%d\t%d accepted\n", s.Proposed, s.Accepted)
@@ -90,9 +94,8 @@ func (r *report) printLadders(t io.Writer) {
 	}
 	for _, l := range r.Ladders {
 		for i, cell := range []string{
-			fmt.Sprint(l.Steps), percent(l.Eager, l.Steps), percent(l.Padding, l.Tokens),
-			fmt.Sprint(l.Graphs), fmt.Sprintf("%.1f MB", float64(l.Bytes)/1e6),
-			fmt.Sprintf("%d in %v", l.Captured, seconds(l.Seconds)),
+			fmt.Sprint(l.Steps), percent(l.Eager, l.Steps, 0), percent(l.Padding, l.Tokens, 1),
+			fmt.Sprint(l.Graphs), megabytes(l.Bytes), fmt.Sprintf("%d in %v", l.Captured, short(l.Seconds)),
 		} {
 			columns[i] = append(columns[i], cell)
 		}
@@ -141,12 +144,29 @@ func wrapped(title string, list []int) iter.Seq[string] {
 	}
 }
 
-// percent returns a share of all, or nothing if there are none.
-func percent(n, all int) string {
+// percent returns a share of all, with so many digits, or a dash if there are none.
+func percent(n, all, digits int) string {
 	if all == 0 {
 		return "-"
 	}
-	return fmt.Sprintf("%.1f%%", 100*float64(n)/float64(all))
+	return fmt.Sprintf("%.*f%%", digits, 100*float64(n)/float64(all))
+}
+
+// megabytes returns an amount of memory with two digits or more.
+func megabytes(bytes int) string {
+	mb := float64(bytes) / 1e6
+	if mb < 10 {
+		return fmt.Sprintf("%.1f MB", mb)
+	}
+	return fmt.Sprintf("%.0f MB", mb)
+}
+
+// short returns a time with three digits or more.
+func short(s float64) time.Duration {
+	if d := seconds(s); d < 10*time.Second {
+		return d
+	}
+	return seconds(s).Round(100 * time.Millisecond)
 }
 
 // printMeanings prints counts, the largest first, with what each means.
