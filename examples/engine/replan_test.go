@@ -131,15 +131,20 @@ func TestReplanCaptures(t *testing.T) {
 	if stats.LadderChanges == 0 {
 		t.Fatal("the ladder never changed")
 	}
-	captured, kept := 0, 0
+	captured, kept, steps := 0, 0, 0
 	for i, l := range stats.Ladders {
 		captured += dp * l.Captured
+		steps += l.Steps
 		if i > 0 {
 			kept += l.Graphs - l.Captured
 		}
-		if before := l.Bytes / slices.Max(l.Sizes); i > 0 && before == 0 {
-			t.Errorf("%+v", l)
+		// A graph takes memory in proportion to its size.
+		if first := stats.Ladders[0]; l.Bytes*sum(first.Sizes) != first.Bytes*sum(l.Sizes) {
+			t.Errorf("%d bytes for the sizes %v, %d for %v", l.Bytes, l.Sizes, first.Bytes, first.Sizes)
 		}
+	}
+	if steps != stats.Steps {
+		t.Errorf("%d steps of ladders, %d in all", steps, stats.Steps)
 	}
 	if stats.Captures != captured || kept == 0 {
 		t.Errorf("%d captures on %d ranks, want %d; %d graphs were kept", stats.Captures, dp, captured, kept)
@@ -151,6 +156,13 @@ func TestReplanCaptures(t *testing.T) {
 	if n := captureEvents(&got); n != captured {
 		t.Errorf("%d events of captures, want %d", n, captured)
 	}
+}
+
+func sum(all []int) (n int) {
+	for _, v := range all {
+		n += v
+	}
+	return n
 }
 
 // watchCaptures makes an engine look for captures in passes that serve, and returns what ends that.
@@ -216,6 +228,9 @@ func TestReplanPads(t *testing.T) {
 		t.Fatalf("ladders %+v", stats.Ladders)
 	}
 	first, last := stats.Ladders[0], stats.Ladders[len(stats.Ladders)-1]
+	if first.Steps != cfg.Replan+1 { // all have chosen when they vote for that one
+		t.Errorf("the ladder changed after %d steps, want %d", first.Steps, cfg.Replan+1)
+	}
 	if first.Padding == 0 || 4*last.Padding*first.Tokens > first.Padding*last.Tokens || last.Eager > 0 {
 		t.Errorf("%+v, then %+v", first, last)
 	}
@@ -352,29 +367,34 @@ func crashAfterChange(cfg *Config) {
 // with the same ladder.
 func TestReplanLostAnswers(t *testing.T) {
 	graphs := int64(len(newEngine(t, Config{GraphMode: fwd.GraphFullAndPiecewise}).target.dispatcher.Captures()))
-	for name, lose := range map[string]func(warmUp, step int64) bool{
+	for name, c := range map[string]struct {
+		lose  func(warmUp, step int64) bool
+		alone bool // the other ranks don't even notice
+	}{
 		// The first answer is that of the greeting, then come ten steps that are counted.
-		"of a step that is counted": func(_, step int64) bool { return step == 4 },
-		"of the last one":           func(_, step int64) bool { return step == 11 },
-		"with the choice":           func(_, step int64) bool { return step == 12 },
-		"in the new warm-up":        func(warmUp, _ int64) bool { return warmUp == graphs+5 },
-		"at its end":                func(warmUp, _ int64) bool { return warmUp == graphs+1+graphs+1 },
-		"again and again":           func(_, step int64) bool { return step%3 == 1 && step < 20 },
-		"in a warm-up after it":     func(warmUp, step int64) bool { return step == 12 || warmUp == graphs+3 },
+		"of a step that is counted": {func(_, step int64) bool { return step == 4 }, true},
+		"of the last one":           {func(_, step int64) bool { return step == 11 }, true},
+		"with the choice":           {func(_, step int64) bool { return step == 12 }, false},
+		"in the new warm-up":        {func(warmUp, _ int64) bool { return warmUp == graphs+5 }, false},
+		"at its end":                {func(warmUp, _ int64) bool { return warmUp == 2*(graphs+1) }, false},
+		"in a warm-up after it": {
+			func(warmUp, step int64) bool { return step == 12 || warmUp == graphs+3 }, false,
+		},
+		"again and again": {func(_, step int64) bool { return step%3 == 2 && step < 20 }, true},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
 			f := replanned(t, Config{DataParallelSize: 3})
 			outcomes := f.each(func(rank int) outcome {
 				cfg := f.config(rank, time.Hour)
 				if rank == 1 {
-					cfg.Process.Target = &forgetful{Coordinator: cfg.Process.Target, lose: lose}
+					cfg.Process.Target = &forgetful{Coordinator: cfg.Process.Target, lose: c.lose}
 				}
 				return f.run(t.Context(), cfg, f.requests[rank])
 			})
 			f.allFinished(outcomes)
 			f.sameLadder(outcomes)
-			if outcomes[1].stats.FailedSteps == 0 {
-				t.Error("no step failed")
+			if own, others := outcomes[1].stats.FailedSteps, outcomes[0].stats.FailedSteps; own == 0 || others == 0 != c.alone {
+				t.Errorf("%d steps failed, and %d of the others", own, others)
 			}
 		}))
 	}

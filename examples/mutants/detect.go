@@ -22,6 +22,7 @@ const (
 	bySDK
 	byTelemetry
 	byServe
+	byLadders
 	numDetectors
 )
 
@@ -95,14 +96,20 @@ func newDetectors(m modules) [numDetectors]detector {
 	for _, flags := range servedCombinations {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
-	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve}
+	ladders := telemetry
+	ladders.runs = []string{"-test.run ^TestReplan -test.skip ^TestReplanCovering$ -test.failfast -test.timeout 90s"}
+	ladders.timeout = ladderTimeout
+	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve, byLadders: ladders}
 }
 
 // order returns the detectors to ask about a fault of this kind, the cheapest that is likely to notice
 // first.
 func (k kind) order() []int {
-	if k == telemetry {
+	switch k {
+	case telemetry:
 		return []int{bySDK, byUnit, byTelemetry, byServe}
+	case ladder:
+		return []int{byLadders}
 	}
 	return []int{byUnit, bySDK, byTelemetry, byServe}
 }
@@ -114,6 +121,8 @@ const (
 	buildTimeout = 5 * time.Minute
 	serveTimeout = 20 * time.Second // a run takes a fraction of a second where it works
 	testTimeout  = 30 * time.Second // above the timeout of the tests themselves, which say what hangs
+
+	ladderTimeout = 100 * time.Second // these tests take longer
 )
 
 // verdict is what one detector says of one fault.
@@ -249,7 +258,7 @@ func (d *detector) look(ctx context.Context, f *fault, dir, overlay string) verd
 
 // relinked tries to make the detector in the quick way. A compiler's complaint comes out in the other way.
 func (d *detector) relinked(ctx context.Context, f *fault, dir, program string) bool {
-	if f.file == "" || d.parts == nil {
+	if f.file == "" || d.parts == nil || filepath.Dir(f.file) != "." {
 		return false
 	}
 	p, err := d.parts()

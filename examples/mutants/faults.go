@@ -13,4 +13,5 @@ var faults = slices.Concat(
 	runningFaults,
 	graphFaults,
 	telemetryFaults,
+	ladderFaults,
 )

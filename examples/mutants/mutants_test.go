@@ -96,6 +96,7 @@ func TestFaults(t *testing.T) {
 	}
 	for _, k := range []kind{
 		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry,
+		ladder,
 	} {
 		if kinds[k] < 5 {
 			t.Errorf("%d faults of kind %s", kinds[k], k)
@@ -274,7 +275,7 @@ func TestSummary(t *testing.T) {
 	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; serve: it"; lines[0] != want {
 		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1"
+	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1, ladders noticed 0"
 	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}

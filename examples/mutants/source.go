@@ -17,7 +17,7 @@ type fault struct {
 	name string
 	kind kind
 	what string // is wrong, in a few words
-	file string // of the package
+	file string // from the root of the package
 	old  string // what stands there, once
 	new  string // what stands there instead
 }
@@ -35,6 +35,7 @@ const (
 	running      kind = "running"      // what a Runner does with a pass
 	graph        kind = "graph"        // which graph serves a batch, and the cache
 	telemetry    kind = "telemetry"    // spans and metrics
+	ladder       kind = "ladder"       // how the engine changes its capture sizes
 )
 
 // carriesAnswers reports whether faults of this kind must show in what an engine computes or emits, not
@@ -68,7 +69,7 @@ func indent(text, prefix string) string {
 	return prefix + strings.ReplaceAll(text, "\n", "\n"+prefix)
 }
 
-// sources are the files of the package, by name.
+// sources are the files that faults are in, by name.
 type sources map[string]string
 
 // readSources reads the files that faults are in.
@@ -106,7 +107,7 @@ func (s sources) overlay(f *fault, root, dir string) (path string, err error) {
 		if err != nil {
 			return "", err
 		}
-		faulty := filepath.Join(dir, f.file)
+		faulty := filepath.Join(dir, filepath.Base(f.file))
 		if err := os.WriteFile(faulty, []byte(text), 0o600); err != nil {
 			return "", err
 		}
