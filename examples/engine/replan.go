@@ -14,18 +14,19 @@ import (
 
 // With Config.Replan the ranks choose their capture sizes anew while they serve.
 //
-// Each rank counts the steps by size, for each of its models. The votes of a step say its size, and all
-// ranks have the same votes, so all of them count the same and choose the same sizes, again and again,
-// each time from all that they have counted. When a rank has chosen, the notes with its votes have a hash of its choice. As soon as the notes of all ranks have the
-// same one, they change, all after the same step: each gives its Runners the new graphs, whose fingerprint
-// is in its votes from then on, and they warm up those that are new. If the hashes differ, a rank has
-// missed the votes of a step, and all count anew.
+// Each rank counts the steps by size, for each of its models. The votes of a step say its size, and
+// all ranks have the same votes, so all of them count the same and choose the same sizes, again and
+// again, each time from all that they have counted. When a rank has chosen, the notes with its votes
+// have a hash of its choice. As soon as the notes of all ranks have the same one, they change, all
+// after the same step: each gives its Runners the new graphs, whose fingerprint is in its votes from
+// then on, and they warm up those that are new. If the hashes differ, a rank has missed the votes of
+// a step, and all count anew.
 //
-// A rank that was started again has counted nothing, and its sizes are those of the configuration. So
-// whenever the ranks are out of step, they go back to these, warm up together, and count anew.
+// A rank that was started again has counted nothing, and its sizes are those of the configuration.
+// So whenever the ranks are out of step, they go back to these, warm up together, and count anew.
 
-// Ladder is a list of capture sizes of the model that is served, and what it was worth while it was in
-// use. Graphs, Captured, Bytes and Capture include those of the draft model.
+// Ladder is a list of capture sizes of the model that is served, and what it was worth while it was
+// in use. Graphs, Captured, Bytes and Capture include those of the draft model.
 type Ladder struct {
 	Sizes    []int
 	Graphs   int           // of a rank
@@ -62,8 +63,8 @@ func (p *replan) observe(rec *fwd.Record) {
 	}
 }
 
-// hear learns from the notes of a step what the ranks have chosen. It reports whether they have chosen
-// different sizes.
+// hear learns from the notes of a step what the ranks have chosen. It reports whether they have
+// chosen different sizes.
 func (p *replan) hear(all notes) (differ bool) {
 	for _, n := range all {
 		if n.sizes == 0 {
@@ -256,12 +257,12 @@ func (in *instance) use(sizes []int) (kept []fwd.Capture, err error) {
 	return kept, in.executor.Keep(kept)
 }
 
-// mostStrangers is how many exchanges in a row may fail because the ranks have different graphs. One does
-// if a rank was started again or has missed a change, since the others need it to learn of that.
+// mostStrangers is how many exchanges in a row may fail because the ranks have different graphs. One
+// does if a rank was started again or has missed a change: so all learn of it.
 const mostStrangers = 3
 
-// isStranger reports whether an exchange failed because the ranks have different graphs, which happens
-// when one of them was started again, or has missed a change.
+// isStranger reports whether an exchange failed because the ranks have different graphs, which
+// happens when one of them was started again, or has missed a change.
 func (p *replan) isStranger(err error) bool {
 	_, ok := errors.AsType[*fwd.RankError](err)
 	return p.every > 0 && ok && errors.Is(err, fwd.ErrInvalid)

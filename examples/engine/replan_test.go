@@ -110,7 +110,8 @@ func (f *fingerprints) check(stats Stats) (changes int) {
 	}
 	for rank, seen := range f.ranks {
 		if len(f.ranks) > 1 && (len(seen) != changes+1 || !slices.Equal(seen, f.ranks[0])) {
-			f.Errorf("rank %d voted with the graphs %x, rank 0 with %x; want %d changes", rank, seen, f.ranks[0], changes)
+			f.Errorf("rank %d voted with the graphs %x, rank 0 with %x; want %d changes",
+				rank, seen, f.ranks[0], changes)
 		}
 	}
 	return changes
@@ -393,7 +394,8 @@ func TestReplanLostAnswers(t *testing.T) {
 			})
 			f.allFinished(outcomes)
 			f.sameLadder(outcomes)
-			if own, others := outcomes[1].stats.FailedSteps, outcomes[0].stats.FailedSteps; own == 0 || others == 0 != c.alone {
+			own, others := outcomes[1].stats.FailedSteps, outcomes[0].stats.FailedSteps
+			if own == 0 || (others == 0) != c.alone {
 				t.Errorf("%d steps failed, and %d of the others", own, others)
 			}
 		}))

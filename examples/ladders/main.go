@@ -9,7 +9,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -51,21 +50,22 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) error {
 	flags.SetOutput(stderr)
 	path := flags.String("trace", "",
 		"`file` with a trace in a format that fwdplan/reqtrace reads (default: a small one that is built in)")
-	requests := flags.Int("requests", 1000, "plan from the first half of `N` requests, and serve the second")
+	requests := flags.Int("requests", 2000, "plan from the first half of `N` requests, and serve the second")
 	maxContext := flags.Int("max-context", 16, "clip contexts to `N` tokens (0: don't)")
 	turns := flags.Int("turns", 5, "serve so many `times` with each list of sizes")
 	// The engine counts its steps by size, and never gets as far as to choose other sizes.
 	b := bench{config: engine.Config{GraphMode: fwd.GraphFullDecodeOnly, Replan: math.MaxInt}}
-	flags.Float64Var(&b.config.Speed, "speed", 0, "replay arrivals `X` times as fast as in the trace (0: all arrive at once)")
+	flags.Float64Var(&b.config.Speed, "speed", 0,
+		"replay arrivals `X` times as fast as in the trace (0: all arrive at once)")
 	flags.IntVar(&b.config.DataParallelSize, "dp", 2, "data-parallel `ranks`")
-	flags.IntVar(&b.config.MaxNumSeqs, "max-seqs", 64, "most `requests` of a rank in a step")
+	flags.IntVar(&b.config.MaxNumSeqs, "max-seqs", 128, "most `requests` of a rank in a step")
 	if err := flags.Parse(args); err != nil {
 		return err
 	}
 	b.config.MaxNumBatchedTokens, b.config.NumBlocks = 2*b.config.MaxNumSeqs, 32*b.config.MaxNumSeqs
 	if flags.NArg() > 0 || *requests < 2 || *turns < 1 || *maxContext < 0 {
-		return fmt.Errorf("-requests %d, -turns %d, -max-context %d, arguments %q: want at least 2, 1 and 0, and no arguments",
-			*requests, *turns, *maxContext, flags.Args())
+		return fmt.Errorf("-requests %d, -turns %d, -max-context %d, arguments %q: "+
+			"want at least 2, 1 and 0, and no arguments", *requests, *turns, *maxContext, flags.Args())
 	}
 	rows, err := readTrace(*path)
 	if err != nil {
@@ -186,8 +186,11 @@ func (b *bench) print(stdout io.Writer, ladders []ladder) error {
 				return 100 * float64(s.Ladders[0].Eager) / float64(max(s.Steps, 1))
 			}),
 			l.of(2, func(s *engine.Stats) float64 {
-				longest := slices.MaxFunc(s.Ranks, func(a, b engine.RankStats) int { return cmp.Compare(a.Forward, b.Forward) })
-				return longest.Forward.Seconds()
+				longest := time.Duration(0)
+				for _, r := range s.Ranks {
+					longest = max(longest, r.Forward)
+				}
+				return longest.Seconds()
 			}),
 			l.of(0, func(s *engine.Stats) float64 { return tokens(s) / s.Duration.Seconds() }))
 	}

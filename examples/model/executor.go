@@ -67,9 +67,13 @@ func (e *Executor) newCaches() (err error) {
 	return err
 }
 
+// captureFunc is what a cache calls.
+type captureFunc func(context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error)
+
 // capturing returns what captures a graph for a cache, unless the executor has it from a cache before.
-func (e *Executor) capturing(stage int, capture func(context.Context, fwd.BatchDescriptor) (graph, error)) func(
-	context.Context, fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
+func (e *Executor) capturing(
+	stage int, capture func(context.Context, fwd.BatchDescriptor) (graph, error),
+) captureFunc {
 	return func(ctx context.Context, key fwd.BatchDescriptor) (fwd.ForwardFunc, error) {
 		g, ok := e.graphs[place{stage, key}]
 		if !ok {

@@ -97,7 +97,9 @@ func newDetectors(m modules) [numDetectors]detector {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
 	ladders := telemetry
-	ladders.runs = []string{"-test.run ^TestReplan -test.skip ^TestReplanCovering$ -test.failfast -test.timeout 90s"}
+	ladders.runs = []string{
+		"-test.run ^TestReplan -test.skip ^TestReplanCovering$ -test.failfast -test.timeout 90s",
+	}
 	ladders.timeout = ladderTimeout
 	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve, byLadders: ladders}
 }

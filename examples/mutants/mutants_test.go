@@ -272,10 +272,11 @@ func TestSummary(t *testing.T) {
 		t.Errorf("problems: %v", err)
 	}
 	lines := strings.Split(out.String(), "\n")
-	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; serve: it"; lines[0] != want {
+	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; serve: it; ladders: -"; lines[0] != want {
 		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1, ladders noticed 0"
+	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, serve noticed 1, " +
+		"ladders noticed 0"
 	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}

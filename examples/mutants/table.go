@@ -53,7 +53,9 @@ func (t *table) row(r result) {
 	}
 }
 
-var detectorNames = [...]string{byUnit: "unit", bySDK: "sdk", byTelemetry: "telemetry", byServe: "serve", byLadders: "ladders"}
+var detectorNames = [...]string{
+	byUnit: "unit", bySDK: "sdk", byTelemetry: "telemetry", byServe: "serve", byLadders: "ladders",
+}
 
 func firstLines(text string, most int) string {
 	lines := strings.Split(strings.TrimSpace(text), "\n")

@@ -114,7 +114,8 @@ func (o *options) same(trace string) []engine.Setting {
 	for name, value := range map[string]any{
 		"-requests": o.requests, "-max-context": o.maxContext, "-speed": o.speed,
 		"-sp": o.sp, "-chunk": o.chunk, "-loras": o.loras, "-spec": o.spec, "-graph": o.graph,
-		"-capture-sizes": o.capture.sizes, "-replan": o.replan, "-max-seqs": o.maxSeqs, "-batched-tokens": o.batchedTokens,
+		"-capture-sizes": o.capture.sizes, "-replan": o.replan,
+		"-max-seqs": o.maxSeqs, "-batched-tokens": o.batchedTokens,
 		"-ubatches": o.ubatches, "-decode-ubatch-threshold": o.decodeUB, "-prefill-ubatch-threshold": o.prefillUB,
 	} {
 		same = append(same, engine.Setting{Name: name, Value: fmt.Sprint(value)})
