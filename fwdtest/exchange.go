@@ -13,23 +13,21 @@ import (
 
 // ranks checks that the coordinators are those of the ranks, and that a rank alone exchanges with
 // itself.
-func (s suite) ranks(t *testing.T) {
-	for _, size := range []int{1, 2, 3, 8} {
-		g := s.group(t, size)
-		for rank, c := range g.ranks {
-			if c.Rank() != rank || c.Size() != size {
-				t.Errorf("coordinator %d of %d is rank %d of %d", rank, size, c.Rank(), c.Size())
-			}
+func (s suite) ranks(t *testing.T, size int) {
+	g := s.group(t, size)
+	for rank, c := range g.ranks {
+		if c.Rank() != rank || c.Size() != size {
+			t.Errorf("coordinator %d of %d is rank %d of %d", rank, size, c.Rank(), c.Size())
 		}
-		for range 3 {
-			g.together()
-		}
+	}
+	for range 3 {
+		g.together()
 	}
 }
 
 // fields checks that every field of every vote comes to every rank.
-func (s suite) fields(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) fields(t *testing.T, size int) {
+	g := s.group(t, size)
 	random := rand.New(rand.NewPCG(1, 2))
 	for range 200 {
 		g.step += pick[uint64](random, 0, 0, 1, 1<<31, 1<<40, 1<<53)
@@ -98,23 +96,28 @@ func withRandomSpan(random *rand.Rand, v fwd.Vote) fwd.Vote {
 
 // arrivalOrder checks that nobody returns before the last rank has come, in whatever order they
 // come, and that all get all votes.
-func (s suite) arrivalOrder(t *testing.T) {
-	groups := map[int]*group{3: s.group(t, 3), 4: s.group(t, 4)}
-	for _, order := range arrivalOrders() {
-		g := groups[len(order)]
-		last := len(order) - 1
+func (s suite) arrivalOrder(t *testing.T, size int) {
+	g := s.group(t, size)
+	for _, order := range arrivalOrders(size) {
+		last := size - 1
 		calls := g.beginInOrder(t.Context(), order[:last]...)
 		g.waiting(calls)
 		g.agree(append(calls, g.begin(t.Context(), order[last])...))
 	}
 }
 
-// arrivalOrders returns every order of 3 ranks, and those of 4 in which each rank has its turn as
-// the first and as the last.
-func arrivalOrders() [][]int {
-	orders := permutations(3)
-	for i, order := range permutations(4) {
-		if i%4 == 0 {
+// arrivalOrders returns every order of up to 3 ranks, those of 4 in which each rank has its turn as
+// the first and as the last, and a few of more ranks.
+func arrivalOrders(size int) (orders [][]int) {
+	if size > 4 {
+		random := rand.New(rand.NewPCG(uint64(size), 45))
+		for range 4 {
+			orders = append(orders, random.Perm(size))
+		}
+		return orders
+	}
+	for i, order := range permutations(size) {
+		if size < 4 || i%4 == 0 {
 			orders = append(orders, order)
 		}
 	}
@@ -137,8 +140,8 @@ func permutations(n int) [][]int {
 
 // votesStay checks that votes which were returned stay what they were, through complete, broken and
 // refused rounds: agreements and records keep them.
-func (s suite) votesStay(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) votesStay(t *testing.T, size int) {
+	g := s.group(t, size)
 	type kept struct {
 		rank  int
 		votes []fwd.Vote
@@ -152,12 +155,13 @@ func (s suite) votesStay(t *testing.T) {
 			all = append(all, kept{c.rank, c.votes, g.step})
 		}
 	}
-	g.breakStep(0, 1)
-	g.restart(2)
-	g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, 2)
+	last := size - 1
+	g.breakStep(g.except(last)...)
+	g.restart(last)
+	g.fail(g.begin(t.Context(), g.all()...), fwd.ErrLockstep, last)
 	ended, cancel := context.WithCancel(t.Context())
 	cancel()
-	g.fail(g.begin(ended, 0), fwd.ErrRankMissing, 1, 2)
+	g.fail(g.begin(ended, 0), fwd.ErrRankMissing, g.except(0)...)
 	g.together()
 	for _, k := range all {
 		if err := differ(k.votes, g.votes(k.step)); err != nil {

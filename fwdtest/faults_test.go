@@ -30,7 +30,7 @@ type fault struct {
 
 // faults are all of them.
 var faults = slices.Concat(exchangeFaults, lockstepFaults, missingFaults, missingRanksFaults, lastFaults,
-	contextFaults, refusedFaults, loadFaults, leftFaults)
+	contextFaults, refusedFaults, lossFaults, loadFaults, leftFaults)
 
 // breakGroup replaces the coordinators of a new group.
 type breakGroup func(group []fwd.Coordinator)
@@ -200,6 +200,7 @@ var liberties = []struct {
 			group[i] = struct{ fwd.Coordinator }{c}
 		}
 	}, []string{"Exchange/Ranks"}},
+	{aMesh + "without flaws", inMesh(flaws{}), []string{"Loss/BeforeTheVote"}},
 }
 
 // subject is the environment variable that names the fault or liberty of TestSubject's
@@ -227,11 +228,15 @@ func TestSubject(t *testing.T) {
 			breakGroup = l.group
 		}
 	}
+	var opts []fwdtest.Option
+	if strings.HasPrefix(name, aMesh) {
+		opts = append(opts, fwdtest.WithLoss(loseInMesh))
+	}
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
 		group := localGroup(t, size)
 		breakGroup(group)
 		return group
-	})
+	}, opts...)
 }
 
 // TestFaults checks that every fault makes the subtests fail that are there for it.
@@ -268,6 +273,11 @@ func TestNoFault(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v:\n%s", err, output)
 	}
+	withLoss, err := runSubject(t, aMesh+"without flaws", "/Loss")
+	if err != nil {
+		t.Fatalf("%v:\n%s", err, withLoss)
+	}
+	output += withLoss
 	var passed, failing []string
 	subtests := regexp.MustCompile(`--- PASS: TestSubject/(\w+/\w+) `)
 	for _, match := range subtests.FindAllStringSubmatch(output, -1) {
@@ -295,13 +305,14 @@ func TestLiberties(t *testing.T) {
 	}
 }
 
-// TestNeitherMissingNorLast checks that a coordinator without these methods is not checked for them.
-func TestNeitherMissingNorLast(t *testing.T) {
-	for _, part := range []string{"MissingRanks", "Last"} {
+// TestSkipped checks that a coordinator is not checked for what it need not have: the methods Missing
+// and Last, and a way to lose its messages.
+func TestSkipped(t *testing.T) {
+	for part, checks := range map[string]int{"MissingRanks": 4, "Last": 4, "Loss": 7} {
 		output, err := runSubject(t, "has neither Missing nor Last", "/"+part)
 		skipped := strings.Count(output, "--- SKIP: TestSubject/"+part+"/")
-		if err != nil || skipped != 4 {
-			t.Errorf("%v, %d checks of %s skipped, want 4:\n%s", err, skipped, part, output)
+		if err != nil || skipped != checks {
+			t.Errorf("%v, %d checks of %s skipped, want %d:\n%s", err, skipped, part, checks, output)
 		}
 	}
 }

@@ -54,15 +54,15 @@ func (f footprint) within(most footprint) bool {
 }
 
 // nothingLeftByRounds checks that rounds leave nothing behind.
-func (s suite) nothingLeftByRounds(t *testing.T) {
-	g := s.group(t, 4)
+func (s suite) nothingLeftByRounds(t *testing.T, size int) {
+	g := s.group(t, size)
 	const rounds = 1000
 	leavesNothing(t, rounds, func() { g.takeAll(rounds, noPause) })
 }
 
 // nothingLeftByBrokenRounds checks that broken rounds leave nothing behind.
-func (s suite) nothingLeftByBrokenRounds(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) nothingLeftByBrokenRounds(t *testing.T, size int) {
+	g := s.group(t, size)
 	const rounds = 1000
 	leavesNothing(t, rounds, func() {
 		for range rounds {
@@ -88,13 +88,13 @@ func (g *group) breakAtOnce(here ...int) {
 }
 
 // nothingLeftByGroups checks that groups which were closed leave nothing behind.
-func (s suite) nothingLeftByGroups(t *testing.T) {
+func (s suite) nothingLeftByGroups(t *testing.T, size int) {
 	const each, groups = 10, 100
 	leavesNothing(t, groups, func() {
 		for range groups / each {
 			t.Run("closed", func(t *testing.T) { // its Cleanup closes them
 				for range each {
-					g := s.group(t, 2)
+					g := s.group(t, size)
 					g.together()
 					g.breakAtOnce(0)
 					g.comeTogether()

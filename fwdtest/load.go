@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
-	"sync"
 	"testing"
 	"time"
 
@@ -21,12 +20,19 @@ type watch chan error
 // the test and ends the contexts of the others.
 func run(t *testing.T, n int, f func(ctx context.Context, w watch, i int) error) {
 	t.Helper()
+	runWhile(t, n, f, func() {})
+}
+
+// runWhile is run that calls meanwhile, in the goroutine of the test, before it waits.
+func runWhile(t *testing.T, n int, f func(ctx context.Context, w watch, i int) error, meanwhile func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	w := make(watch, 2*n) // enough for all, also if nobody reads any more
 	for i := range n {
 		go func() { w <- f(ctx, w, i) }()
 	}
+	meanwhile()
 	for range n {
 		if err := <-w; err != nil {
 			t.Fatal(err)
@@ -79,20 +85,20 @@ func noPause()     {}
 func randomPause() { time.Sleep(rand.N(time.Millisecond)) }
 
 // backToBack takes many steps, as fast as the ranks can.
-func (s suite) backToBack(t *testing.T) {
-	for _, size := range []int{2, 4, 8} {
-		s.group(t, size).takeAll(s.many(3000), noPause)
-	}
+func (s suite) backToBack(t *testing.T, size int) {
+	s.group(t, size).takeAll(s.many(3000), noPause)
 }
 
+// backToBackOfRunners is backToBack in groups in which a Runner drives each rank.
+func (s suite) backToBackOfRunners(t *testing.T, size int) { s.withRunners().backToBack(t, size) }
+
 // paced takes many steps of ranks that don't come at the same time.
-func (s suite) paced(t *testing.T) {
-	s.group(t, 4).takeAll(s.many(500), randomPause)
+func (s suite) paced(t *testing.T, size int) {
+	s.group(t, size).takeAll(s.many(500), randomPause)
 }
 
 // severalGroups checks that groups which run concurrently don't get each other's votes.
-func (s suite) severalGroups(t *testing.T) {
-	const size = 3
+func (s suite) severalGroups(t *testing.T, size int) {
 	var groups []*group
 	for range 5 {
 		groups = append(groups, s.group(t, size))
@@ -104,28 +110,25 @@ func (s suite) severalGroups(t *testing.T) {
 
 // chaos lets contexts end at any time, for a while. Every exchange must end, and the group must
 // come together again when all is calm.
-func (s suite) chaos(t *testing.T) {
-	g := s.group(t, 4)
-	c := chaos{group: g, votes: map[uint64][]fwd.Vote{}}
+func (s suite) chaos(t *testing.T, size int) {
+	c := chaos{s.group(t, size), newHistory(size)}
 	length := time.Second
 	if testing.Short() {
 		length /= 10
 	}
-	run(t, len(g.ranks), func(ctx context.Context, w watch, rank int) error {
+	run(t, len(c.ranks), func(ctx context.Context, w watch, rank int) error {
 		ctx, cancel := context.WithTimeout(ctx, length)
 		defer cancel()
 		return c.rank(ctx, w, rank)
 	})
-	t.Logf("%d steps came together, and ranks got an error %d times", len(c.votes), c.failed)
-	g.comeTogether()
+	t.Logf("%d steps came together, and ranks got an error %d times", len(c.agreed), c.failed)
+	c.comeTogether()
 }
 
 // chaos is a group in which contexts end, with what has come of it.
 type chaos struct {
 	*group
-	mu     sync.Mutex
-	votes  map[uint64][]fwd.Vote // of each step
-	failed int
+	*history
 }
 
 // rank lets one rank take steps until ctx ends. About every other exchange has a context that ends
@@ -144,48 +147,6 @@ func (c *chaos) rank(ctx context.Context, w watch, rank int) error {
 		}
 	}
 	return nil
-}
-
-// outcome checks what an exchange returned, and returns the step that the rank goes on from.
-func (c *chaos) outcome(rank int, sent fwd.Vote, votes []fwd.Vote, err error) (uint64, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err != nil {
-		c.failed++
-		return missed(rank, sent, err)
-	}
-	if len(votes) != len(c.ranks) {
-		return 0, fmt.Errorf("%d votes, want %d", len(votes), len(c.ranks))
-	}
-	step := votes[rank].Step
-	if sent.Step = max(sent.Step, step); !same(&votes[rank], &sent) {
-		return 0, fmt.Errorf("the vote of rank %d itself has %s", rank, difference(votes[rank], sent))
-	}
-	for other, v := range votes {
-		if v.Step != step {
-			return 0, fmt.Errorf("votes of the steps %d and %d, of rank %d", step, v.Step, other)
-		}
-	}
-	if c.votes[step] == nil {
-		c.votes[step] = votes
-	}
-	return step, differ(votes, c.votes[step])
-}
-
-// missed returns the step that a rank goes on from after an error, which must say that others are
-// missing.
-func missed(rank int, sent fwd.Vote, err error) (uint64, error) {
-	var got *fwd.RankError
-	ok := errors.As(err, &got)
-	switch {
-	case !ok || !errors.Is(err, fwd.ErrRankMissing) || errors.Is(err, fwd.ErrLockstep):
-		return 0, fmt.Errorf("error %w, want votes or a RankError that is %v alone", err, fwd.ErrRankMissing)
-	case len(got.Ranks) == 0 || slices.Contains(got.Ranks, rank):
-		return 0, fmt.Errorf("error %w names itself, or nobody", err)
-	case got.Step < sent.Step:
-		return 0, fmt.Errorf("error %w has step %d, want at least %d", err, got.Step, sent.Step)
-	}
-	return got.Step, nil
 }
 
 // comeTogether lets all ranks come until they get the votes, and then take several steps. A few

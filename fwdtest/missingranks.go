@@ -68,14 +68,14 @@ func (g *group) misses(here ...int) {
 }
 
 // missingNoneOpen checks that nobody names a rank when no exchange is open, whatever was before.
-func (s suite) missingNoneOpen(t *testing.T) {
-	g := s.missingGroup(t, 3)
+func (s suite) missingNoneOpen(t *testing.T, size int) {
+	g := s.missingGroup(t, size)
 	g.misses()
 	for range 3 {
 		g.together()
 		g.misses()
 	}
-	g.breakStep(0, 1)
+	g.breakStep(g.except(size - 1)...)
 	g.misses()
 	g.together()
 	g.restart(1)
@@ -89,14 +89,13 @@ func (s suite) missingNoneOpen(t *testing.T) {
 
 // missingWaiting checks that the ranks which have come name exactly those which have not, in
 // whatever order they come.
-func (s suite) missingWaiting(t *testing.T) {
-	groups := map[int]*group{3: s.missingGroup(t, 3), 4: s.missingGroup(t, 4)}
-	for _, order := range arrivalOrders() {
-		g := groups[len(order)]
+func (s suite) missingWaiting(t *testing.T, size int) {
+	g := s.missingGroup(t, size)
+	for _, order := range arrivalOrders(size) {
 		var calls []*call
 		for i, rank := range order {
 			calls = append(calls, g.begin(t.Context(), rank)...)
-			if i < len(order)-1 {
+			if i < size-1 && (size <= 4 || i%(size/4) == 0 || i == size-2) {
 				g.pause()
 				g.misses(order[:i+1]...)
 			}
@@ -108,16 +107,16 @@ func (s suite) missingWaiting(t *testing.T) {
 
 // missingAfterBrokenSteps checks that a round which opens after broken ones begins anew: ranks that
 // were in those are missing until they come again, and a late rank counts as any other.
-func (s suite) missingAfterBrokenSteps(t *testing.T) {
-	g := s.missingGroup(t, 4)
+func (s suite) missingAfterBrokenSteps(t *testing.T, size int) {
+	g := s.missingGroup(t, size)
 	g.together()
 	g.breakStep(0, 1)
-	for _, first := range []int{0, 2, 1, 3} {
+	for _, first := range []int{0, 2, 1, size - 1} {
 		ctx, cancel := context.WithCancel(t.Context())
 		calls := g.begin(ctx, first)
 		g.pause()
 		g.misses(first)
-		second := (first + 1) % 4
+		second := (first + 1) % size
 		calls = append(calls, g.begin(t.Context(), second)...)
 		g.pause()
 		if first == 0 {
@@ -134,8 +133,8 @@ func (s suite) missingAfterBrokenSteps(t *testing.T) {
 
 // missingAnyTime lets several goroutines ask while the group takes steps as fast as it can. Nobody
 // can say which ranks are missing at that moment, but no rank waits for itself, nor for nobody.
-func (s suite) missingAnyTime(t *testing.T) {
-	g := s.missingGroup(t, 4)
+func (s suite) missingAnyTime(t *testing.T, size int) {
+	g := s.missingGroup(t, size)
 	g.whileStepsAreTaken(s.many(1000), g.plausible)
 	g.misses()
 }

@@ -37,6 +37,13 @@ func (s suite) fleet(t *testing.T, size int) *fleet {
 	return f
 }
 
+func (f *fleet) all() (ranks []int) {
+	for rank := range f.runners {
+		ranks = append(ranks, rank)
+	}
+	return ranks
+}
+
 // graphs returns a dispatcher with those capture sizes.
 func graphs(t *testing.T, sizes ...int) *fwd.Dispatcher {
 	t.Helper()
@@ -133,8 +140,8 @@ func (f *fleet) together() {
 }
 
 // planSchedules checks that all of what each rank schedules comes to all.
-func (s suite) planSchedules(t *testing.T) {
-	f := s.fleet(t, 3)
+func (s suite) planSchedules(t *testing.T, size int) {
+	f := s.fleet(t, size)
 	schedules := []fwd.Schedule{
 		{NumScheduledTokens: []int{1, 1, 1, 1, 1}, NumActiveLoRAs: 1, AllowUBatches: true, Note: 1<<63 + 1},
 		{NumScheduledTokens: []int{3, 4}, NumActiveLoRAs: 2, ExcludeFull: true, Note: 1 << 40},
@@ -164,9 +171,9 @@ func (s suite) planSchedules(t *testing.T) {
 
 // planIdle checks that an idle rank neither lowers the mode nor forbids microbatches, and that its
 // dummy pass takes the shape on which the others agree.
-func (s suite) planIdle(t *testing.T) {
-	f := s.fleet(t, 3)
-	for idle := range f.runners {
+func (s suite) planIdle(t *testing.T, size int) {
+	f := s.fleet(t, size)
+	for _, idle := range some(f.all()) {
 		for _, split := range []bool{false, true} {
 			all := f.plan(func(rank int) fwd.Schedule {
 				if rank == idle {
@@ -191,8 +198,8 @@ func (s suite) planIdle(t *testing.T) {
 }
 
 // planAllIdle checks that every rank knows when all are idle, so that nobody runs a pass.
-func (s suite) planAllIdle(t *testing.T) {
-	f := s.fleet(t, 3)
+func (s suite) planAllIdle(t *testing.T, size int) {
+	f := s.fleet(t, size)
 	for range 2 {
 		all := f.plan(func(int) fwd.Schedule { return fwd.Schedule{} })
 		f.agreed(all)
@@ -214,9 +221,9 @@ func (s suite) planAllIdle(t *testing.T) {
 
 // planConfiguredDifferently checks that all ranks get an error that names the one with other
 // graphs, and that the next step works, with the right ones.
-func (s suite) planConfiguredDifferently(t *testing.T) {
-	f := s.fleet(t, 3)
-	for odd := range f.runners {
+func (s suite) planConfiguredDifferently(t *testing.T, size int) {
+	f := s.fleet(t, size)
+	for _, odd := range some(f.all()) {
 		f.together()
 		f.withGraphs(odd, graphs(t, 8, 32, 64))
 		f.failed(f.plan(mixed), fwd.ErrInvalid, odd)
@@ -235,8 +242,8 @@ func (f *fleet) withGraphs(rank int, d *fwd.Dispatcher) {
 }
 
 // planWarmUp lets the ranks warm up every graph together, and then serve.
-func (s suite) planWarmUp(t *testing.T) {
-	f := s.fleet(t, 3)
+func (s suite) planWarmUp(t *testing.T, size int) {
+	f := s.fleet(t, size)
 	captures := graphs(t, 8, 32).Captures()
 	all := f.each(func(rank int) planned {
 		n := 0
@@ -264,9 +271,9 @@ func (s suite) planWarmUp(t *testing.T) {
 }
 
 // planWarmUpAlone lets ranks warm up while another serves: all get an error that names it.
-func (s suite) planWarmUpAlone(t *testing.T) {
-	f := s.fleet(t, 3)
-	for serves := range f.runners {
+func (s suite) planWarmUpAlone(t *testing.T, size int) {
+	f := s.fleet(t, size)
+	for _, serves := range some(f.all()) {
 		all := f.each(func(rank int) planned {
 			if rank == serves {
 				pass, err := f.runners[rank].Plan(t.Context(), mixed(rank))
@@ -291,9 +298,9 @@ func (f *fleet) warmUp(rank int) (next func() planned) {
 
 // planWarmUpAnotherGraph lets one rank begin its warm-up again while the others go on to the next
 // graph.
-func (s suite) planWarmUpAnotherGraph(t *testing.T) {
-	f := s.fleet(t, 3)
-	for odd := range f.runners {
+func (s suite) planWarmUpAnotherGraph(t *testing.T, size int) {
+	f := s.fleet(t, size)
+	for _, odd := range some(f.all()) {
 		next := make([]func() planned, len(f.runners))
 		for rank := range next {
 			next[rank] = f.warmUp(rank)
@@ -310,7 +317,7 @@ func (f *fleet) begin(ctx context.Context, ranks ...int) (waits []func() planned
 	f.Helper()
 	for _, rank := range ranks {
 		schedule := mixed(rank)
-		schedule.Note = 1<<63 + f.step*10 + uint64(rank)
+		schedule.Note = 1<<63 + f.step*1000 + uint64(rank)
 		wait, err := f.runners[rank].Begin(ctx, schedule)
 		if err != nil {
 			f.Fatalf("rank %d begins step %d: %v", rank, f.step+1, err)
@@ -325,17 +332,17 @@ func (f *fleet) begin(ctx context.Context, ranks ...int) (waits []func() planned
 }
 
 // planBegin lets all ranks begin in one goroutine, then wait, in another order and more than once.
-func (s suite) planBegin(t *testing.T) {
-	f := s.fleet(t, 3)
+func (s suite) planBegin(t *testing.T, size int) {
+	f := s.fleet(t, size)
 	for step := range uint64(6) {
-		waits := f.begin(t.Context(), 0, 1, 2)
+		waits := f.begin(t.Context(), f.all()...)
 		slices.Reverse(waits)
 		all := f.each(func(i int) planned { return waits[i]() })
 		slices.Reverse(all)
 		f.agreed(all)
 		slices.Reverse(waits)
 		for rank, p := range all {
-			if want := 1<<63 + step*10 + uint64(rank); p.pass.Agreement.Votes[rank].Note != want {
+			if want := 1<<63 + step*1000 + uint64(rank); p.pass.Agreement.Votes[rank].Note != want {
 				t.Errorf("the Note of rank %d is %d, want %d", rank, p.pass.Agreement.Votes[rank].Note, want)
 			}
 			if again := waits[rank](); !reflect.DeepEqual(again, p) {
@@ -347,20 +354,24 @@ func (s suite) planBegin(t *testing.T) {
 
 // planBeginMissing lets the ctx of a begun plan end before the last rank has come: all that have
 // begun get an error that names it. It comes late, and the group is whole.
-func (s suite) planBeginMissing(t *testing.T) {
-	f := s.fleet(t, 3)
+func (s suite) planBeginMissing(t *testing.T, size int) {
+	f := s.fleet(t, size)
 	f.together()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
-	first, second := f.begin(ctx, 0)[0], f.begin(t.Context(), 1)[0]
+	last := size - 1
+	waits := f.begin(ctx, 0)
+	waits = append(waits, f.begin(t.Context(), f.all()[1:last]...)...)
+	waits = append(waits, waits[last-1]) // the last rank has not begun
 	time.Sleep(f.settle)
 	cancel()
-	waits := []func() planned{first, second, second}
 	all := f.each(func(i int) planned { return waits[i]() })
-	f.failed(all, fwd.ErrRankMissing, 2)
-	if !errors.Is(all[0].err, context.Canceled) || errors.Is(all[1].err, context.Canceled) {
-		t.Errorf("the rank whose context ended: %v, and another: %v", all[0].err, all[1].err)
+	f.failed(all, fwd.ErrRankMissing, last)
+	for rank, p := range all[:last] {
+		if own := rank == 0; errors.Is(p.err, context.Canceled) != own {
+			t.Errorf("rank %d, when the context of rank 0 ended: %v", rank, p.err)
+		}
 	}
-	time.Sleep(f.settle) // for the news to come to rank 2
+	time.Sleep(f.settle) // for the news to come to the last rank
 	f.together()
 }

@@ -9,9 +9,9 @@ import (
 
 // invalidVote checks that a vote which can't be right is refused before anything is sent: the rank
 // has not come, and its next vote is its first.
-func (s suite) invalidVote(t *testing.T) {
-	g := s.group(t, 2)
-	peer := g.begin(t.Context(), 1)
+func (s suite) invalidVote(t *testing.T, size int) {
+	g := s.group(t, size)
+	peers := g.begin(t.Context(), g.except(0)...)
 	most := 1<<31 - 1 // a variable, so that most + 1 compiles on every machine
 	for _, v := range []fwd.Vote{
 		{Step: 1, NumTokens: 5, NumTokensPadded: 4},
@@ -29,8 +29,8 @@ func (s suite) invalidVote(t *testing.T) {
 	} {
 		g.send(t.Context(), 0, v).refused(fwd.ErrInvalid)
 	}
-	g.waiting(peer)
-	g.agree(append(peer, g.begin(t.Context(), 0)...))
+	g.waiting(peers)
+	g.agree(append(peers, g.begin(t.Context(), 0)...))
 	g.together()
 }
 
@@ -47,28 +47,29 @@ func (g *group) again(step uint64) {
 
 // secondCall checks that a rank which calls again while it waits is refused, and that the round is
 // not disturbed.
-func (s suite) secondCall(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) secondCall(t *testing.T, size int) {
+	g := s.group(t, size)
 	for range 3 {
 		calls := g.begin(t.Context(), 0)
 		g.pause()
 		g.again(g.step + 1)
 		g.again(g.step + 2)
-		calls = append(calls, g.begin(t.Context(), 1)...)
+		last := size - 1
+		calls = append(calls, g.begin(t.Context(), g.except(0, last)...)...)
 		g.pause()
 		g.again(g.step + 1)
 		g.waiting(calls)
-		g.agree(append(calls, g.begin(t.Context(), 2)...))
+		g.agree(append(calls, g.begin(t.Context(), last)...))
 	}
 }
 
 // secondCallAfterTheRound checks that a rank which votes again for a complete step is refused.
-func (s suite) secondCallAfterTheRound(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) secondCallAfterTheRound(t *testing.T, size int) {
+	g := s.group(t, size)
 	for range 3 {
 		g.together()
 		g.again(g.step)
-		calls := g.begin(t.Context(), 1, 2) // the next round has begun
+		calls := g.begin(t.Context(), g.except(0)...) // the next round has begun
 		g.pause()
 		g.again(g.step)
 		g.waiting(calls)
@@ -77,13 +78,13 @@ func (s suite) secondCallAfterTheRound(t *testing.T) {
 }
 
 // secondCallAfterABrokenRound checks that a rank which votes again for a broken step is refused.
-func (s suite) secondCallAfterABrokenRound(t *testing.T) {
-	g := s.group(t, 3)
+func (s suite) secondCallAfterABrokenRound(t *testing.T, size int) {
+	g := s.group(t, size)
 	for range 3 {
 		g.together()
 		ctx, cancel := context.WithCancel(t.Context())
 		cancel()
-		g.fail(g.begin(ctx, 0), fwd.ErrRankMissing, 1, 2)
+		g.fail(g.begin(ctx, 0), fwd.ErrRankMissing, g.except(0)...)
 		g.again(g.step)
 		g.together()
 	}

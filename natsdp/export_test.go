@@ -11,7 +11,7 @@ func LaterEpoch() uint64 { return latestEpoch() - 1<<40 }
 func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []byte {
 	m := message{
 		kind: kindVote, group: hashGroup(group), size: size, rank: rank, epoch: epoch,
-		round: round, step: round - 1, vote: v, complete: true,
+		round: round, step: round - 1, vote: v, ending: ending{complete: true},
 	}
 	return m.encode()
 }
@@ -20,7 +20,7 @@ func ForgeVote(group string, size, rank int, epoch, round uint64, v fwd.Vote) []
 func ForgeBroken(group string, size, rank int, epoch, round uint64, missing ...int) []byte {
 	m := message{
 		kind: kindBroken, group: hashGroup(group), size: size, rank: rank, epoch: epoch,
-		round: round, step: round, missing: missing,
+		round: round, step: round, ending: ending{broken: true, missing: missing},
 	}
 	return m.encode()
 }
@@ -33,6 +33,6 @@ func Pause(c *Coordinator) (resume func()) {
 
 // Dropped returns how many messages for all there was no room for.
 func Dropped(c *Coordinator) int {
-	n, _ := c.all.Dropped()
+	n, _ := c.link.subs[0].Dropped()
 	return n
 }

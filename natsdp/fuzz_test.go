@@ -71,14 +71,17 @@ func voteInVain(t *testing.T, m *member, step uint64) {
 // sees.
 func checkGatherings(t *testing.T, m *member) {
 	for _, g := range []*gathering{&m.open, &m.next} {
-		count := 0
-		for _, here := range g.here {
-			if here {
+		count, full := 0, 0
+		for _, by := range g.voters {
+			if by.here {
 				count++
 			}
+			if by.full {
+				full++
+			}
 		}
-		if count != g.count || count == 3 {
-			t.Fatalf("a round of %d votes has count %d", count, g.count)
+		if count != g.count || full != g.full || count == 3 {
+			t.Fatalf("a round of %d votes, %d of them full, has counts %d and %d", count, full, g.count, g.full)
 		}
 	}
 	if m.waiting || len(m.outcome) > 0 || m.missingVotes() != nil {

@@ -46,7 +46,11 @@ const (
 func (m *member) join(ctx context.Context) error {
 	var objections <-chan time.Time // nil: nobody else is known
 	quiet := true
-	interval, said := resendFirst, time.Now()
+	interval, most := resendFirst, resendMost
+	if m.hasHub() {
+		interval, most = resendMost, 2*resendMost
+	}
+	said := time.Now()
 	again := time.NewTimer(interval)
 	defer again.Stop()
 	m.ask(toAll)
@@ -73,8 +77,12 @@ func (m *member) join(ctx context.Context) error {
 				said = now
 				m.log.Info("waiting for ranks", "missing", missing)
 			}
-			m.ask(append(missing, m.rank)...) // another process may have its own rank too
-			interval = min(2*interval, resendMost)
+			if m.hasHub() {
+				m.ask(toAll)
+			} else {
+				m.ask(append(missing, m.rank)...) // another process may have its own rank too
+			}
+			interval = min(2*interval, most)
 			again.Reset(interval)
 		case <-ctx.Done():
 			return m.joinError(context.Cause(ctx), missing)
@@ -96,7 +104,12 @@ func (m *member) askLocked(to int) {
 	if m.phase == claiming {
 		k = kindClaim
 	}
-	m.sendMessage(to, m.message(k))
+	msg := m.message(k)
+	if to == toAll {
+		m.publish(msg.encode())
+	} else {
+		m.sendMessage(to, msg)
+	}
 }
 
 // unheard returns which ranks have not answered yet, and whether another process may have this
@@ -109,6 +122,9 @@ func (m *member) unheard() (missing []int, contested bool, err error) {
 			missing = append(missing, rank)
 		}
 	}
+	if m.hasHub() && !m.isHub() && !m.peers[m.hub].heard && m.peers[m.hub].asked == 0 {
+		missing = []int{m.hub} // without which nobody can be heard
+	}
 	return missing, m.contested, m.dead
 }
 
@@ -119,6 +135,10 @@ func (m *member) proceed() bool {
 	defer m.mu.Unlock()
 	if m.dead != nil { // meanwhile
 		return false
+	}
+	if m.phase == joined { // together with all others
+		m.log.Info("joined", "size", m.size, "step", m.step)
+		return true
 	}
 	m.phase++
 	if m.phase == claiming {
@@ -131,7 +151,9 @@ func (m *member) proceed() bool {
 	// The Runner counts from 1, and the group may be anywhere: the first vote is for the step that is
 	// open.
 	m.late, m.lateFrom = m.round > 0, 0
-	m.sendMessage(toAll, m.state())
+	if !m.hasHub() {
+		m.sendMessage(toAll, m.state())
+	}
 	m.log.Info("joined", "size", m.size, "step", m.step)
 	return true
 }
@@ -157,16 +179,26 @@ func (m *member) handleHello(msg *message) {
 	state := m.state()
 	state.claimed, state.asker = msg.kind == kindClaim, msg.epoch
 	held := p.epoch != 0 && p.epoch != msg.epoch && !p.gone
-	wanted := p.asked != 0 && p.asked != msg.epoch
+	wanted, heardBefore := p.asked != 0 && p.asked != msg.epoch, p.asked == msg.epoch
 	state.contested, state.holder = held || wanted, p.epoch
-	p.asked = msg.epoch
+	m.noteAsked(p, msg.epoch)
 	if msg.kind == kindClaim && msg.epoch > p.epoch {
 		m.newLife(msg)
 	}
 	if p.taken > state.round {
 		state.round, state.step = p.taken, max(state.step, p.step)
 	}
+	if m.hasHub() && msg.rank == m.hub && m.waiting && msg.round > m.round {
+		m.askForVotes()
+	}
 	if !p.answers.allow() {
+		return
+	}
+	if m.meets() {
+		if msg.rank == m.hub && !heardBefore { // it has not been there when this rank asked
+			m.askLocked(toAll)
+		}
+		m.getReady()
 		return
 	}
 	m.sendMessage(msg.rank, state)
@@ -206,7 +238,7 @@ func (m *member) handleState(p *peer, msg *message) {
 	}
 	p.heard = true
 	if msg.round > m.round {
-		m.leftBehind(msg.round, msg.step, 0)
+		m.leftBehind(ending{}, msg.round, msg.step, 0)
 	} else if msg.round == m.round {
 		m.step = max(m.step, msg.step) // a round may end at a higher step for ranks that had all votes
 	}
@@ -219,10 +251,17 @@ func (m *member) handleState(p *peer, msg *message) {
 // time when the other asked, and for a moment after such claims; the others listen to the later
 // epoch.
 func (m *member) handleOwnRank(msg *message) {
+	if msg.epoch == m.epoch && msg.kind == kindVote {
+		m.ownVotePassed(msg)
+		return
+	}
 	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {
 		return // an echo
 	}
 	m.stats.Foreign++
+	if m.hasHub() && msg.kind == kindVote { // the hub has passed it on, so its process may have ended since
+		return
+	}
 	asks := msg.kind == kindHello || msg.kind == kindState && !msg.holds
 	switch {
 	case msg.kind == kindBye:
@@ -323,7 +362,7 @@ func (m *member) goodbye() {
 	for _, epoch := range append(m.former, m.epoch) {
 		bye := m.message(kindBye)
 		bye.epoch = epoch
-		m.sendMessage(toAll, bye)
+		m.publish(bye.encode())
 	}
 	m.die(ErrClosed)
 }
@@ -332,9 +371,13 @@ func (m *member) goodbye() {
 // may be dead.
 func (m *member) linger() {
 	over := time.After(lingerMost)
-	again := time.NewTicker(resendFirst)
+	interval := resendFirst
+	if m.hasHub() {
+		interval = lingerMost / 4
+	}
+	again := time.NewTicker(interval)
 	defer again.Stop()
-	for help := true; m.needed(help); {
+	for help := !m.hasHub(); m.needed(help); {
 		select {
 		case <-m.changed:
 			help = false
@@ -351,7 +394,7 @@ func (m *member) linger() {
 func (m *member) needed(help bool) (needed bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead != nil || m.phase != joined || !m.complete {
+	if m.dead != nil || m.phase != joined || !m.ending.complete || m.hasHub() && !m.isHub() {
 		return false
 	}
 	for rank := range m.peers {
@@ -359,8 +402,10 @@ func (m *member) needed(help bool) (needed bool) {
 			continue
 		}
 		needed = true
+		if help && !m.hasHub() {
+			m.send(rank, m.answer[0])
+		}
 		if help {
-			m.send(rank, m.answer)
 			m.askLocked(rank)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // member is one rank's part in the protocol, apart from the network: it is told what comes in, and
@@ -30,10 +31,18 @@ import (
 // the round up, since the last life may have completed it, and votes again in the next one. So all
 // that complete a round have the same votes, of the same processes.
 //
-// Messages get lost. A rank that waits sends its vote again from time to time. A rank that has that
-// round behind it answers how the round ended: with its own vote if the votes of all were there,
-// otherwise with the news that the round is broken. A rank that finds out that it has been left
-// behind votes again, in the round that is open now.
+// Messages get lost. A rank that waits asks for the votes that it lacks from time to time, and whoever
+// has given one in that round sends it again. A rank that has that round behind it answers how the
+// round ended: with its own vote if the votes of all were there, otherwise with the news that the
+// round is broken. A rank that finds out that it has been left behind votes again, in the round that
+// is open now.
+//
+// A rank may hear the others and not be heard. So a vote also says how the round before ended for its
+// rank. If it was complete for some and broken for others, nobody completes this one. If it was broken,
+// the votes alone don't complete this one either: each rank says that it has the votes of all, and the
+// round is complete when all have said so.
+//
+// In a large group the ranks speak through one of them, the hub, see relay.
 type member struct {
 	group uint64 // see hashGroup
 	rank  int
@@ -41,12 +50,19 @@ type member struct {
 
 	// send sends to a rank, or toAll. It never waits, and it keeps the message.
 	send func(to int, message []byte)
+	most int // bytes of a message
+
+	hub     int // the rank through which all speak, or noHub
+	relay   relay
+	meeting meeting
 
 	log *slog.Logger // says what happens to the group; nothing that happens in each step
 
+	trouble func() error // what has kept messages from going out or coming in, or nil
+
 	busy    atomic.Bool // in exchange
 	outcome chan outcome
-	resend  *time.Timer
+	askTime *time.Timer
 	closing chan struct{} // closed when the rank leaves
 
 	mu    sync.Mutex
@@ -55,10 +71,10 @@ type member struct {
 	peers []peer // by rank
 
 	// The last round that has ended, as far as this rank knows.
-	round    uint64
-	step     uint64 // the group's
-	complete bool   // the votes of all were there
-	answer   []byte // to a rank that is still in that round; nil: only that it is over
+	round  uint64
+	step   uint64 // the group's
+	ending ending
+	answer [][]byte // to a rank that is still in that round; nil: only that it is over
 
 	// The votes of rounds round+1 and round+2. Another rank may have the next round behind it already
 	// when its vote in the one after comes.
@@ -71,7 +87,10 @@ type member struct {
 	// This rank's vote in the open round.
 	waiting bool
 	vote    fwd.Vote
-	sent    []byte // as a message
+	lives   uint64    // that its vote counts, see hashLives
+	full    bool      // it has said that it has the votes of all
+	asked   time.Time // when it has asked for votes
+	gaveUp  bool      // it has told the hub that it can't wait any longer
 
 	voted bool   // ever
 	last  uint64 // its step in the open round, otherwise the group's in the last round that it was in
@@ -107,8 +126,10 @@ type peer struct {
 	// Rounds up to taken may have votes of an earlier life of the rank. They ended at most at step.
 	taken, step uint64
 
-	otherSize int   // that it has said last, see handleOtherSize; 0: none
-	answers   limit // of answers to it
+	otherSize int    // that it has said last, see handleOtherSize; 0: none
+	answers   limit  // of answers to it
+	greetings limit  // of what it says to all through the hub
+	ready     uint64 // the lives that it knows while a group begins through a hub; 0: not all
 }
 
 // limit bounds answers: whoever floods a rank does not make it flood others. A rank that waits asks
@@ -134,44 +155,77 @@ func (l *limit) allow() bool {
 
 // gathering is the votes of one round.
 type gathering struct {
-	votes []fwd.Vote
-	lives []uint64 // what the votes say of them, see hashLives
-	here  []bool
-	count int
-	last  int // the rank whose vote came last
+	votes  []fwd.Vote
+	voters []voter
+	count  int // of votes that are here
+	full   int // of voters that have the votes of all
+	last   int // the rank whose vote came last
+}
+
+// voter is what the vote of a rank says beside the vote.
+type voter struct {
+	here   bool
+	full   bool   // see flagFull
+	lives  uint64 // see hashLives
+	before ending // of the round before
 }
 
 func newGathering(size int) gathering {
-	return gathering{votes: make([]fwd.Vote, size), lives: make([]uint64, size), here: make([]bool, size)}
+	return gathering{votes: make([]fwd.Vote, size), voters: make([]voter, size)}
 }
 
-func (g *gathering) add(rank int, v fwd.Vote, lives uint64) {
-	g.votes[rank], g.lives[rank], g.here[rank], g.last = v, lives, true, rank
-	g.count++
+func (g *gathering) add(rank int, v fwd.Vote, by voter) {
+	by.here = true
+	g.votes[rank], g.voters[rank], g.last = v, by, rank
+	if g.count++; by.full {
+		g.full++
+	}
 }
 
-// lacks returns the ranks whose votes are not there, or that count other lives than this one. They
-// vote again when they have heard of the others' lives, or this rank does.
+// lacks returns the ranks whose votes are not there, or that count other lives than these. They vote
+// again when they have heard of the others' lives, or this rank does.
 func (g *gathering) lacks(lives uint64) (ranks []int) {
-	for rank, here := range g.here {
-		if !here || g.lives[rank] != lives {
+	for rank := range g.voters {
+		if by := &g.voters[rank]; !by.here || by.lives != lives {
 			ranks = append(ranks, rank)
 		}
 	}
 	return ranks
 }
 
+// unsure returns the ranks that have not said that they have the votes of all.
+func (g *gathering) unsure() (ranks []int) {
+	for rank := range g.voters {
+		if !g.voters[rank].full {
+			ranks = append(ranks, rank)
+		}
+	}
+	return ranks
+}
+
+// before returns how the round before ended for those whose votes are there: complete for some,
+// broken for some, or both.
+func (g *gathering) before() (complete, broken bool) {
+	for rank := range g.voters {
+		complete = complete || g.voters[rank].here && g.voters[rank].before.complete
+		broken = broken || g.voters[rank].here && g.voters[rank].before.broken
+	}
+	return complete, broken
+}
+
 func (g *gathering) remove(rank int) {
-	if g.here[rank] {
-		g.here[rank] = false
-		g.count--
+	if by := &g.voters[rank]; by.here {
+		if g.count--; by.full {
+			g.full--
+		}
+		*by = voter{}
 	}
 }
 
 // highest returns the highest step of a vote, or 0 if none is there.
 func (g *gathering) highest() (step uint64) {
-	for rank, here := range g.here {
-		if here {
+	for rank := range g.voters {
+		if g.voters[rank].here {
 			step = max(step, g.votes[rank].Step)
 		}
 	}
@@ -180,8 +234,8 @@ func (g *gathering) highest() (step uint64) {
 
 // reset empties a gathering. It takes a new slice, since a caller may have been given the old one.
 func (g *gathering) reset() {
-	clear(g.here)
-	g.votes, g.count = make([]fwd.Vote, len(g.here)), 0
+	clear(g.voters)
+	g.votes, g.count, g.full = make([]fwd.Vote, len(g.voters)), 0, 0
 }
 
 // outcome is how a round ended for the rank that waits.
@@ -191,14 +245,17 @@ type outcome struct {
 }
 
 func newMember(group string, rank, size int, send func(to int, message []byte)) *member {
-	return &member{
+	m := &member{
 		group: hashGroup(group), rank: rank, size: size, send: send,
 		epoch:   newEpoch(),
 		peers:   make([]peer, size),
 		open:    newGathering(size),
 		next:    newGathering(size),
 		outcome: make(chan outcome, 1),
-		resend:  time.NewTimer(time.Hour),
+		askTime: time.NewTimer(time.Hour),
+		most:    defaultPayload,
+		trouble: func() error { return nil },
+		hub:     noHub,
 		closing: make(chan struct{}),
 		log:     slog.New(slog.DiscardHandler),
 		changed: make(chan struct{}, 1),
@@ -206,7 +263,14 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		contested: size == 1, // no other rank could tell
 		lastRank:  -1,
 	}
+	if size >= hubFrom {
+		m.hub = 0
+	}
+	return m
 }
+
+// defaultPayload is how many bytes a message may have, unless a server says otherwise.
+const defaultPayload = 1 << 20
 
 // newEpoch returns a number for a life of a rank. Its upper bits are the time, so that a later life
 // has a larger number. The lower ones are random, for processes that start at the same time.
@@ -244,24 +308,30 @@ func (m *member) exchange(ctx context.Context, v fwd.Vote) ([]fwd.Vote, error) {
 
 // wait waits for the end of the round, and breaks it when ctx ends first.
 func (m *member) wait(ctx context.Context) ([]fwd.Vote, error) {
-	interval := resendFirst
-	m.resend.Reset(interval)
-	defer m.resend.Stop()
+	interval := m.askFirst()
+	m.askTime.Reset(interval)
+	defer m.askTime.Stop()
 	done, closing := ctx.Done(), m.closing
+	var grace <-chan time.Time
 	for {
 		select {
 		case o := <-m.outcome:
-			return o.votes, withCause(o.err, m.cause(ctx))
-		case <-m.resend.C:
+			return o.votes, withCause(o.err, m.cause(ctx), m.trouble)
+		case <-m.askTime.C:
 			m.again()
-			interval = min(2*interval, resendMost)
-			m.resend.Reset(interval)
+			interval = m.askNext(interval)
+			m.askTime.Reset(interval)
 			continue
 		case <-done:
 		case <-closing:
+		case <-grace:
 		}
-		m.breakRound() // which leaves the outcome there
 		done, closing = nil, nil
+		if grace == nil && m.giveUp() {
+			grace = time.After(graceTime())
+		} else {
+			m.breakRound() // which leaves the outcome there
+		}
 	}
 }
 
@@ -278,10 +348,17 @@ func (m *member) cause(ctx context.Context) error {
 	}
 }
 
-// withCause adds the cause that ended this rank's own wait, if any, to the error of a broken round.
-func withCause(err, cause error) error {
-	if rankErr, ok := err.(*fwd.RankError); ok && cause != nil && errors.Is(rankErr.Err, fwd.ErrRankMissing) {
-		rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, cause)
+// withCause adds the cause that ended this rank's own wait, if any, to the error of a broken round, and
+// what is wrong with its connection.
+func withCause(err, cause error, trouble func() error) error {
+	rankErr, ok := err.(*fwd.RankError)
+	if !ok || !errors.Is(rankErr.Err, fwd.ErrRankMissing) {
+		return err
+	}
+	for _, more := range []error{cause, trouble()} {
+		if more != nil {
+			rankErr.Err = fmt.Errorf("%w: %w", rankErr.Err, more)
+		}
 	}
 	return err
 }
@@ -322,19 +399,64 @@ func (m *member) enter(v fwd.Vote) {
 	if m.late && v.Step >= m.lateFrom && v.Step <= m.step {
 		v.Step = m.step + 1
 	}
-	m.vote, m.last, m.late = v, v.Step, false
-	m.open.add(m.rank, v, m.lives())
-	m.sendVote()
-	m.endIfFull()
+	m.vote, m.last, m.late, m.lives, m.full = v, v.Step, false, m.livesKnown(), false
+	msg := m.voteMessage(m.cut)
+	m.giveVote(&msg)
 }
 
-// sendVote sends this rank's vote to all.
-func (m *member) sendVote() {
+// giveVote gives this rank's vote to all. In a group with a hub the vote is there when the hub has
+// passed it on, so that all ranks know who was last.
+func (m *member) giveVote(msg *message) {
+	if !m.isHub() {
+		m.publish(msg.raw)
+	}
+	if m.isHub() || !m.hasHub() {
+		m.add(&m.open, msg)
+	}
+}
+
+// voteMessage returns the message of this rank's vote in the open round. If asks is true, it asks for
+// those of its receivers.
+func (m *member) voteMessage(asks bool) message {
 	msg := m.message(kindVote)
-	msg.round, msg.vote, msg.lives = m.round+1, m.vote, m.open.lives[m.rank]
-	msg.complete, msg.asks = m.complete, m.cut
-	m.sent = msg.encode()
-	m.send(toAll, m.sent)
+	msg.round, msg.vote, msg.lives, msg.full = m.round+1, m.vote, m.lives, m.full
+	msg.ending, msg.asks = m.ending, asks
+	if msg.raw = msg.encode(); len(msg.raw) > m.most {
+		msg.vote.SpanContext = msg.vote.SpanContext.WithTraceState(trace.TraceState{})
+		msg.raw = msg.encode()
+	}
+	return msg
+}
+
+// setMost sets how many bytes a message may have.
+func (m *member) setMost(bytes int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.most = bytes
+}
+
+// pack returns messages as one, or as few as are not too large.
+func (m *member) pack(messages [][]byte) [][]byte {
+	if len(messages) == 1 {
+		return messages
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return bundles(m.message(kindBundle), messages, m.most)
+}
+
+// isEpoch reports whether this life of the rank has or had an epoch.
+func (m *member) isEpoch(epoch uint64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return epoch == m.epoch || slices.Contains(m.former, epoch)
+}
+
+// sendVoteAgain sends this rank's vote to a rank that has asked for it.
+func (m *member) sendVoteAgain(to int) {
+	m.stats.Resent++
+	msg := m.voteMessage(to != m.hub && !m.open.voters[to].here)
+	m.send(to, msg.raw)
 }
 
 // interrupted notes that the connection is lost or, if back is true, that it is there again. What
@@ -350,14 +472,14 @@ func (m *member) interrupted(back bool) {
 			m.next.remove(rank)
 		}
 	}
+	m.relay.forget()
 	if back && m.waiting {
-		m.stats.Resent++
-		m.sendVote()
+		m.askForVotes()
 	}
 }
 
-// lives returns the number that stands for the lives that count for this rank.
-func (m *member) lives() uint64 {
+// livesKnown returns the number that stands for the lives that count for this rank.
+func (m *member) livesKnown() uint64 {
 	return hashLives(func(yield func(uint64) bool) {
 		for rank := range m.peers {
 			epoch := m.peers[rank].epoch
@@ -372,13 +494,33 @@ func (m *member) lives() uint64 {
 }
 
 // missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
-func (m *member) missingVotes() (ranks []int) {
+func (m *member) missingVotes() []int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if !m.waiting {
 		return nil
 	}
-	return m.open.lacks(m.open.lives[m.rank])
+	if m.hasHub() && !m.isHub() && time.Since(m.asked) >= askInterval {
+		m.askForVotes() // the hub may know more by now, and the next call too
+	}
+	return m.lacking()
+}
+
+// lacking returns the ranks for which the open round waits. If votes are there that don't complete it
+// alone, these are the ranks that have not said that they have all of them.
+func (m *member) lacking() []int {
+	lives := m.lives
+	if !m.waiting {
+		lives = m.livesKnown()
+	}
+	ranks := m.open.lacks(lives)
+	if len(ranks) == 0 {
+		ranks = m.open.unsure()
+	}
+	if m.hasHub() && !m.isHub() {
+		return m.lackingThroughHub(ranks)
+	}
+	return ranks
 }
 
 // lastVote returns whose vote came last in the latest exchange that has ended, see lastRank.
@@ -388,37 +530,156 @@ func (m *member) lastVote() int {
 	return m.lastRank
 }
 
-// again sends this rank's vote again, if it waits.
+// These are how long a rank waits before it asks for votes, for the first time and then. What ranks
+// of a large group hear of each other costs more, so they ask later each time.
+const (
+	askInterval = 500 * time.Millisecond
+	askMost     = 4 * time.Second
+)
+
+func (m *member) askFirst() time.Duration {
+	if m.hasHub() {
+		return 2 * askInterval
+	}
+	return askInterval
+}
+
+func (m *member) askNext(last time.Duration) time.Duration {
+	if m.hasHub() {
+		return min(2*last, askMost)
+	}
+	return askInterval
+}
+
+// again asks for the votes that this rank lacks, if it waits.
 func (m *member) again() {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.waiting {
-		m.stats.Resent++
-		m.send(toAll, m.sent)
+		m.askForVotes()
 	}
 }
 
-// endIfFull ends the open round if the votes of all are there and count the same lives. All ranks
-// come to the same end.
+// askForVotes asks the ranks for which the open round waits, or the hub.
+func (m *member) askForVotes() {
+	m.asked = time.Now()
+	ask := m.message(kindAsk)
+	ask.round = m.round + 1
+	if m.hasHub() && !m.isHub() {
+		m.sendMessage(m.hub, ask)
+		return
+	}
+	for _, rank := range m.lacking() {
+		if rank != m.rank {
+			m.sendMessage(rank, ask)
+		}
+	}
+}
+
+// handleAsk answers a rank that lacks a vote.
+func (m *member) handleAsk(msg *message) {
+	if msg.round > m.round+1 || m.phase == asking || !m.peers[msg.rank].answers.allow() {
+		return
+	}
+	switch {
+	case msg.round <= m.round:
+		m.answerLate(msg)
+	case m.isHub():
+		m.tellAll(msg.rank)
+	case m.waiting:
+		m.sendVoteAgain(msg.rank)
+	}
+}
+
+// endIfFull ends the open round if the votes of all are there, count the same lives, and say that the
+// round before has ended in one way. All ranks come to the same end.
 func (m *member) endIfFull() {
-	if m.open.count < m.size || m.open.lacks(m.open.lives[m.rank]) != nil {
+	if m.open.count < m.size || m.open.lacks(m.lives) != nil {
 		return
 	}
 	votes, step := m.open.votes, m.last
-	var err error
 	for i := range votes {
 		if votes[i].Step != step {
-			_, err = fwd.Agree(votes, 0) // whose error says at which steps the ranks are
-			break
+			_, err := fwd.Agree(votes, 0) // whose error says at which steps the ranks are
+			rankErr := (*fwd.RankError)(nil)
+			errors.As(err, &rankErr)
+			m.end(ending{complete: true}, rankErr.Step, outcome{err: err})
+			return
 		}
 	}
-	if rankErr := (*fwd.RankError)(nil); errors.As(err, &rankErr) {
-		votes, step = nil, rankErr.Step
+	switch complete, broken := m.open.before(); {
+	case complete && broken:
+		m.endDivided(step)
+	case broken && m.open.full < m.size:
+		m.confirm()
+	default:
+		m.end(ending{complete: true}, step, outcome{votes: votes})
 	}
-	m.answer, m.lastRank = m.sent, m.open.last
+}
+
+// confirm says that this rank has the votes of all.
+func (m *member) confirm() {
+	if m.full {
+		return
+	}
+	m.full = true
+	msg := m.voteMessage(false)
+	m.giveVote(&msg)
+}
+
+// endDivided ends a round in which the votes of all are there, but the round before was complete for
+// some and broken for others: those may not hear the ranks that were missing there, which would go on
+// without them.
+func (m *member) endDivided(step uint64) {
+	var deaf, missing []int // those that broke the round before; the ranks that were missing in it
+	notHeard := false
+	for rank := range m.open.voters {
+		before := &m.open.voters[rank].before
+		if !before.broken {
+			continue
+		}
+		missing = append(missing, before.missing...)
+		if slices.Contains(before.missing, m.rank) {
+			deaf, notHeard = append(deaf, before.by), true
+		} else if !notHeard {
+			deaf = append(deaf, before.by)
+		}
+	}
+	slices.Sort(missing)
+	how := ending{broken: true, by: deaf[0], missing: slices.Compact(missing)}
+	err := &fwd.RankError{Step: step, Ranks: how.missing}
+	if notHeard {
+		err.Ranks = without(deaf, []int{m.rank})
+		err.Err = fmt.Errorf("%w: ranks %v did not hear rank %d in the step before, which was complete for others",
+			fwd.ErrRankMissing, err.Ranks, m.rank)
+	} else {
+		err.Err = fmt.Errorf("%w: the step before was complete for some, and rank %d stopped waiting in it",
+			fwd.ErrRankMissing, how.by)
+	}
+	m.stats.Broken++
+	m.end(how, step, outcome{err: err})
+	m.log.Warn("a step was complete for some ranks and broken for others", "step", step-1,
+		"by", how.by, "missing", how.missing)
+}
+
+// end ends the open round with the votes of all.
+func (m *member) end(how ending, step uint64, o outcome) {
+	m.answer, m.lastRank = m.allVotes(), m.open.last
+	if how.broken {
+		m.lastRank = -1
+	}
 	m.endRound(m.round+1, step)
-	m.complete, m.last = true, step
-	m.release(outcome{votes, err})
+	m.ending, m.last = how, step
+	m.release(o)
+}
+
+// allVotes returns what a rank needs that is still in the open round, which ends here: this rank's
+// vote, or through a hub the votes of all.
+func (m *member) allVotes() [][]byte {
+	if m.isHub() {
+		return m.relay.round(m)
+	}
+	return [][]byte{m.voteMessage(false).raw}
 }
 
 // endRound makes round the last one that has ended.
@@ -429,7 +690,8 @@ func (m *member) endRound(round, step uint64) {
 		m.open.reset()
 	}
 	m.next.reset()
-	m.round, m.step, m.cut = round, step, false
+	m.relay.forget()
+	m.round, m.step, m.cut, m.gaveUp = round, step, false, false
 }
 
 // release ends the wait of this rank.
@@ -446,33 +708,62 @@ func (m *member) breakRound() {
 	if !m.waiting {
 		return
 	}
+	msg := m.brokenMessage(m.rank)
+	m.sendMessage(toAll, msg)
+	m.stats.Broken++
+	m.fail(&msg)
+}
+
+// brokenMessage returns the message that a rank has broken the open round.
+func (m *member) brokenMessage(by int) message {
 	msg := m.message(kindBroken)
-	msg.round, msg.by, msg.lowest = m.round+1, m.rank, m.last
-	msg.missing = m.open.lacks(m.open.lives[m.rank])
+	msg.round, msg.lowest = m.round+1, m.last
+	msg.ending = ending{broken: true, by: by, missing: m.lacking()}
 	msg.step = max(msg.step, m.open.highest()) // not below what a restarted rank may have missed
-	for rank, here := range m.open.here {
-		if here {
+	if m.waiting {
+		msg.step = max(msg.step, m.vote.Step)
+	}
+	for rank := range m.open.voters {
+		if m.open.voters[rank].here {
 			msg.lowest = min(msg.lowest, m.open.votes[rank].Step)
 		}
 	}
-	m.stats.Broken++
-	m.sendMessage(toAll, msg)
-	m.fail(&msg)
+	return msg
 }
 
 // fail ends the open round, in which this rank waits, without the votes of all.
 func (m *member) fail(msg *message) {
-	answer := *msg
-	answer.rank, answer.epoch = m.rank, m.epoch
-	m.answer = answer.encode()
+	missing, err := m.blame(msg)
+	m.answer = m.repeated(msg)
 	m.endRound(msg.round, msg.step)
-	m.complete, m.last, m.lastRank = false, msg.step, -1
+	m.ending, m.last, m.lastRank = msg.ending, msg.step, -1
 	m.log.Warn("a step is broken", "step", msg.step, "by", msg.by, "missing", msg.missing)
-	m.release(outcome{err: &fwd.RankError{
-		Err:   fmt.Errorf("%w: rank %d stopped waiting%s", fwd.ErrRankMissing, msg.by, m.resized(msg.missing)),
-		Step:  msg.step,
-		Ranks: msg.missing,
-	}})
+	m.release(outcome{err: &fwd.RankError{Err: err, Step: msg.step, Ranks: missing}})
+}
+
+// repeated returns a message as this rank's own.
+func (m *member) repeated(msg *message) [][]byte {
+	own := *msg
+	own.rank, own.epoch = m.rank, m.epoch
+	return [][]byte{own.encode()}
+}
+
+// blame returns the ranks that the open round lacks for this rank, and the error that says so.
+func (m *member) blame(msg *message) (missing []int, err error) {
+	if !slices.Contains(msg.missing, m.rank) {
+		return msg.missing, fmt.Errorf("%w: rank %d stopped waiting%s",
+			fwd.ErrRankMissing, msg.by, m.resized(msg.missing))
+	}
+	if missing = without(m.open.lacks(m.lives), []int{m.rank}); len(missing) > 0 && !m.hasHub() {
+		return missing, fmt.Errorf("%w: rank %d stopped waiting, and rank %d does not hear ranks %v",
+			fwd.ErrRankMissing, msg.by, m.rank, missing)
+	}
+	deaf := msg.by
+	if deaf == m.rank {
+		deaf = m.hub
+	}
+	m.log.Warn("this rank is not heard", "by", deaf)
+	return []int{deaf}, fmt.Errorf("%w: rank %d does not hear rank %d", fwd.ErrRankMissing, deaf, m.rank)
 }
 
 // resized says which of the ranks that are missing has gone on in a group of another size, if any
@@ -487,14 +778,18 @@ func (m *member) resized(missing []int) string {
 	return ""
 }
 
-// leftBehind notes that the group has ended rounds without this rank. If this rank waits, it votes
-// again.
-func (m *member) leftBehind(round, step, lowest uint64) {
+// leftBehind notes that the group has ended rounds without this rank, and how the last of them ended. If
+// this rank waits, it votes again.
+func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 	if !m.late {
 		m.late, m.lateFrom = true, lowest
 	}
 	m.endRound(round, max(step, m.step))
-	m.complete, m.answer = false, nil
+	if !how.broken { // what is known of an earlier break holds
+		how = m.ending
+		how.complete = false
+	}
+	m.ending, m.answer = how, nil
 	if m.waiting {
 		m.enter(m.vote)
 	}
@@ -507,6 +802,7 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	if err == nil && msg.group == m.group && msg.size == m.size && msg.rank == from {
 		err = msg.decodeBody(body)
 	}
+	msg.raw = data
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil || m.down {
@@ -524,8 +820,13 @@ func (m *member) handle(from int, direct bool, data []byte) {
 	case msg.rank == m.rank:
 		m.handleOwnRank(&msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
+		m.passGreeting(&msg, direct)
 		m.handleHello(&msg)
+	case msg.kind == kindReady:
+		m.passGreeting(&msg, direct)
+		m.handleReady(&msg)
 	case msg.kind == kindBye:
+		m.passGreeting(&msg, direct)
 		m.handleBye(&msg)
 	case msg.kind == kindState && !msg.holds: // its sender may still have to give way to another process
 		m.handleState(&m.peers[msg.rank], &msg)
@@ -626,9 +927,11 @@ func (m *member) handlePeer(msg *message, direct bool) {
 	case kindVote:
 		p.ended = max(p.ended, msg.round-1)
 		m.handleVote(msg, direct)
+	case kindAsk:
+		p.ended = max(p.ended, msg.round-1)
+		m.handleAsk(msg)
 	case kindBroken:
-		p.ended = max(p.ended, msg.round)
-		m.handleBroken(msg)
+		m.handleBroken(msg, direct)
 	case kindState:
 		p.ended = max(p.ended, msg.round)
 		m.handleState(p, msg)
@@ -640,7 +943,7 @@ func (m *member) handlePeer(msg *message, direct bool) {
 func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
-		p.asked = 0
+		m.noteAsked(p, 0)
 		p.heard = p.heard && p.epoch != 0 // from the process that has the rank
 	}
 	if p.epoch == msg.epoch {
@@ -668,22 +971,23 @@ func (m *member) tellStale(msg *message) {
 func (m *member) newLife(msg *message) {
 	old := m.peers[msg.rank]
 	life := peer{
-		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step, answers: old.answers,
+		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step,
+		answers: old.answers, greetings: old.greetings,
 	}
 	for i, g := range []*gathering{&m.open, &m.next} {
 		voter := msg.rank
-		if !g.here[voter] && old.epoch != 0 {
+		if !g.voters[voter].here && old.epoch != 0 {
 			voter = m.rank
 		}
-		if g.here[voter] {
+		if g.voters[voter].here {
 			life.taken, life.step = m.round+1+uint64(i), g.votes[voter].Step
 		}
 		g.remove(msg.rank)
 	}
-	m.peers[msg.rank] = life
+	m.peers[msg.rank], m.meeting.over = life, true
 	m.log.Info("a rank is there", "other", msg.rank, "again", old.epoch != 0)
 	if m.waiting {
-		m.leftBehind(m.round+1, m.open.highest(), m.last)
+		m.leftBehind(ending{}, m.round+1, max(m.open.highest(), m.vote.Step), m.last)
 	}
 }
 
@@ -691,15 +995,14 @@ func (m *member) handleVote(msg *message, direct bool) {
 	switch {
 	case msg.round <= m.round:
 		m.stats.Duplicates++
-		// A direct vote is an answer itself. A process that still asks for its rank must not speak for
-		// it.
-		if !direct && m.phase != asking && m.peers[msg.rank].answers.allow() {
+		// A direct vote is an answer itself, unless it is for the hub. A process that still asks for its
+		// rank must not speak for it.
+		if answers := direct == m.isHub(); answers && m.phase != asking && m.peers[msg.rank].answers.allow() {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
-		if msg.asks && !direct && m.waiting && m.peers[msg.rank].answers.allow() {
-			m.stats.Resent++
-			m.send(msg.rank, m.sent)
+		if msg.asks && m.phase != asking && m.peers[msg.rank].answers.allow() {
+			m.answerAsks(msg)
 		}
 		m.add(&m.open, msg)
 	case msg.round == m.round+2 && msg.complete && m.waiting:
@@ -707,44 +1010,88 @@ func (m *member) handleVote(msg *message, direct bool) {
 		// those that got lost.
 		m.add(&m.next, msg)
 	default:
-		m.leftBehind(msg.round-1, msg.step, m.step+1)
+		m.leftBehind(ending{}, msg.round-1, msg.step, m.step+1)
 		m.add(&m.open, msg)
 	}
 }
 
+// answerAsks answers a vote of a rank that has lost others.
+func (m *member) answerAsks(msg *message) {
+	if m.isHub() {
+		m.tellAll(msg.rank)
+	} else if m.waiting && !m.hasHub() {
+		m.sendVoteAgain(msg.rank)
+	}
+}
+
+// add takes a vote, or that its rank has the votes of all.
 func (m *member) add(g *gathering, msg *message) {
-	if g.here[msg.rank] {
+	switch by := &g.voters[msg.rank]; {
+	case !by.here:
+		g.add(msg.rank, msg.vote, voter{full: msg.full, lives: msg.lives, before: msg.ending})
+	case msg.full && !by.full && msg.lives == by.lives:
+		by.full = true
+		g.full++
+	default:
 		m.stats.Duplicates++
 		return
 	}
-	g.add(msg.rank, msg.vote, msg.lives)
-	m.endIfFull()
+	if g == &m.open {
+		m.passVote(msg)
+		m.endIfFull()
+	}
 }
 
 // answerLate tells a rank that still waits in a round how that round has ended.
 func (m *member) answerLate(msg *message) {
 	switch {
 	case msg.round == m.round && m.answer != nil:
-		m.send(msg.rank, m.answer)
-	case m.complete: // with its vote, so it has the earlier rounds behind it: the message is an old one
+		for _, data := range m.answer {
+			m.send(msg.rank, data)
+		}
+	case m.ending.complete: // with its vote, so it has the earlier rounds behind it: the message is an old one
 	default:
 		over := m.message(kindBroken)
-		over.by, over.lowest, over.missing = m.rank, msg.step+1, []int{msg.rank}
+		over.lowest, over.ending = msg.step+1, ending{broken: true, by: m.rank, missing: []int{msg.rank}}
 		m.sendMessage(msg.rank, over)
 	}
 }
 
-func (m *member) handleBroken(msg *message) {
+func (m *member) handleBroken(msg *message, direct bool) {
+	if m.isHub() && direct && m.phase != asking {
+		if m.hubHearsBroken(msg); msg.round <= m.round {
+			return
+		}
+	} else {
+		m.peers[msg.rank].ended = max(m.peers[msg.rank].ended, msg.round)
+	}
 	switch {
 	case msg.round <= m.round: // known already
-	case m.waiting && msg.round == m.round+1 && !slices.Contains(msg.missing, m.rank):
+	case m.waiting && msg.round == m.round+1 && (!slices.Contains(msg.missing, m.rank) || m.notHeardBy(msg.by)):
 		m.stats.Broken++
 		m.fail(msg)
 	case msg.round == m.round+1:
-		m.leftBehind(msg.round, msg.step, msg.lowest)
+		m.leftBehind(msg.ending, msg.round, msg.step, msg.lowest)
 	default: // this rank has not heard of the rounds before it, or not yet
-		m.leftBehind(msg.round, msg.step, min(msg.lowest, m.step+1))
+		m.leftBehind(msg.ending, msg.round, msg.step, min(msg.lowest, m.step+1))
 	}
+	if msg.round == m.round && m.answer == nil {
+		m.answer = m.repeated(msg)
+	}
+}
+
+// notHeardBy reports whether this rank, which waits and is missing for another, is more than late: the
+// other has missed it in the round before too, or this rank can't wait any longer.
+func (m *member) notHeardBy(by int) bool {
+	voter := &m.open.voters[by]
+	return m.gaveUp || voter.here && voter.before.broken && slices.Contains(voter.before.missing, m.rank)
+}
+
+// without returns ranks in ascending order, each once, and none of those that are left out.
+func without(ranks, leftOut []int) []int {
+	ranks = slices.DeleteFunc(slices.Clone(ranks), func(rank int) bool { return slices.Contains(leftOut, rank) })
+	slices.Sort(ranks)
+	return slices.Compact(ranks)
 }
 
 // signal tells join or leave to look again, if they wait.

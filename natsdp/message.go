@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"iter"
+	"math"
 	"math/bits"
 
 	"github.com/forwardctx/fwd"
@@ -46,12 +47,22 @@ const (
 	// ended. Body: see appendVote.
 	kindVote
 
-	// kindBroken says that a round and a step are over. Body: by (4), lowest (8), missing (a bit for
-	// each rank).
+	// kindBroken says that a round and a step are over. Body: lowest (8), then see ending.append.
 	kindBroken
 
 	// kindBye says that a rank leaves. Round and step are the last that have ended. It has no body.
 	kindBye
+
+	// kindAsk asks for a vote in a round that its rank has not got, or how that round has ended. It has
+	// no body.
+	kindAsk
+
+	// kindReady says that its rank knows a process of each rank that joins a new group. Body: the hash
+	// of their epochs, see hashLives (8).
+	kindReady
+
+	// kindBundle holds messages, each behind its length (4), of ranks that its rank speaks for.
+	kindBundle
 )
 
 // The flags of a vote.
@@ -64,7 +75,9 @@ const (
 	flagWarmUp
 	flagSpan     // a span context follows
 	flagComplete // the round before this one ended with the votes of all
-	flagAsks     // its rank has lost votes of this round: whoever waits in it sends its own again
+	flagBroken   // the round before this one was broken for its rank: who broke it and who was missing follows
+	flagFull     // its rank has the votes of all in this round
+	flagAsks     // its rank has not got the receiver's vote in this round: whoever waits in it sends that again
 
 	flagsOfVote = 1<<iota - 1
 )
@@ -96,10 +109,12 @@ const (
 
 // These are the sizes of bodies in bytes.
 const (
+	headerSize = 44
 	stateSize  = 1 + 8 + 8
-	voteSize   = 51             // without a span
+	voteSize   = 51             // of a vote after a complete round, without a span
 	spanSize   = 16 + 8 + 1 + 2 // without the trace state
-	brokenSize = 4 + 8          // without the bits of the missing ranks
+	endingSize = 4              // without the bits of the missing ranks
+	readySize  = 8
 )
 
 // message is any message. Fields that its kind does not use are zero.
@@ -111,17 +126,19 @@ type message struct {
 	epoch uint64
 	round uint64
 	step  uint64 // the group's
+	raw   []byte // the message, in the bytes that came or go
 
 	// Of a vote.
-	vote     fwd.Vote
-	lives    uint64 // see hashLives
-	complete bool   // see flagComplete
-	asks     bool   // see flagAsks
+	vote  fwd.Vote
+	lives uint64 // see hashLives; also that of kindReady
+	full  bool   // see flagFull
+	asks  bool   // see flagAsks
 
-	// Of a broken round.
-	by      int    // the rank that stopped waiting
-	lowest  uint64 // the lowest step that was voted in the round
-	missing []int  // ascending
+	// Of a vote and of kindBroken.
+	ending
+
+	// Of kindBroken.
+	lowest uint64 // the lowest step that was voted in the round
 
 	// Of a state.
 	holds     bool
@@ -130,6 +147,17 @@ type message struct {
 	ahead     bool
 	asker     uint64 // the epoch of the life that has asked; 0: nobody
 	holder    uint64 // the epoch of the life that has that rank, as far as is known; 0: nobody
+}
+
+// ending is how a round has ended for a rank. The zero value says nothing, since its rank has just
+// begun, or was left behind.
+type ending struct {
+	complete bool // the votes of all were there, and agreed on the round before
+	broken   bool
+
+	// Of a broken round.
+	by      int   // the rank that stopped waiting
+	missing []int // ascending
 }
 
 // hashGroup returns the number that stands for the name of a group.
@@ -166,18 +194,26 @@ func (m *message) encode() []byte {
 	case kindVote:
 		b = m.appendVote(b)
 	case kindBroken:
-		b = binary.BigEndian.AppendUint32(b, uint32(m.by))
 		b = binary.BigEndian.AppendUint64(b, m.lowest)
-		bits := len(b)
-		b = append(b, make([]byte, (m.size+7)/8)...)
-		for _, rank := range m.missing {
-			b[bits+rank/8] |= 1 << (rank % 8)
-		}
+		b = m.ending.append(b, m.size)
 	case kindState:
 		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|
 			flag(m.contested, flagContested)|flag(m.ahead, flagAhead)))
 		b = binary.BigEndian.AppendUint64(b, m.asker)
 		b = binary.BigEndian.AppendUint64(b, m.holder)
+	case kindReady:
+		b = binary.BigEndian.AppendUint64(b, m.lives)
+	}
+	return b
+}
+
+// append appends who broke a round (4 bytes), and a bit for each rank that was missing.
+func (e *ending) append(b []byte, size int) []byte {
+	b = binary.BigEndian.AppendUint32(b, uint32(e.by))
+	bits := len(b)
+	b = append(b, make([]byte, (size+7)/8)...)
+	for _, rank := range e.missing {
+		b[bits+rank/8] |= 1 << (rank % 8)
 	}
 	return b
 }
@@ -190,7 +226,8 @@ func (m *message) encode() []byte {
 //	40  lives that its rank counts, see hashLives    8
 //	48  graph mode                                   1
 //	49  flags                                        2
-//	51  span context, see appendSpan
+//	51  after a broken round: see ending.append
+//	..  span context, see appendSpan
 func (m *message) appendVote(b []byte) []byte {
 	v := &m.vote
 	b = binary.BigEndian.AppendUint64(b, v.Step)
@@ -204,7 +241,11 @@ func (m *message) appendVote(b []byte) []byte {
 	span := hasSpan(v.SpanContext)
 	b = binary.BigEndian.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
 		flag(v.Eager, flagEager)|flag(v.UBatch, flagUBatch)|flag(v.Idle, flagIdle)|flag(v.WarmUp, flagWarmUp)|
-		flag(span, flagSpan)|flag(m.complete, flagComplete)|flag(m.asks, flagAsks))
+		flag(span, flagSpan)|flag(m.complete, flagComplete)|flag(m.broken, flagBroken)|flag(m.full, flagFull)|
+		flag(m.asks, flagAsks))
+	if m.broken {
+		b = m.ending.append(b, m.size)
+	}
 	if span {
 		b = appendSpan(b, v.SpanContext)
 	}
@@ -269,15 +310,19 @@ func decodeHeader(b []byte) (m message, body []byte, err error) {
 // kind.
 func (m *message) bodySize() (least, most int) {
 	switch m.kind {
-	case kindHello, kindClaim, kindBye:
+	case kindHello, kindClaim, kindBye, kindAsk:
 		return 0, 0
 	case kindState:
 		return stateSize, stateSize
 	case kindVote:
-		return voteSize, voteSize + spanSize + maxTraceState
+		return voteSize, voteSize + endingSize + (m.size+7)/8 + spanSize + maxTraceState
 	case kindBroken:
-		n := brokenSize + (m.size+7)/8
+		n := 8 + endingSize + (m.size+7)/8
 		return n, n
+	case kindReady:
+		return readySize, readySize
+	case kindBundle: // whose messages are looked at one by one
+		return 4 + headerSize, math.MaxInt
 	}
 	return 1, 0
 }
@@ -292,7 +337,11 @@ func (m *message) decodeBody(body []byte) error {
 	case kindVote:
 		m.decodeVote(&r)
 	case kindBroken:
-		m.decodeBroken(&r)
+		m.lowest = r.counter()
+		m.broken = true
+		m.decodeEnding(&r)
+	case kindReady:
+		m.lives = r.uint64()
 	}
 	if r.bad || len(r.rest) > 0 {
 		return m.damaged()
@@ -321,16 +370,20 @@ func (m *message) decodeVote(r *reader) {
 	flags := r.uint16()
 	v.Uniform, v.ExcludeFull, v.Eager = flags&flagUniform != 0, flags&flagExcludeFull != 0, flags&flagEager != 0
 	v.UBatch, v.Idle, v.WarmUp = flags&flagUBatch != 0, flags&flagIdle != 0, flags&flagWarmUp != 0
-	m.complete, m.asks = flags&flagComplete != 0, flags&flagAsks != 0
-	r.require(flags&^flagsOfVote == 0 && m.round > 0)
+	m.complete, m.broken = flags&flagComplete != 0, flags&flagBroken != 0
+	m.full, m.asks = flags&flagFull != 0, flags&flagAsks != 0
+	r.require(flags&^flagsOfVote == 0 && m.round > 0 && !(m.complete && m.broken))
 	r.require(v.Validate(m.rank) == nil)
+	if m.broken {
+		m.decodeEnding(r)
+	}
 	if flags&flagSpan != 0 {
 		v.SpanContext = r.span()
 	}
 }
 
-func (m *message) decodeBroken(r *reader) {
-	m.by, m.lowest = int(r.uint32()), r.counter()
+func (m *message) decodeEnding(r *reader) {
+	m.by = int(r.uint32())
 	missing := r.bytes((m.size + 7) / 8)
 	count := 0
 	for _, b := range missing {
@@ -346,6 +399,73 @@ func (m *message) decodeBroken(r *reader) {
 	}
 	r.require(m.by >= 0 && m.by < m.size && m.round > 0 && len(m.missing) > 0)
 	r.require(len(m.missing) == 0 || m.missing[len(m.missing)-1] < m.size)
+}
+
+// bundles packs messages into bundles of at most so many bytes, and leaves a message alone that would
+// be the only one.
+func bundles(head message, messages [][]byte, most int) (packed [][]byte) {
+	head.kind = kindBundle
+	for len(messages) > 0 {
+		n, size := 0, headerSize
+		for n < len(messages) && (n == 0 || size+4+len(messages[n]) <= most) {
+			size += 4 + len(messages[n])
+			n++
+		}
+		if n == 1 {
+			packed = append(packed, messages[0])
+		} else {
+			b := append(make([]byte, 0, size), head.encode()...)
+			for _, msg := range messages[:n] {
+				b = append(binary.BigEndian.AppendUint32(b, uint32(len(msg))), msg...)
+			}
+			packed = append(packed, b)
+		}
+		messages = messages[n:]
+	}
+	return packed
+}
+
+// unbundle returns the messages of a bundle, or the only one that there is. What is damaged is one
+// too, so that its receiver counts it.
+func unbundle(data []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		if !isBundle(data) {
+			yield(data)
+			return
+		}
+		for rest := data[headerSize:]; len(rest) > 0; {
+			if len(rest) < 4 || uint64(binary.BigEndian.Uint32(rest)) > uint64(len(rest)-4) {
+				yield(rest)
+				return
+			}
+			n := 4 + int(binary.BigEndian.Uint32(rest))
+			if !yield(rest[4:n]) {
+				return
+			}
+			rest = rest[n:]
+		}
+	}
+}
+
+func isBundle(data []byte) bool {
+	return len(data) > headerSize && string(data[:len(magic)]) == magic && data[2] == version &&
+		kind(data[3]) == kindBundle
+}
+
+// sayer returns the rank that a message says it comes from.
+func sayer(data []byte) (rank int, ok bool) {
+	if len(data) < 20 {
+		return 0, false
+	}
+	return int(binary.BigEndian.Uint32(data[16:])), true
+}
+
+// sayerEpoch returns the epoch in a message whose sayer is known.
+func sayerEpoch(data []byte) uint64 {
+	if len(data) < 28 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(data[20:])
 }
 
 // versionError is about a message of a version that this package can't read.

@@ -52,9 +52,14 @@ func samples() []message {
 		{kind: kindState, ahead: true},
 		{kind: kindState, claimed: true},
 		{kind: kindState, holds: true, claimed: true},
-		{kind: kindBroken, by: 2, lowest: 8, missing: []int{0, 2}},
-		{kind: kindBroken, missing: []int{1}},
-		{kind: kindVote, vote: fullVote(), lives: math.MaxUint64 - 2, complete: true, asks: true},
+		{kind: kindBroken, lowest: 8, ending: ending{broken: true, by: 2, missing: []int{0, 2}}},
+		{kind: kindBroken, ending: ending{broken: true, missing: []int{1}}},
+		{
+			kind: kindVote, vote: fullVote(), lives: math.MaxUint64 - 2, full: true, asks: true,
+			ending: ending{complete: true},
+		},
+		{kind: kindVote, vote: fullVote(), ending: ending{broken: true, by: 1, missing: []int{2}}},
+		{kind: kindAsk}, {kind: kindReady, lives: math.MaxUint64 - 3},
 	}
 	for _, v := range votes {
 		samples = append(samples, message{kind: kindVote, vote: v})
@@ -102,7 +107,7 @@ func TestMessageSizes(t *testing.T) {
 	if n := len(small.encode()); n != 95 {
 		t.Errorf("a vote has %d bytes, want 95", n)
 	}
-	large := message{kind: kindBroken, size: maxRanks, round: 1}
+	large := message{kind: kindBroken, size: maxRanks, round: 1, ending: ending{broken: true}}
 	for rank := range maxRanks - 1 {
 		large.missing = append(large.missing, rank)
 	}
@@ -182,7 +187,7 @@ func damaged() map[string][]byte {
 		bad[fmt.Sprintf("sample %d, one byte less", i)] = good[:len(good)-1]
 		bad[fmt.Sprintf("sample %d, one byte more", i)] = append(slices.Clone(good), 0)
 		if m.kind == kindVote {
-			good[44+49] |= 2 // the upper byte of the flags
+			good[44+49] |= 128 // the upper byte of the flags
 			bad[fmt.Sprintf("sample %d, a flag that nobody knows", i)] = good
 		}
 	}

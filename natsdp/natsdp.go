@@ -78,10 +78,8 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
-	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -117,8 +115,9 @@ type Config struct {
 	// It consists of letters, digits, "-" and "_".
 	Group string
 
-	Rank int // from 0
-	Size int // number of ranks, at least 1
+	Rank  int   // from 0
+	Ranks []int // for [JoinRanks], in place of Rank
+	Size  int   // number of ranks, at least 1
 }
 
 // Option says how the group is reached.
@@ -310,32 +309,13 @@ func isAbsent(err error) bool {
 		errors.Is(err, syscall.EPIPE))
 }
 
-// Coordinator is one rank of a group. Make one with [Join]; the zero value is of no use. It
-// implements [fwd.Coordinator]. Exchange is for one Runner; any goroutine may call the other
+// Coordinator is one rank of a group. Make one with [Join] or [JoinRanks]; the zero value is of no
+// use. It implements [fwd.Coordinator]. Exchange is for one Runner; any goroutine may call the other
 // methods at any time.
-//
-// A connection may keep its user waiting: for a name server, a server that does not answer, or room
-// in a socket. No caller must wait for that, so a goroutine speaks on it, and those of its
-// subscriptions listen.
 type Coordinator struct {
-	member *member
-	conn   *nats.Conn
-	owned  bool
-	base   string // of subjects: PREFIX.GROUP
-
-	out       chan outgoing
-	all       *nats.Subscription // messages for everyone
-	direct    *nats.Subscription // messages for this rank alone
-	down      atomic.Bool        // the connection is being made again: what is sent is lost
-	done      chan struct{}      // closed to make speak end
-	ended     chan struct{}      // closed when it has ended
+	member    *member
+	link      *link
 	closeOnce sync.Once
-}
-
-// outgoing is a message to a rank, or to all.
-type outgoing struct {
-	to   int
-	data []byte
 }
 
 // Join makes this process a rank of a group. It returns when it has heard from all ranks. A rank
@@ -350,6 +330,32 @@ type outgoing struct {
 // of nats are wrapped, such as [nats.ErrPermissionViolation] and [nats.ErrAuthorization]. Join
 // returns at most a second after ctx has ended.
 func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error) {
+	if cfg.Ranks != nil {
+		return nil, invalidf("Config.Ranks is %v; use JoinRanks for several ranks", cfg.Ranks)
+	}
+	cfg.Ranks = []int{cfg.Rank}
+	joined, err := join(ctx, cfg, opts)
+	if err != nil {
+		return nil, err
+	}
+	return joined[0], nil
+}
+
+// JoinRanks makes this process several ranks of a group, such as the devices of a host, and returns
+// their coordinators in the order of cfg.Ranks. They share a connection: a vote of one comes to the
+// others in memory, and one message goes out for all of them when the last of them has voted. The
+// last Close closes the connection.
+//
+// JoinRanks returns the errors of [Join]. If one of the ranks can't join, none does.
+func JoinRanks(ctx context.Context, cfg Config, opts ...Option) ([]*Coordinator, error) {
+	if len(cfg.Ranks) == 0 || cfg.Rank != 0 {
+		return nil, invalidf("Config.Ranks is %v and Config.Rank is %d; JoinRanks wants the ranks in Ranks, and no Rank",
+			cfg.Ranks, cfg.Rank)
+	}
+	return join(ctx, cfg, opts)
+}
+
+func join(ctx context.Context, cfg Config, opts []Option) ([]*Coordinator, error) {
 	o := options{prefix: DefaultSubjectPrefix, log: slog.New(slog.DiscardHandler)}
 	for i, opt := range opts {
 		if opt == nil {
@@ -367,55 +373,20 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 			return nil, err
 		}
 	}
-	c := &Coordinator{
-		conn: conn, owned: o.connect != nil,
-		base:  o.prefix + "." + cfg.Group,
-		out:   make(chan outgoing, queueRoom(cfg.Size)),
-		done:  make(chan struct{}),
-		ended: make(chan struct{}),
-	}
-	c.member = newMember(cfg.Group, cfg.Rank, cfg.Size, c.send)
-	c.member.log = o.log.With("group", cfg.Group, "rank", cfg.Rank)
-	if err := c.claimConn(); err != nil {
+	l := newLink(cfg, &o, conn)
+	if err := l.claimConn(); err != nil {
 		return nil, err
 	}
-	go c.speak()
-	if err := c.member.join(ctx); err != nil {
-		c.member.goodbye()
-		c.release()
+	go l.speak()
+	if err := l.join(ctx); err != nil {
 		return nil, err
 	}
-	return c, nil
-}
-
-// deaf are the connections with nats.NoEcho that groups use, by the subjects of the group.
-var deaf sync.Map // of deafConn
-
-type deafConn struct {
-	conn *nats.Conn
-	base string
-}
-
-// claimConn refuses a connection with nats.NoEcho that another rank of the group has.
-func (c *Coordinator) claimConn() error {
-	if c.owned || !c.conn.Opts.NoEcho {
-		return nil
+	coordinators := make([]*Coordinator, len(cfg.Ranks))
+	for i, rank := range cfg.Ranks {
+		coordinators[i] = &Coordinator{member: l.byRank[rank], link: l}
 	}
-	if other, taken := deaf.LoadOrStore(deafConn{c.conn, c.base}, c.member.rank); taken {
-		return invalidf("ranks %d and %d of a group share a connection with nats.NoEcho, and would not "+
-			"hear each other; connect without it", other, c.member.rank)
-	}
-	return nil
+	return coordinators, nil
 }
-
-// queueRoom returns how many messages a queue holds: those of several rounds. What does not fit is
-// dropped, and sent again.
-func queueRoom(size int) int { return min(1024+16*size, 1<<16) }
-
-// queueBytes is how many bytes a queue of messages that have come in holds, since anyone who may
-// publish to a rank can send large ones. There is room for a vote with the longest trace state of
-// each of 1,000 ranks.
-const queueBytes = 4 << 20
 
 func invalidf(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", fwd.ErrInvalid, fmt.Sprintf(format, args...))
@@ -426,8 +397,16 @@ func (c Config) check(o *options) error {
 	bad := func(format string, args ...any) { errs = append(errs, invalidf(format, args...)) }
 	if c.Size < 1 || c.Size > maxRanks {
 		bad("a group of %d ranks, want 1 to %d", c.Size, maxRanks)
-	} else if c.Rank < 0 || c.Rank >= c.Size {
-		bad("rank %d of %d, want 0 to %d", c.Rank, c.Size, c.Size-1)
+	} else {
+		seen := map[int]bool{}
+		for _, rank := range c.Ranks {
+			if rank < 0 || rank >= c.Size {
+				bad("rank %d of %d, want 0 to %d", rank, c.Size, c.Size-1)
+			} else if seen[rank] {
+				bad("rank %d twice in Config.Ranks %v", rank, c.Ranks)
+			}
+			seen[rank] = true
+		}
 	}
 	if !isToken(c.Group) {
 		bad("a group named %q, want letters, digits, - and _", c.Group)
@@ -438,12 +417,13 @@ func (c Config) check(o *options) error {
 			break
 		}
 	}
-	if n := len(fmt.Sprintf(longestLine, o.prefix, c.Group)); n > maxControlLine {
-		bad("subject prefix of %d bytes makes a line of %d bytes, and servers take %d; use a shorter one",
-			len(o.prefix), n, maxControlLine)
+	line := fmt.Sprintf(longestLine, o.prefix, c.Group, newSpeaker(c.Ranks).token)
+	if n := len(line); n > maxControlLine {
+		bad("subject prefix of %d bytes and %d ranks make a line of %d bytes, and servers take %d; "+
+			"use a shorter prefix, or ranks in a row", len(o.prefix), len(c.Ranks), n, maxControlLine)
 	}
 	if o.conn == nil && o.connect == nil {
-		bad("rank %d of group %q has neither a URL nor a connection; use WithURL or WithConn", c.Rank, c.Group)
+		bad("ranks %v of group %q have neither a URL nor a connection; use WithURL or WithConn", c.Ranks, c.Group)
 	}
 	return errors.Join(errs...)
 }
@@ -452,164 +432,13 @@ func (c Config) check(o *options) error {
 // configuration says otherwise.
 const (
 	maxControlLine = 4096
-	longestLine    = "PUB %s.%s.1048575.1048575 1048576\r\n"
+	longestLine    = "PUB %s.%s.1048575.%s 1048576\r\n"
 )
 
 // isToken reports whether s can be part of a subject.
 func isToken(s string) bool {
 	const letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 	return len(s) > 0 && len(s) <= 128 && strings.Trim(s, letters+"0123456789-_") == ""
-}
-
-// send leaves a message to speak. It drops it if there is no room.
-func (c *Coordinator) send(to int, data []byte) {
-	select {
-	case c.out <- outgoing{to, data}:
-	default:
-	}
-}
-
-// speak does everything that is done on the connection, from first to last.
-func (c *Coordinator) speak() {
-	defer close(c.ended)
-	if c.owned {
-		defer c.hangUp()
-	}
-	before := c.conn.LastError()
-	status := c.conn.StatusChanged(nats.RECONNECTING, nats.CONNECTED, nats.CLOSED)
-	defer c.conn.RemoveStatusListener(status)
-	c.down.Store(!c.conn.IsConnected())
-	if err := c.subscribe(); err != nil {
-		c.member.lose(fmt.Errorf("natsdp: %w", err))
-	}
-	defer c.unsubscribe()
-	select {
-	case <-c.done: // Join has given up already, and nobody has heard of it
-		return
-	default:
-	}
-	var watching sync.WaitGroup
-	watching.Go(func() { c.watch(status) })
-	c.publish(before)
-	watching.Wait()
-}
-
-func (c *Coordinator) subscribe() (err error) {
-	if c.all, err = c.subscribeTo("all", false); err == nil {
-		c.direct, err = c.subscribeTo(strconv.Itoa(c.member.rank), true)
-	}
-	return err
-}
-
-// subscribeTo hands the member what comes in for an address. Its queue has bounds.
-func (c *Coordinator) subscribeTo(address string, direct bool) (*nats.Subscription, error) {
-	sub, err := c.conn.Subscribe(c.base+"."+address+".*", func(msg *nats.Msg) {
-		if from, ok := sender(msg.Subject); ok {
-			c.member.handle(from, direct, msg.Data)
-		} else {
-			c.member.foreign()
-		}
-	})
-	if err != nil {
-		return nil, err
-	}
-	return sub, sub.SetPendingLimits(queueRoom(c.member.size), queueBytes)
-}
-
-// unsubscribe ends the subscriptions. An error says that there is none, or that the connection has
-// ended.
-func (c *Coordinator) unsubscribe() {
-	_, _ = c.all.Unsubscribe(), c.direct.Unsubscribe()
-}
-
-// hangUp closes the connection after the goodbye is on its way.
-func (c *Coordinator) hangUp() {
-	if c.conn.IsConnected() {
-		_ = c.conn.FlushTimeout(lingerMost)
-	}
-	c.conn.Close()
-}
-
-// publish publishes what the member sends, unless the connection is down. The member has no use for
-// an error: what is lost is sent again, and the status of the connection tells when it ends. While
-// the rank joins, publish also looks for a refusal of the server, other than the error that was
-// there before.
-func (c *Coordinator) publish(before error) {
-	look := time.NewTicker(resendFirst / 2)
-	defer look.Stop()
-	rank := strconv.Itoa(c.member.rank)
-	toEveryone := c.base + ".all." + rank
-	one := func(o outgoing) {
-		subject := toEveryone
-		if o.to != toAll {
-			subject = c.base + "." + strconv.Itoa(o.to) + "." + rank
-		}
-		if !c.down.Load() {
-			_ = c.conn.Publish(subject, o.data)
-		}
-	}
-	for {
-		select {
-		case o := <-c.out:
-			one(o)
-		case <-look.C:
-			if c.member.hasJoined() {
-				look.Stop()
-			} else if err := c.conn.LastError(); err != before && c.isRefusal(err, rank) {
-				c.member.failJoin(fmt.Errorf("natsdp: %w", err))
-			}
-		case <-c.done:
-			for range len(c.out) { // the goodbye is the last
-				one(<-c.out)
-			}
-			return
-		}
-	}
-}
-
-// isRefusal reports whether an error is that of a server which does not let a rank have its
-// subjects in the group.
-func (c *Coordinator) isRefusal(err error, rank string) bool {
-	if !errors.Is(err, nats.ErrPermissionViolation) {
-		return false
-	}
-	_, subject, ok := strings.Cut(err.Error(), `"`+c.base+".")
-	subject, _, _ = strings.Cut(subject, `"`)
-	return ok && (subject == "all.*" || subject == rank+".*" || strings.HasSuffix(subject, "."+rank))
-}
-
-// watch tells the member when the connection is lost, is there again, and has ended.
-func (c *Coordinator) watch(status <-chan nats.Status) {
-	for {
-		select {
-		case s := <-status:
-			c.down.Store(s != nats.CONNECTED)
-			c.member.log.Warn("the connection has changed", "status", s.String())
-			if s == nats.CLOSED {
-				c.member.lose(c.closedError())
-				continue
-			}
-			c.member.interrupted(s == nats.CONNECTED)
-		case <-c.done:
-			return
-		}
-	}
-}
-
-// closedError says that the connection has ended, and why if that is known.
-func (c *Coordinator) closedError() error {
-	if err := c.conn.LastError(); err != nil && !errors.Is(err, nats.ErrConnectionClosed) {
-		return fmt.Errorf("natsdp: rank %d: %w: %w", c.member.rank, nats.ErrConnectionClosed, err)
-	}
-	return fmt.Errorf("natsdp: rank %d: %w", c.member.rank, nats.ErrConnectionClosed)
-}
-
-// sender returns the rank at the end of a subject. Numbers such as 01 and +1 are no ranks: a server
-// knows them as other subjects than 1, with other permissions.
-func sender(subject string) (rank int, ok bool) {
-	token := subject[strings.LastIndexByte(subject, '.')+1:]
-	rank, err := strconv.Atoi(token)
-	return rank, err == nil && rank >= 0 && rank < maxRanks && strconv.Itoa(rank) == token
 }
 
 // Rank returns this rank, from 0.
@@ -679,17 +508,7 @@ func (c *Coordinator) Stats() Stats {
 func (c *Coordinator) Close() error {
 	c.closeOnce.Do(func() {
 		c.member.leave()
-		c.release()
+		c.link.leave()
 	})
 	return nil
-}
-
-// release lets go of the connection. It waits until that is done, though not for long.
-func (c *Coordinator) release() {
-	deaf.Delete(deafConn{c.conn, c.base})
-	close(c.done)
-	select {
-	case <-c.ended:
-	case <-time.After(lingerMost):
-	}
 }

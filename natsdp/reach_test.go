@@ -12,6 +12,7 @@ import (
 	"net"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -118,21 +119,30 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
+// password lets in whoever has it. It can be changed while a server runs.
+type password struct{ atomic.Pointer[string] }
+
+func newPassword(s string) *password {
+	p := &password{}
+	p.Store(&s)
+	return p
+}
+
+// Check is that of [server.Authentication].
+func (p *password) Check(c server.ClientAuthentication) bool {
+	return c.GetOpts().Password == *p.Load()
+}
+
 // A rank whose credentials the server does not take yet, or no more, keeps trying if it was told to,
 // and says so.
 func TestRotatedCredentials(t *testing.T) {
 	t.Parallel()
+	servers, ranks := newPassword("old"), newPassword("new")
 	opts := serverOptions()
-	opts.Users = []*server.User{{Username: "u", Password: "old"}}
+	opts.CustomClientAuthentication = servers
 	s := startServer(t, opts)
 	log := &syncBuffer{}
-	var mu sync.Mutex
-	password := "new"
-	current := func() (string, string) {
-		mu.Lock()
-		defer mu.Unlock()
-		return "u", password
-	}
+	current := func() (string, string) { return "u", *ranks.Load() }
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	joined := make(chan *natsdp.Coordinator, 1)
@@ -145,33 +155,40 @@ func TestRotatedCredentials(t *testing.T) {
 		}
 		joined <- c
 	}()
-	rotate := func(to string) {
-		next := serverOptions()
-		next.Port, next.Users = s.Addr().(*net.TCPAddr).Port, []*server.User{{Username: "u", Password: to}}
-		if err := s.ReloadOptions(next); err != nil {
-			t.Error(err)
-		}
-	}
 	says := func(what string) {
 		t.Helper()
 		waitFor(t, what, func() bool { return strings.Contains(log.String(), what) })
 	}
 	says("cannot connect yet")
-	rotate("new")
+	rotated, again := "new", "newer"
+	servers.Store(&rotated)
 	c := <-joined
 	if c == nil {
 		return
 	}
 	defer c.Close()
-	rotate("newer") // which ends the connection
+	servers.Store(&again)
+	disconnectAll(t, s)
 	says("RECONNECTING")
 	time.Sleep(time.Second) // for some attempts
-	mu.Lock()
-	password = "newer"
-	mu.Unlock()
+	ranks.Store(&again)
 	says("status=CONNECTED")
 	if _, err := c.Exchange(ctx, fwd.Vote{Step: 1}); err != nil {
 		t.Error(err)
+	}
+}
+
+// disconnectAll ends all connections of a server.
+func disconnectAll(t *testing.T, s *server.Server) {
+	t.Helper()
+	conns, err := s.Connz(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, conn := range conns.Conns {
+		if err := s.DisconnectClientByID(conn.Cid); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

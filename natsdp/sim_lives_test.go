@@ -78,6 +78,11 @@ func TestLives(t *testing.T) {
 	happened := map[string]int{}
 	for seed := range seeds(t) {
 		synctest.Test(t, func(t *testing.T) {
+			defer func() {
+				if t.Failed() {
+					t.Logf("seed %d", seed)
+				}
+			}()
 			r := newLivesRun(t, seed)
 			r.run()
 			mu.Lock()
@@ -88,7 +93,7 @@ func TestLives(t *testing.T) {
 			happened["agreed"] += r.agreed
 		})
 		if t.Failed() {
-			t.Fatalf("seed %d", seed)
+			return
 		}
 	}
 	t.Log(happened)
@@ -107,6 +112,7 @@ func newLivesRun(t *testing.T, seed uint64) *livesRun {
 		calls:  map[int]callOf{}, happened: map[string]int{},
 		together: map[uint64]bool{}, alone: map[uint64]bool{},
 	}
+	r.bus.hub = seed%3 == 2
 	r.current = make([]*process, r.bus.size)
 	return r
 }

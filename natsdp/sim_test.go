@@ -29,10 +29,16 @@ type bus struct {
 	twice    float64
 	delay    time.Duration // at most
 	cut      map[int]bool  // ranks to and from which nothing comes
+	lossTo   map[way]float64
+	hub      bool // small groups have a hub too
 	stations []*station
 
 	delivered atomic.Int64 // messages
+	longest   atomic.Int64 // bytes of one
 }
+
+// way is from one rank to another.
+type way struct{ from, to int }
 
 // station is a member's place on the bus.
 type station struct {
@@ -45,13 +51,16 @@ type station struct {
 }
 
 func newBus(size int, seed uint64) *bus {
-	return &bus{size: size, random: rand.New(rand.NewPCG(seed, 1)), cut: map[int]bool{}}
+	return &bus{size: size, random: rand.New(rand.NewPCG(seed, 1)), cut: map[int]bool{}, lossTo: map[way]float64{}}
 }
 
 // attach adds a member that has not joined yet.
 func (b *bus) attach(rank int) *station {
 	s := &station{bus: b}
 	s.member = newMember("sim", rank, b.size, func(to int, data []byte) { b.send(s, to, data) })
+	if b.hub {
+		s.member.hub = 0
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.stations = append(b.stations, s)
@@ -92,7 +101,8 @@ func (b *bus) send(from *station, to int, data []byte) {
 		return
 	}
 	for _, s := range b.stations {
-		if to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss {
+		if s == from || to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss ||
+			b.random.Float64() < b.lossTo[way{from.rank, s.rank}] {
 			continue
 		}
 		b.deliver(from.rank, s, to != toAll, data)
@@ -104,7 +114,16 @@ func (b *bus) send(from *station, to int, data []byte) {
 
 func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	b.delivered.Add(1)
-	arrive := func() { s.handle(from, direct, data) }
+	b.longest.Store(max(b.longest.Load(), int64(len(data))))
+	arrive := func() {
+		for data := range unbundle(data) {
+			if rank, ok := sayer(data); ok && from == s.hub {
+				s.handle(rank, direct, data) // the hub speaks for all
+			} else {
+				s.handle(from, direct, data)
+			}
+		}
+	}
 	if s.frozen {
 		s.held = append(s.held, arrive)
 		return
@@ -114,6 +133,13 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 		delay += time.Duration(b.random.Int64N(int64(b.delay)))
 	}
 	time.AfterFunc(delay, arrive)
+}
+
+// lose makes messages get lost on a way, as often as loss says.
+func (b *bus) lose(from, to int, loss float64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.lossTo[way{from, to}] = loss
 }
 
 // isolate cuts a rank off, or connects it again.
@@ -281,7 +307,18 @@ func TestChaos(t *testing.T) {
 	for seed := range uint64(20) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
-			synctest.Test(t, func(t *testing.T) { chaos(t, seed) })
+			synctest.Test(t, func(t *testing.T) { chaos(t, seed, false) })
+		})
+	}
+}
+
+// The same with a hub.
+func TestChaosWithHub(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(20) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { chaos(t, seed, true) })
 		})
 	}
 }
@@ -298,14 +335,14 @@ type chaosRun struct {
 	agreed, failed, restarted []int // by rank
 }
 
-func chaos(t *testing.T, seed uint64) {
+func chaos(t *testing.T, seed uint64, hub bool) {
 	const size = 4
 	c := &chaosRun{
 		T: t, bus: newBus(size, seed), seed: seed, ranks: make([]*stepper, size),
 		ledger: &ledger{steps: map[uint64][]int{}, given: map[int]int{}},
 		agreed: make([]int, size), failed: make([]int, size), restarted: make([]int, size),
 	}
-	c.bus.loss, c.bus.twice, c.bus.delay = 0.05, 0.05, 5*time.Millisecond
+	c.bus.loss, c.bus.twice, c.bus.delay, c.bus.hub = 0.05, 0.05, 5*time.Millisecond, hub
 	c.here.Store(size)
 	ctx, over := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer over()
