@@ -60,7 +60,7 @@ func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
 
 // warmUp captures all graphs, together with the other ranks, which must have been started alike.
 func (r *rank) warmUp(ctx context.Context) error {
-	ctx, span := r.startWarmUp(ctx, "warm-up")
+	ctx, span := r.startWarmUp(ctx)
 	defer span.End()
 	began := time.Now()
 	if err := r.fallBack(); err != nil {
@@ -86,11 +86,11 @@ func (r *rank) warmUp(ctx context.Context) error {
 
 // startWarmUp starts the span of a warm-up. With the step trace all steps are below that of rank 0,
 // so the others need none.
-func (r *rank) startWarmUp(ctx context.Context, name string) (context.Context, trace.Span) {
+func (r *rank) startWarmUp(ctx context.Context) (context.Context, trace.Span) {
 	if r.engine.config.StepTrace && r.rank > 0 {
 		return ctx, noop.Span{}
 	}
-	return r.tracer.Start(ctx, name, trace.WithNewRoot())
+	return r.tracer.Start(ctx, "warm-up", trace.WithNewRoot())
 }
 
 // instances returns the rank's models.

@@ -113,7 +113,7 @@ func (r *rank) countAnew() {
 
 // change changes to the sizes that all ranks have chosen.
 func (r *rank) change(ctx context.Context) error {
-	ctx, span := r.startWarmUp(ctx, "replan")
+	ctx, span := r.startWarmUp(ctx)
 	defer span.End()
 	began := time.Now()
 	for i, in := range r.instances() {

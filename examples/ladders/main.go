@@ -107,7 +107,13 @@ func halves(all []engine.Request) (first, second []engine.Request) {
 type ladder struct {
 	name  string
 	sizes []int // nil: the engine's default
-	turns []engine.Stats
+	turns []served
+}
+
+// served is what came of serving the requests once.
+type served struct {
+	engine.Stats
+	cpu time.Duration // also of its warm-up
 }
 
 // compare serves with each ladder in turns, and prints the table.
@@ -119,11 +125,12 @@ func (b *bench) compare(ctx context.Context, turns int, stdout io.Writer) error 
 	for turn := range turns {
 		for i := range ladders {
 			l := &ladders[(turn+i)%len(ladders)]
+			before := cpuTime()
 			stats, err := b.serve(ctx, l.sizes, b.second, nil)
 			if err != nil {
 				return err
 			}
-			l.turns = append(l.turns, stats)
+			l.turns = append(l.turns, served{stats, cpuTime() - before})
 		}
 	}
 	return b.print(stdout, ladders)
@@ -132,22 +139,16 @@ func (b *bench) compare(ctx context.Context, turns int, stdout io.Writer) error 
 // ladders returns the default one, and plans from the first half of the trace.
 func (b *bench) ladders(ctx context.Context) ([]ladder, error) {
 	var seen fwdplan.Sizes
-	if _, err := b.serve(ctx, nil, b.first, seen.Observe); err != nil {
-		return nil, err
-	}
-	all := []ladder{{name: "default"}}
-	sizes := fwd.DefaultCaptureSizes(max(64, b.config.MaxNumSeqs)) // as the engine's
-	dispatch := fwd.DispatcherConfig{
-		Mode: b.config.GraphMode, CaptureSizes: sizes, MaxNumSeqs: b.config.MaxNumSeqs,
-	}
-	d, err := fwd.NewDispatcher(dispatch)
+	stats, err := b.serve(ctx, nil, b.first, seen.Observe)
 	if err != nil {
 		return nil, err
 	}
-	graphs := len(d.Captures())
-	for _, most := range []int{graphs, graphs / 2} {
+	all := []ladder{{name: "default"}}
+	before := stats.Ladders[0]
+	for _, most := range []int{before.Graphs, before.Graphs / 2} {
 		plan, err := fwdplan.Choose(seen.Snapshot(), fwdplan.Config{
-			MaxGraphs: most, Must: []int{slices.Max(sizes)}, Unseen: true, Dispatcher: dispatch,
+			MaxGraphs: most, Must: []int{slices.Max(before.Sizes)}, Unseen: true,
+			Dispatcher: fwd.DispatcherConfig{Mode: b.config.GraphMode, MaxNumSeqs: b.config.MaxNumSeqs},
 		})
 		if err != nil {
 			return nil, err
@@ -174,34 +175,26 @@ func (b *bench) print(stdout io.Writer, ladders []ladder) error {
 	fmt.Fprintf(stdout, "%d requests to plan from, %d to serve, %d times with each list of sizes\n\n",
 		len(b.first), len(b.second), len(ladders[0].turns))
 	t := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(t, "sizes\tgraphs\twarm-up, ms\tpadding, %\teager, %\tin passes, s\ttokens/s")
+	fmt.Fprintln(t, "sizes\tgraphs\twarm-up, ms\tpadding, %\teager, %\tCPU, s\ttokens/s")
 	for _, l := range ladders {
 		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", l.name,
-			l.of(0, func(s *engine.Stats) float64 { return float64(s.Ladders[0].Graphs) }),
-			l.of(0, func(s *engine.Stats) float64 { return float64(s.WarmUp) / float64(time.Millisecond) }),
-			l.of(1, func(s *engine.Stats) float64 {
-				return 100 * float64(s.Ladders[0].Padding) / float64(max(s.Ladders[0].Tokens, 1))
+			l.of(0, func(t *served) float64 { return float64(t.Ladders[0].Graphs) }),
+			l.of(0, func(t *served) float64 { return float64(t.WarmUp) / float64(time.Millisecond) }),
+			l.of(1, func(t *served) float64 {
+				return 100 * float64(t.Ladders[0].Padding) / float64(max(t.Ladders[0].Tokens, 1))
 			}),
-			l.of(1, func(s *engine.Stats) float64 {
-				return 100 * float64(s.Ladders[0].Eager) / float64(max(s.Steps, 1))
-			}),
-			l.of(2, func(s *engine.Stats) float64 {
-				longest := time.Duration(0)
-				for _, r := range s.Ranks {
-					longest = max(longest, r.Forward)
-				}
-				return longest.Seconds()
-			}),
-			l.of(0, func(s *engine.Stats) float64 { return tokens(s) / s.Duration.Seconds() }))
+			l.of(1, func(t *served) float64 { return 100 * float64(t.Ladders[0].Eager) / float64(max(t.Steps, 1)) }),
+			l.of(2, func(t *served) float64 { return t.cpu.Seconds() }),
+			l.of(0, func(t *served) float64 {
+				return float64(t.PromptTokens+t.GeneratedTokens) / t.Duration.Seconds()
+			}))
 	}
 	return t.Flush()
 }
 
-func tokens(s *engine.Stats) float64 { return float64(s.PromptTokens + s.GeneratedTokens) }
-
 // of returns a figure of all turns with so many digits: the median, and the least and the most if they
 // differ.
-func (l *ladder) of(digits int, figure func(*engine.Stats) float64) string {
+func (l *ladder) of(digits int, figure func(*served) float64) string {
 	var all []float64
 	for i := range l.turns {
 		all = append(all, figure(&l.turns[i]))

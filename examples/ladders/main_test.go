@@ -49,8 +49,11 @@ func TestHalves(t *testing.T) {
 }
 
 func TestMedian(t *testing.T) {
-	l := ladder{turns: []engine.Stats{{Steps: 7}, {Steps: 1}, {Steps: 4}, {Steps: 3}}}
-	steps := func(s *engine.Stats) float64 { return float64(s.Steps) }
+	var l ladder
+	for _, n := range []int{7, 1, 4, 3} {
+		l.turns = append(l.turns, served{Stats: engine.Stats{Steps: n}})
+	}
+	steps := func(t *served) float64 { return float64(t.Steps) }
 	if got := l.of(1, steps); got != "3.5 (1.0 to 7.0)" {
 		t.Errorf("%q", got)
 	}
