@@ -33,8 +33,9 @@ type Config struct {
 	// largest decode batch if that is larger.
 	CaptureSizes []int
 
-	// Replan is after how many steps the ranks choose the capture sizes anew, from the sizes of all steps
-	// so far, again and again: at most as many graphs as the configuration has. 0: never.
+	// Replan is after how many steps that ran by graphs the ranks choose the capture sizes anew, from
+	// the sizes of all steps so far, again and again: at most as many graphs as the configuration has.
+	// 0: never.
 	Replan int
 
 	// NumUBatches is the number of microbatches of a split pass; with 0 or 1, passes are not split. A

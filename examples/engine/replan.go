@@ -56,9 +56,10 @@ type replan struct {
 	began   fwdplan.Snapshot // of the steps before the last ladder
 }
 
-// observe counts a step.
+// observe counts a step, if it has run by a graph: the others say nothing about which graphs are worth
+// having. The ranks have agreed on the mode, so all count the same.
 func (p *replan) observe(rec *fwd.Record) {
-	if rec.Err == nil && rec.Phase != warmUpPhase {
+	if rec.Err == nil && rec.Phase != warmUpPhase && rec.GraphMode != fwd.GraphNone {
 		p.steps++
 	}
 }

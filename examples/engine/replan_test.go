@@ -281,8 +281,10 @@ func TestReplanKeepsFew(t *testing.T) {
 	}
 }
 
-// replanned returns a fleet whose ranks are processes and choose anew.
+// replanned returns a fleet whose ranks are processes and choose anew after ten steps, all of which
+// run by graphs.
 func replanned(t *testing.T, cfg Config) *fleet {
+	cfg.CaptureSizes = []int{3, 6, 12, 24, 48, 129}
 	cfg.GraphMode, cfg.Replan, cfg.ExchangeTimeout = fwd.GraphFullAndPiecewise, 10, 300*time.Millisecond
 	return newFleet(t, cfg, newRequests(14*cfg.DataParallelSize, 20, 40))
 }
@@ -367,7 +369,7 @@ func crashAfterChange(cfg *Config) {
 // TestReplanLostAnswers: wherever a rank misses the others' votes, the ranks find each other again, all
 // with the same ladder.
 func TestReplanLostAnswers(t *testing.T) {
-	graphs := int64(len(newEngine(t, Config{GraphMode: fwd.GraphFullAndPiecewise}).target.dispatcher.Captures()))
+	graphs := int64(len(newEngine(t, replanned(t, Config{DataParallelSize: 3}).cfg).target.dispatcher.Captures()))
 	for name, c := range map[string]struct {
 		lose  func(warmUp, step int64) bool
 		alone bool // the other ranks don't even notice

@@ -28,10 +28,10 @@ func (o *sizesOptions) define(flags *flag.FlagSet) {
 		"sizes of graphs in tokens, as a `list` 1,2,4,8 or as the name of a\n"+
 			"file with such a list or with a plan of fwdplan -json")
 	flags.IntVar(&o.replan, "replan", 0,
-		"every `N` steps choose the capture sizes anew from the sizes of all\n"+
-			"steps so far, capture the graphs that are missing and drop those that\n"+
-			"are not needed any more: at most as many as at the start, with the\n"+
-			"same largest size (0: never)")
+		"every `N` steps that ran by graphs choose the capture sizes anew from\n"+
+			"the sizes of all steps so far, capture the graphs that are missing and\n"+
+			"drop those that are not needed any more: at most as many as at the\n"+
+			"start, with the same largest size (0: never)")
 	flags.IntVar(&o.maxSeqs, "max-seqs", 0, "most `requests` of a rank in a step (0: 16)")
 	flags.IntVar(&o.batchedTokens, "batched-tokens", 0, "most `tokens` of a rank in a step (0: 128)")
 	flags.StringVar(&o.sizes, "sizes", "", "write to this `file` how many passes there were of each size,\n"+
