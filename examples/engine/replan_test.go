@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/forwardctx/fwd"
@@ -402,4 +403,26 @@ func TestReplanLostAnswers(t *testing.T) {
 			}
 		}))
 	}
+}
+
+// TestReplanStrangers: ranks that were configured with different sizes say so, however long they would
+// wait for each other.
+func TestReplanStrangers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := replanned(t, Config{DataParallelSize: 2})
+		began := time.Now()
+		outcomes := f.each(func(rank int) outcome {
+			cfg := f.config(rank, time.Hour)
+			if rank == 1 {
+				cfg.CaptureSizes = []int{3, 129}
+			}
+			return f.run(t.Context(), cfg, f.requests[rank])
+		})
+		for rank, o := range outcomes {
+			if !errors.Is(o.err, fwd.ErrInvalid) || !strings.Contains(o.err.Error(), "configured differently") ||
+				o.stats.FailedSteps != mostStrangers || time.Since(began) > time.Minute {
+				t.Errorf("rank %d: %v after %d failed steps", rank, o.err, o.stats.FailedSteps)
+			}
+		}
+	})
 }

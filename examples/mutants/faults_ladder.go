@@ -55,7 +55,7 @@ var ladderFaults = []fault{
 		name: "new-graphs-not-captured", kind: ladder, file: "examples/engine/replan.go",
 		what: "the ranks serve before the new graphs are captured",
 		old:  "in.warmUp(ctx, kept)",
-		new:  "in.warmUp(ctx, in.graphs)",
+		new:  "in.warmUp(ctx, append(kept, in.graphs...))",
 	},
 	{
 		name: "largest-size-lost", kind: ladder, file: "examples/engine/replan.go",
@@ -79,7 +79,7 @@ var ladderFaults = []fault{
 		name: "dropped-graphs-stay", kind: ladder, file: "examples/model/executor.go",
 		what: "graphs that the new ladder does not have stay in memory",
 		old:  "\t\tif !slices.Contains(stay, fwd.Capture{Mode: mode, Batch: at.key}) {\n",
-		new:  "\t\tif len(stay) == 0 {\n",
+		new:  "\t\tif slices.Equal(stay, nil) {\n",
 	},
 	{
 		name: "dropped-graphs-with-kept", kind: ladder, file: "examples/model/executor.go",
