@@ -29,6 +29,18 @@
 //		})
 //	}
 //
+// Options let it check more: what happens when messages get lost in one direction, and groups of other
+// sizes.
+//
+//	fwdtest.TestCoordinator(t, newGroup,
+//		fwdtest.WithLoss(func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) {
+//			way := network.Way(group[from], group[to]) // of the test
+//			way.Block()
+//			return way.Open
+//		}),
+//		fwdtest.WithSizes(2, 3, 8, 32), // all checks
+//		fwdtest.WithSmoke(128))         // a few
+//
 // # What is checked
 //
 //   - Exchange: each coordinator knows its rank and size. Every rank gets all votes, in rank order
@@ -63,6 +75,10 @@
 //     differently, or does not warm up what the others warm up, all get an error that names it, and
 //     the next step works. They warm up together and then serve. [fwd.Runner.Begin] votes for
 //     several ranks in one goroutine.
+//   - Loss: messages of one rank do not come to another, to none of the others, or one rank hears
+//     nobody. That begins before anybody votes, after the first vote of a step, or while ranks take
+//     steps as they like. It ends after one step or several, stays, or comes and goes. [WithLoss] says
+//     what must hold. These checks need that option, and 3 ranks.
 //   - Load: many steps, of ranks that come as fast as they can or when they like; several groups
 //     concurrently, which don't mix; and contexts that end at any time. An exchange may then
 //     succeed on one rank and fail on another, but ranks that get the votes of a step get the same
@@ -77,6 +93,6 @@
 // means within 2 seconds. An exchange that does not return fails its check after 10 seconds at
 // most, and is left behind.
 //
-// The suite takes about 10 seconds for the coordinators of [fwd.NewLocalGroup]; most of that is
-// waiting.
+// The suite takes about 10 seconds for the coordinators of [fwd.NewLocalGroup], and 40 in groups of 2, 3,
+// 8 and 32 ranks with a few of 128; most of that is waiting.
 package fwdtest

@@ -10,8 +10,12 @@ func inMesh(wrong flaws) breakGroup {
 }
 
 // aMesh begins the names of faults and liberties whose groups are meshes.
-const aMesh = "a mesh "
+const (
+	aMesh      = "a mesh "
+	aLargeMesh = aMesh + "of up to 32 ranks"
+)
 
+// These are what the suite says.
 const (
 	onSome  = `only some ranks got the votes of step \d+, although step \d+ was broken`
 	inARow  = `only one got the votes of step \d+, and only one those of step \d+`

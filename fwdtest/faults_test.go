@@ -201,6 +201,9 @@ var liberties = []struct {
 		}
 	}, []string{"Exchange/Ranks"}},
 	{aMesh + "without flaws", inMesh(flaws{}), []string{"Loss/BeforeTheVote"}},
+	{aMesh + "that passes ballots on", inMesh(flaws{relays: true}),
+		[]string{"Loss/BeforeTheVote", "Loss/UnheardByAll", "Loss/GiveUpInTurn", "Loss/ComesAndGoes"}},
+	{aLargeMesh, inMesh(flaws{}), []string{"Loss/AfterFirstVotes", "Loss/Stays", "Loss/ComesAndGoes"}},
 }
 
 // subject is the environment variable that names the fault or liberty of TestSubject's
@@ -231,6 +234,9 @@ func TestSubject(t *testing.T) {
 	var opts []fwdtest.Option
 	if strings.HasPrefix(name, aMesh) {
 		opts = append(opts, fwdtest.WithLoss(loseInMesh))
+	}
+	if name == aLargeMesh {
+		opts = append(opts, fwdtest.WithSizes(2, 5, 32))
 	}
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
 		group := localGroup(t, size)
@@ -308,7 +314,7 @@ func TestLiberties(t *testing.T) {
 // TestSkipped checks that a coordinator is not checked for what it need not have: the methods Missing
 // and Last, and a way to lose its messages.
 func TestSkipped(t *testing.T) {
-	for part, checks := range map[string]int{"MissingRanks": 4, "Last": 4, "Loss": 7} {
+	for part, checks := range map[string]int{"MissingRanks": 5, "Last": 5, "Loss": 7} {
 		output, err := runSubject(t, "has neither Missing nor Last", "/"+part)
 		skipped := strings.Count(output, "--- SKIP: TestSubject/"+part+"/")
 		if err != nil || skipped != checks {

@@ -19,3 +19,8 @@ func localGroup(t *testing.T, size int) []fwd.Coordinator {
 }
 
 func TestLocalGroup(t *testing.T) { fwdtest.TestCoordinator(t, localGroup) }
+
+// All checks pass in groups of the sizes of common deployments, and a few in larger ones.
+func TestSizes(t *testing.T) {
+	fwdtest.TestCoordinator(t, localGroup, fwdtest.WithSizes(2, 3, 8, 32), fwdtest.WithSmoke(128))
+}

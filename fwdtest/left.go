@@ -63,10 +63,11 @@ func (s suite) nothingLeftByRounds(t *testing.T, size int) {
 // nothingLeftByBrokenRounds checks that broken rounds leave nothing behind.
 func (s suite) nothingLeftByBrokenRounds(t *testing.T, size int) {
 	g := s.group(t, size)
+	here := g.except(size - 1)
 	const rounds = 1000
 	leavesNothing(t, rounds, func() {
 		for range rounds {
-			g.breakAtOnce(0, 1)
+			g.breakAtOnce(here...)
 		}
 	})
 	g.comeTogether()

@@ -99,12 +99,14 @@ func (s suite) paced(t *testing.T, size int) {
 
 // severalGroups checks that groups which run concurrently don't get each other's votes.
 func (s suite) severalGroups(t *testing.T, size int) {
+	const n = 5
 	var groups []*group
-	for range 5 {
+	for range n {
 		groups = append(groups, s.group(t, size))
 	}
-	run(t, size*len(groups), func(ctx context.Context, w watch, i int) error {
-		return groups[i/size].take(ctx, w, i%size, s.many(1000), noPause)
+	steps := min(s.many(1000), s.many(1000*n)/n) // they share the time
+	run(t, size*n, func(ctx context.Context, w watch, i int) error {
+		return groups[i/size].take(ctx, w, i%size, steps, noPause)
 	})
 }
 

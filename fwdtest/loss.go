@@ -88,10 +88,10 @@ func (l *lossy) losesNothing() {
 	l.lost, l.ends = nil, nil
 }
 
-// unheard returns the ranks that a rank does not hear.
-func (l *lossy) unheard(by int) (ranks []int) {
+// unheardBy returns the ranks that a rank does not hear.
+func (l *lossy) unheardBy(rank int) (ranks []int) {
 	for _, k := range l.lost {
-		if k.to == by {
+		if k.to == rank {
 			ranks = append(ranks, k.from)
 		}
 	}
@@ -99,10 +99,10 @@ func (l *lossy) unheard(by int) (ranks []int) {
 	return ranks
 }
 
-// deaf returns the ranks that do not hear a rank.
-func (l *lossy) deaf(to int) (ranks []int) {
+// deafTo returns the ranks that do not hear a rank.
+func (l *lossy) deafTo(rank int) (ranks []int) {
 	for _, k := range l.lost {
-		if k.from == to {
+		if k.from == rank {
 			ranks = append(ranks, k.to)
 		}
 	}
@@ -183,13 +183,12 @@ func (a *attempt) settled() {
 func (a *attempt) waitsForTheUnheard() bool {
 	some := false
 	for _, rank := range a.open(a.all()) {
-		unheard := a.unheard(rank)
+		unheard := a.unheardBy(rank)
 		if unheard == nil {
 			continue
 		}
 		some = true
-		missing := slices.Sorted(slices.Values(a.missing(rank)))
-		if !slices.Equal(missing, unheard) && !a.calls[rank].isDone() {
+		if !names(a.missing(rank), unheard) && !a.calls[rank].isDone() {
 			return false
 		}
 	}
@@ -203,9 +202,9 @@ func (a *attempt) deafFirst() (whole bool) {
 	a.Helper()
 	var deaf, others []int
 	for rank := range a.ranks {
-		if a.unheard(rank) != nil {
+		if a.unheardBy(rank) != nil {
 			deaf = append(deaf, rank)
-		} else if a.deaf(rank) == nil {
+		} else if a.deafTo(rank) == nil {
 			others = append(others, rank)
 		}
 	}
@@ -284,9 +283,9 @@ func (l *lossy) namesTheUnheard(c *call) {
 	if len(l.lost) == 0 {
 		return
 	}
-	want := l.unheard(c.rank)
+	want := l.unheardBy(c.rank)
 	if want == nil {
-		want = l.deaf(c.rank)
+		want = l.deafTo(c.rank)
 	}
 	if want == nil {
 		for _, k := range l.lost {
@@ -477,7 +476,7 @@ func (l *lossy) losesWhileRunning(k link) {
 	}, func() {
 		time.Sleep(l.settle)
 		l.loses(k)
-		l.since = begun.Load()
+		l.since = max(l.since, begun.Load())
 		select {
 		case <-running.Done():
 		case <-time.After(10 * l.settle):

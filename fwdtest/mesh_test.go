@@ -30,8 +30,9 @@ type mesh struct {
 	queue []func()        // messages under way
 }
 
-// flaws are what a mesh may get wrong on purpose.
+// flaws are what a mesh may get wrong on purpose, or do in another way.
 type flaws struct {
+	relays        bool // each rank passes ballots on, which is no flaw
 	saysNothing   bool // of the round before
 	confirmsNever bool // nor waits for confirmations
 	confirmsEarly bool // when it votes
@@ -207,12 +208,18 @@ func (r *meshRank) enter() {
 	}
 	r.late, r.last = false, r.vote.Step
 	b := ballot{round: r.round + 1, vote: r.vote, step: r.step, first: r.round == 0, broken: r.broken}
-	r.add(r.rank, b)
 	from := r.rank
 	r.sendAll(func(r *meshRank) { r.handleBallot(from, b) })
+	r.add(from, b)
 }
 
 func (r *meshRank) add(from int, b ballot) {
+	if _, here := r.open.ballots[from]; here {
+		return
+	}
+	if r.relays {
+		r.sendAll(func(r *meshRank) { r.handleBallot(from, b) })
+	}
 	r.open.ballots[from], r.open.last = b, from
 	r.look()
 }

@@ -51,20 +51,32 @@ func immediately[T any](g *group, rank int, name string, method func() T) (resul
 	return result
 }
 
-// misses checks that the ranks in the open round name the others, and that the others name none.
+// misses checks that the ranks in the open round name the others, and that the others name none. Over
+// a network they may hear late of ranks that have come, but immediately all the same.
 func (g *group) misses(here ...int) {
 	g.Helper()
+	end := time.Now().Add(atOnce)
 	for rank := range g.ranks {
 		var want []int
 		if slices.Contains(here, rank) {
 			want = g.except(here...)
 		}
-		got := slices.Clone(g.missing(rank)) // a clone of nil is nil, and the order does not matter
-		slices.Sort(got)
-		if !slices.Equal(got, want) || (got == nil) != (want == nil) {
-			g.Errorf("rank %d names %#v as missing, want %#v: ranks %v are in the round", rank, got, want, here)
+		got := g.missing(rank)
+		for !names(got, want) && time.Now().Before(end) {
+			time.Sleep(10 * time.Millisecond)
+			got = g.missing(rank)
+		}
+		if !names(got, want) {
+			g.Fatalf("rank %d names %#v as missing, want %#v: ranks %v are in the round", rank, got, want, here)
 		}
 	}
+}
+
+// names reports whether got has the wanted ranks, in any order, and is nil if there are none.
+func names(got, want []int) bool {
+	sorted := slices.Clone(got)
+	slices.Sort(sorted)
+	return slices.Equal(sorted, want) && (got == nil) == (want == nil)
 }
 
 // missingNoneOpen checks that nobody names a rank when no exchange is open, whatever was before.

@@ -115,6 +115,32 @@ func TestHubTellsWhoIsLast(t *testing.T) {
 	})
 }
 
+// However many ranks come one after the other, whoever looks twice within a second learns who is missing.
+func TestMissingOneByOne(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const size = 20
+		b := newBus(size, 1)
+		defer b.killAll()
+		group := b.joinAll(t)
+		var begun []<-chan error
+		for last := range size - 1 {
+			begun = append(begun, group[last].begin(t.Context(), 1))
+			time.Sleep(time.Second)
+			for rank := range last + 1 {
+				group[rank].missingVotes()
+			}
+			time.Sleep(10 * time.Millisecond)
+			for rank := range last + 1 {
+				if got := group[rank].missingVotes(); len(got) != size-1-last || got[0] != last+1 {
+					t.Errorf("rank %d names ranks %v as missing, want %d to %d", rank, got, last+1, size-1)
+				}
+			}
+		}
+		succeed(t, append(begun, group[size-1].begin(t.Context(), 1))...)
+	})
+}
+
 // A rank that can't wait any longer ends the round for all, and all name who was missing: a rank, some,
 // or the hub, whether that does nothing or is gone.
 func TestMissingThroughHub(t *testing.T) {
