@@ -370,7 +370,8 @@ func crashAfterChange(cfg *Config) {
 // TestReplanLostAnswers: wherever a rank misses the others' votes, the ranks find each other again, all
 // with the same ladder.
 func TestReplanLostAnswers(t *testing.T) {
-	graphs := int64(len(newEngine(t, replanned(t, Config{DataParallelSize: 3}).cfg).target.dispatcher.Captures()))
+	e := newEngine(t, replanned(t, Config{DataParallelSize: 3}).cfg)
+	graphs := int64(len(e.target.dispatcher.Captures()))
 	for name, c := range map[string]struct {
 		lose  func(warmUp, step int64) bool
 		alone bool // the other ranks don't even notice
