@@ -12,7 +12,7 @@ func inMesh(wrong flaws) breakGroup {
 // aMesh begins the names of faults and liberties whose groups are meshes.
 const (
 	aMesh      = "a mesh "
-	aLargeMesh = aMesh + "of up to 32 ranks"
+	aLargeMesh = aMesh + "of up to 8 ranks"
 )
 
 // These are what the suite says.

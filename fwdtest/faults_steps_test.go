@@ -134,7 +134,7 @@ var missingFaults = []fault{
 	{"gives everyone the cause", inErrors(fwd.ErrRankMissing, func(_ fwd.Coordinator, err *fwd.RankError) error {
 		err.Err = fmt.Errorf("%w: %w", err.Err, context.Canceled)
 		return err
-	}), `error .* is "context canceled": true, want false|and another: .*context canceled`,
+	}), `error .* is "context canceled": true, want false|rank 1, when the context .*canceled`,
 		[]string{"Missing/Cancelled", "Plans/BeginMissing"}},
 	{"says that it is both", inErrors(fwd.ErrRankMissing, func(_ fwd.Coordinator, err *fwd.RankError) error {
 		err.Err = fmt.Errorf("%w: %w", err.Err, fwd.ErrLockstep)

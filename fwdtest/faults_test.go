@@ -236,7 +236,7 @@ func TestSubject(t *testing.T) {
 		opts = append(opts, fwdtest.WithLoss(loseInMesh))
 	}
 	if name == aLargeMesh {
-		opts = append(opts, fwdtest.WithSizes(2, 5, 32))
+		opts = append(opts, fwdtest.WithSizes(2, 5, 8))
 	}
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
 		group := localGroup(t, size)

@@ -317,5 +317,4 @@ func (g *group) breakStep(here ...int) {
 	g.pause()
 	cancel()
 	g.fail(calls, fwd.ErrRankMissing, g.except(here...)...)
-	g.pause() // the others hear of it too
 }

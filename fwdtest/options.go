@@ -32,9 +32,10 @@ func (f optionFunc) apply(s *suite) { f(s) }
 //   - Whoever gets no votes gets a [fwd.RankError] that is [fwd.ErrRankMissing] and names others. It
 //     comes when its context ends, at the latest. If a rank that does not hear another gives up, all
 //     that wait for votes with it, and that it hears, get it immediately.
-//   - Once a rank has reported that it does not hear another, the error of the latter names only ranks
-//     that do not hear it, and those of all others only ranks that are not heard. If a rank gives up
-//     before it has heard why it has to wait, its error may name any other rank.
+//   - The error of a rank that does not hear others names only these. Once they know of it, the errors
+//     of the others name ranks that are not heard or that do not hear. So a rank that is not heard by
+//     one other learns which one that is. If a rank gives up before it has heard why it has to wait,
+//     its error may name any other rank.
 //   - It never happens in two steps in a row that, of the same two ranks, only one gets the votes.
 //   - Once the loss has ended, at most two more steps fail, and then the group is whole. A step that
 //     was open when the loss ended does not count.

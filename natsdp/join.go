@@ -75,7 +75,7 @@ func (m *member) join(ctx context.Context) error {
 		case <-again.C:
 			if now := time.Now(); now.Sub(said) >= time.Second {
 				said = now
-				m.log.Info("waiting for ranks", "missing", missing)
+				m.log.Warn("waiting for ranks", "missing", missing)
 			}
 			if m.hasHub() {
 				m.ask(toAll)

@@ -631,30 +631,28 @@ func (m *member) confirm() {
 // some and broken for others: those may not hear the ranks that were missing there, which would go on
 // without them.
 func (m *member) endDivided(step uint64) {
-	var deaf, missing []int // those that broke the round before; the ranks that were missing in it
-	notHeard := false
+	var by, deaf, missing []int // who broke it; of these, who did not hear this rank; who was missing
 	for rank := range m.open.voters {
 		before := &m.open.voters[rank].before
 		if !before.broken {
 			continue
 		}
-		missing = append(missing, before.missing...)
-		if slices.Contains(before.missing, m.rank) {
-			deaf, notHeard = append(deaf, before.by), true
-		} else if !notHeard {
+		by, missing = append(by, before.by), append(missing, before.missing...)
+		if rank != m.rank && slices.Contains(before.missing, m.rank) {
 			deaf = append(deaf, before.by)
 		}
 	}
-	slices.Sort(missing)
-	how := ending{broken: true, by: deaf[0], missing: slices.Compact(missing)}
-	err := &fwd.RankError{Step: step, Ranks: how.missing}
-	if notHeard {
-		err.Ranks = without(deaf, []int{m.rank})
+	how := ending{broken: true, by: by[0], missing: without(missing, nil)}
+	err := &fwd.RankError{Step: step, Ranks: without(deaf, []int{m.rank})}
+	if len(err.Ranks) > 0 {
 		err.Err = fmt.Errorf("%w: ranks %v did not hear rank %d in the step before, which was complete for others",
 			fwd.ErrRankMissing, err.Ranks, m.rank)
 	} else {
 		err.Err = fmt.Errorf("%w: the step before was complete for some, and rank %d stopped waiting in it",
 			fwd.ErrRankMissing, how.by)
+		if err.Ranks = without(missing, []int{m.rank}); len(err.Ranks) == 0 {
+			err.Ranks = without(append(by, m.hub), []int{m.rank, noHub})
+		}
 	}
 	m.stats.Broken++
 	m.end(how, step, outcome{err: err})
@@ -719,6 +717,7 @@ func (m *member) brokenMessage(by int) message {
 	msg := m.message(kindBroken)
 	msg.round, msg.lowest = m.round+1, m.last
 	msg.ending = ending{broken: true, by: by, missing: m.lacking()}
+	msg.full = m.full
 	msg.step = max(msg.step, m.open.highest()) // not below what a restarted rank may have missed
 	if m.waiting {
 		msg.step = max(msg.step, m.vote.Step)
@@ -734,9 +733,11 @@ func (m *member) brokenMessage(by int) message {
 // fail ends the open round, in which this rank waits, without the votes of all.
 func (m *member) fail(msg *message) {
 	missing, err := m.blame(msg)
+	how := msg.ending // and what this rank lacks itself, so that whoever it does not hear learns of that
+	how.missing = without(append(how.missing, without(m.open.lacks(m.lives), []int{m.rank})...), nil)
 	m.answer = m.repeated(msg)
 	m.endRound(msg.round, msg.step)
-	m.ending, m.last, m.lastRank = msg.ending, msg.step, -1
+	m.ending, m.last, m.lastRank = how, msg.step, -1
 	m.log.Warn("a step is broken", "step", msg.step, "by", msg.by, "missing", msg.missing)
 	m.release(outcome{err: &fwd.RankError{Err: err, Step: msg.step, Ranks: missing}})
 }
@@ -754,7 +755,7 @@ func (m *member) blame(msg *message) (missing []int, err error) {
 		return msg.missing, fmt.Errorf("%w: rank %d stopped waiting%s",
 			fwd.ErrRankMissing, msg.by, m.resized(msg.missing))
 	}
-	if missing = without(m.open.lacks(m.lives), []int{m.rank}); len(missing) > 0 && !m.hasHub() {
+	if missing = without(m.open.lacks(m.lives), []int{m.rank}); msg.full && len(missing) > 0 && !m.hasHub() {
 		return missing, fmt.Errorf("%w: rank %d stopped waiting, and rank %d does not hear ranks %v",
 			fwd.ErrRankMissing, msg.by, m.rank, missing)
 	}
@@ -785,9 +786,12 @@ func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 		m.late, m.lateFrom = true, lowest
 	}
 	m.endRound(round, max(step, m.step))
-	if !how.broken { // what is known of an earlier break holds
-		how = m.ending
-		how.complete = false
+	if m.ending.broken { // what this rank knows of an earlier break holds
+		by := m.ending.by
+		if how.broken {
+			by = how.by
+		}
+		how = ending{broken: true, by: by, missing: without(append(how.missing, m.ending.missing...), nil)}
 	}
 	m.ending, m.answer = how, nil
 	if m.waiting {
@@ -1067,7 +1071,8 @@ func (m *member) handleBroken(msg *message, direct bool) {
 	}
 	switch {
 	case msg.round <= m.round: // known already
-	case m.waiting && msg.round == m.round+1 && (!slices.Contains(msg.missing, m.rank) || m.notHeardBy(msg.by)):
+	case m.waiting && msg.round == m.round+1 &&
+		(!slices.Contains(msg.missing, m.rank) || m.gaveUp || !direct && m.notHeardBy(msg.by)):
 		m.stats.Broken++
 		m.fail(msg)
 	case msg.round == m.round+1:
@@ -1081,10 +1086,10 @@ func (m *member) handleBroken(msg *message, direct bool) {
 }
 
 // notHeardBy reports whether this rank, which waits and is missing for another, is more than late: the
-// other has missed it in the round before too, or this rank can't wait any longer.
+// other has missed it in the round before too, and does not just answer a vote that came too late.
 func (m *member) notHeardBy(by int) bool {
 	voter := &m.open.voters[by]
-	return m.gaveUp || voter.here && voter.before.broken && slices.Contains(voter.before.missing, m.rank)
+	return voter.here && voter.before.broken && slices.Contains(voter.before.missing, m.rank)
 }
 
 // without returns ranks in ascending order, each once, and none of those that are left out.

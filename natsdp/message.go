@@ -47,7 +47,8 @@ const (
 	// ended. Body: see appendVote.
 	kindVote
 
-	// kindBroken says that a round and a step are over. Body: lowest (8), then see ending.append.
+	// kindBroken says that a round and a step are over. Body: lowest (8), 1 if its rank has the votes of
+	// all (1), then see ending.append.
 	kindBroken
 
 	// kindBye says that a rank leaves. Round and step are the last that have ended. It has no body.
@@ -131,10 +132,10 @@ type message struct {
 	// Of a vote.
 	vote  fwd.Vote
 	lives uint64 // see hashLives; also that of kindReady
-	full  bool   // see flagFull
 	asks  bool   // see flagAsks
 
 	// Of a vote and of kindBroken.
+	full bool // see flagFull
 	ending
 
 	// Of kindBroken.
@@ -195,6 +196,7 @@ func (m *message) encode() []byte {
 		b = m.appendVote(b)
 	case kindBroken:
 		b = binary.BigEndian.AppendUint64(b, m.lowest)
+		b = append(b, byte(flag(m.full, 1)))
 		b = m.ending.append(b, m.size)
 	case kindState:
 		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|
@@ -317,7 +319,7 @@ func (m *message) bodySize() (least, most int) {
 	case kindVote:
 		return voteSize, voteSize + endingSize + (m.size+7)/8 + spanSize + maxTraceState
 	case kindBroken:
-		n := 8 + endingSize + (m.size+7)/8
+		n := 8 + 1 + endingSize + (m.size+7)/8
 		return n, n
 	case kindReady:
 		return readySize, readySize
@@ -338,7 +340,9 @@ func (m *message) decodeBody(body []byte) error {
 		m.decodeVote(&r)
 	case kindBroken:
 		m.lowest = r.counter()
-		m.broken = true
+		full := r.uint8()
+		r.require(full <= 1)
+		m.full, m.broken = full == 1, true
 		m.decodeEnding(&r)
 	case kindReady:
 		m.lives = r.uint64()

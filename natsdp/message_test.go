@@ -53,7 +53,7 @@ func samples() []message {
 		{kind: kindState, claimed: true},
 		{kind: kindState, holds: true, claimed: true},
 		{kind: kindBroken, lowest: 8, ending: ending{broken: true, by: 2, missing: []int{0, 2}}},
-		{kind: kindBroken, ending: ending{broken: true, missing: []int{1}}},
+		{kind: kindBroken, full: true, ending: ending{broken: true, missing: []int{1}}},
 		{
 			kind: kindVote, vote: fullVote(), lives: math.MaxUint64 - 2, full: true, asks: true,
 			ending: ending{complete: true},

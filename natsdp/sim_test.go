@@ -80,12 +80,14 @@ func (b *bus) join(ctx context.Context, rank int) (*station, error) {
 // joinAll makes a whole group.
 func (b *bus) joinAll(t *testing.T) []*station {
 	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
 	group := make([]*station, b.size)
 	var wg sync.WaitGroup
 	for rank := range group {
 		wg.Go(func() {
 			var err error
-			if group[rank], err = b.join(t.Context(), rank); err != nil {
+			if group[rank], err = b.join(ctx, rank); err != nil {
 				t.Errorf("rank %d: %v", rank, err)
 			}
 		})
@@ -402,7 +404,9 @@ func (c *chaosRun) restart(rank int) bool {
 	}
 	c.restarted[rank]++
 	c.ranks[rank].Coordinator.(*station).kill()
-	s, err := c.bus.join(c.Context(), rank)
+	ctx, cancel := context.WithTimeout(c.Context(), 5*time.Minute)
+	defer cancel()
+	s, err := c.bus.join(ctx, rank)
 	if err != nil {
 		c.Errorf("rank %d started again: %v", rank, err)
 		return false

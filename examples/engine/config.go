@@ -49,6 +49,10 @@ type Config struct {
 	// each step; 0 means that there is no draft model.
 	NumSpeculativeTokens int
 
+	// Overlap makes the ranks exchange the votes of the next step while a pass runs. It excludes
+	// speculative decoding; a rank that is alone has nothing to exchange.
+	Overlap bool
+
 	Speed           float64       // how many times faster than they say requests arrive; 0: immediately
 	ExchangeTimeout time.Duration // of a step's votes; 0: 30 s
 	StopGrace       time.Duration // how long an interrupted run may take to end its step; 0: 2 s
@@ -145,6 +149,10 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Replan < 0 || c.Replan > 0 && c.GraphMode == fwd.GraphNone {
 		bad("Replan is %d with graph mode %v, want at least 0, and 0 without graphs", c.Replan, c.GraphMode)
+	}
+	if c.Overlap && c.NumSpeculativeTokens > 0 {
+		bad("Overlap with NumSpeculativeTokens %d: a step can't be scheduled before it is known how many guesses "+
+			"of the last one are right", c.NumSpeculativeTokens)
 	}
 	if c.NumBlocks < 0 {
 		bad("NumBlocks is %d, want at least 0", c.NumBlocks)

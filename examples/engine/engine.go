@@ -12,6 +12,9 @@
 //	sample        the next token of each request that has caught up with itself
 //	propose       with speculative decoding, guesses at the tokens after it (speculate.go)
 //
+// With [Config.Overlap] the first two are done for the next step before Run, which waits only for the
+// outcome (overlap.go).
+//
 // No rank can take a step alone. A rank that has nothing to do takes it as a dummy pass, unless no
 // rank has anything to do: then nobody runs. Before the first step the ranks warm up: they capture
 // all graphs that a step can ask for. What is around the steps, how ranks start, fail and stop, is

@@ -411,13 +411,21 @@ func TestSpeed(t *testing.T) {
 	}
 }
 
-// TestSpans: passes are linked to the requests in them, and a step of all ranks is one trace.
+// TestSpans: passes are linked to the requests in them, and a step of all ranks is one trace, also if
+// the next one has begun.
 func TestSpans(t *testing.T) {
+	for _, overlap := range []bool{false, true} {
+		t.Run(fmt.Sprintf("overlap=%t", overlap), func(t *testing.T) { testSpans(t, overlap) })
+	}
+}
+
+func testSpans(t *testing.T, overlap bool) {
 	const dp = 3
 	recorder := tracetest.NewSpanRecorder()
 	provider := sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
 	requests := newRequests(7, 60, 5)
-	stats := serve(t, Config{DataParallelSize: dp, TracerProvider: provider, StepTrace: true}, requests)
+	cfg := Config{DataParallelSize: dp, TracerProvider: provider, StepTrace: true, Overlap: overlap}
+	stats := serve(t, cfg, requests)
 	served := map[trace.SpanID]sdktrace.ReadOnlySpan{}
 	steps := map[trace.TraceID]int{}
 	for _, s := range recorder.Ended() {
@@ -508,6 +516,7 @@ func TestBadConfig(t *testing.T) {
 		{Config{NumSpeculativeTokens: 32}, "NumSpeculativeTokens is 32, want 0 to 31"},
 		{Config{GraphMode: fwd.GraphFullAndPiecewise, NumSpeculativeTokens: 2, CaptureSizes: []int{4, 6, 8}},
 			"capture sizes [4 8] are not multiples of the uniform decode query length 3"},
+		{Config{Overlap: true, NumSpeculativeTokens: 2}, "Overlap with NumSpeculativeTokens 2: a step can't be "},
 		{Config{NumUBatches: 17}, "NumUBatches is 17, want at most 16"},
 		{Config{NumUBatches: -1, DecodeUBatchThreshold: -2}, "DecodeUBatchThreshold is -2"},
 		{Config{PrefillUBatchThreshold: -2}, "PrefillUBatchThreshold is -2"},

@@ -389,41 +389,50 @@ func TestProcessesRejoin(t *testing.T) {
 		t.Run(c.name, simulated(func(t *testing.T) {
 			c.cfg.ExchangeTimeout = time.Second
 			f := newFleet(t, c.cfg, newRequests(20*c.cfg.DataParallelSize, 50, 20))
-			var mu sync.Mutex
-			served := map[int]int{}
-			f.cfg.Finished = func(r Result) error {
-				mu.Lock()
-				defer mu.Unlock()
-				served[r.ID]++
-				return nil
-			}
-			outcomes := f.each(func(rank int) outcome {
-				cfg := f.config(rank, time.Hour)
-				if rank != 1 {
-					return f.run(t.Context(), cfg, f.requests[rank])
-				}
-				life := cfg
-				atPass(&life, c.nth, crash)
-				first := f.run(t.Context(), life, f.requests[rank])
-				if !errors.Is(first.err, errCrash) {
-					t.Errorf("the first life ended with %v, want %v", first.err, errCrash)
-				}
-				return f.resume(cfg, first, f.requests[rank])
-			})
-			f.allFinished(outcomes)
-			for rank, requests := range f.requests {
-				for _, r := range requests {
-					if served[r.ID] != 1 {
-						t.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
-					}
-				}
+			for rank, o := range f.comeBack(c.nth) {
 				// Its peers missed it in one group, and met it at another step, in each of the models' groups.
-				if n := outcomes[rank].stats.FailedSteps; n == 0 || n > 6 {
+				if n := o.stats.FailedSteps; n == 0 || n > 6 {
 					t.Errorf("rank %d: %d failed steps", rank, n)
 				}
 			}
 		}))
 	}
+}
+
+// comeBack runs all ranks. Rank 1 goes away in its nth pass and comes back with nothing but the requests
+// that it had not finished. All requests must be served, each once.
+func (f *fleet) comeBack(nth int64) []outcome {
+	f.Helper()
+	var mu sync.Mutex
+	served := map[int]int{}
+	f.cfg.Finished = func(r Result) error {
+		mu.Lock()
+		defer mu.Unlock()
+		served[r.ID]++
+		return nil
+	}
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, time.Hour)
+		if rank != 1 {
+			return f.run(f.Context(), cfg, f.requests[rank])
+		}
+		life := cfg
+		atPass(&life, nth, crash)
+		first := f.run(f.Context(), life, f.requests[rank])
+		if !errors.Is(first.err, errCrash) {
+			f.Errorf("the first life ended with %v, want %v", first.err, errCrash)
+		}
+		return f.resume(cfg, first, f.requests[rank])
+	})
+	f.allFinished(outcomes)
+	for rank, requests := range f.requests {
+		for _, r := range requests {
+			if served[r.ID] != 1 {
+				f.Errorf("rank %d: request %d was finished %d times", rank, r.ID, served[r.ID])
+			}
+		}
+	}
+	return outcomes
 }
 
 // resume runs a rank again, with what it had not finished, and returns the outcome of both lives.

@@ -7,7 +7,6 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd"
-	"github.com/forwardctx/fwd/fwdtrace"
 	"go.opentelemetry.io/otel/trace"
 	"go.opentelemetry.io/otel/trace/noop"
 	"gonum.org/v1/gonum/mat"
@@ -26,6 +25,7 @@ type rank struct {
 	meters    *meters
 	missing   time.Time // when exchanges began to fail; zero: the last one went well
 	replan    replan
+	next      *begun // during a pass, the step after it; nil: it is not begun ahead
 }
 
 // serve is the life of a rank. It warms up, and then takes steps until the ranks agree to stop.
@@ -104,19 +104,19 @@ func (r *rank) instances() []*instance {
 // step is one step of the engine on one rank. It returns false if the ranks have agreed to stop. If
 // the ranks don't come together, nothing has happened: what was scheduled will be scheduled again.
 func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, err error) {
-	now := time.Now()
-	step := r.scheduler.schedule(now)
-	r.noteLoad(ctx, now)
-	own := r.note(now, interrupt)
-	links, leftOut := r.links(ctx, step)
-	pass, err := r.plan(fwdtrace.ContextWithLinks(ctx, links...), step, own)
+	b := r.current(ctx, interrupt)
+	asked := time.Now()
+	r.figures.meanwhile = b.until(asked)
+	r.noteLoad(ctx, asked)
+	pass, err := r.plan(b)
 	if err != nil {
+		r.figures.votes += time.Since(asked)
 		return true, err
 	}
 	r.missing, r.replan.strangers = time.Time{}, 0
-	all := notesOf(pass.Agreement, own)
+	all := notesOf(pass.Agreement, b.own)
 	if stop := all.stopping(); stop >= 0 {
-		return false, r.interrupted(stop, own)
+		return false, r.interrupted(stop, b.own)
 	}
 	if !all.unfinished() {
 		return false, nil
@@ -126,8 +126,11 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 		sleep(ctx, interrupt, idle)
 		return true, nil
 	}
-	pass.Links = links
-	return true, r.run(ctx, &pass, step, leftOut)
+	pass.Links = b.links
+	if !r.replan.agreed { // graphs can't change while an exchange is open
+		r.beginNext(ctx, interrupt, b.step)
+	}
+	return true, r.run(ctx, &pass, b.step, b.leftOut)
 }
 
 // noteLoad shows what the rank holds.
@@ -153,13 +156,11 @@ func (r *rank) note(now time.Time, interrupt <-chan struct{}) note {
 
 // plan agrees with the other ranks on the step. A rank that is alone and has nothing to do agrees
 // with nobody, and has no pass.
-func (r *rank) plan(ctx context.Context, step []scheduled, own note) (fwd.Pass, error) {
-	if len(step) == 0 && r.engine.config.DataParallelSize == 1 {
+func (r *rank) plan(b *begun) (fwd.Pass, error) {
+	if len(b.step) == 0 && r.engine.config.DataParallelSize == 1 {
 		return fwd.Pass{}, nil
 	}
-	schedule := scheduleOf(step)
-	schedule.Note = own.word()
-	pass, err := r.target.runner.Plan(ctx, schedule)
+	pass, err := b.agree()
 	if err == nil && pass.Agreement != nil {
 		err = outOfStep(pass.Agreement, func(note uint64) bool { return note&greeting != 0 })
 	}
@@ -210,7 +211,7 @@ func (r *rank) advance(step []scheduled) {
 	for _, s := range step {
 		prompt := len(s.seq.request.Prompt)
 		r.figures.promptTokens += min(s.seq.computed+s.count, prompt) - min(s.seq.computed, prompt)
-		s.seq.computed += s.count
+		s.seq.computed, s.seq.coming = s.seq.computed+s.count, 0
 	}
 }
 

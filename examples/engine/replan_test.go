@@ -292,8 +292,9 @@ func replanned(t *testing.T, cfg Config) *fleet {
 
 // TestReplanProcesses: processes change together, without a failed step.
 func TestReplanProcesses(t *testing.T) {
-	for _, spec := range []int{0, 2} {
-		f := replanned(t, Config{DataParallelSize: 3, NumSpeculativeTokens: spec})
+	for _, cfg := range []Config{{}, {NumSpeculativeTokens: 2}, {Overlap: true}} {
+		cfg.DataParallelSize = 3
+		f := replanned(t, cfg)
 		f.cfg.ExchangeTimeout = 0
 		outcomes := f.all(0)
 		f.allFinished(outcomes)
@@ -310,9 +311,14 @@ func TestReplanProcesses(t *testing.T) {
 // TestReplanRejoin: a rank that was started again has seen nothing and has the ladder of the
 // configuration. The others go back to it, and all change again later.
 func TestReplanRejoin(t *testing.T) {
-	for name, spec := range map[string]int{"alone": 0, "with guesses": 2} {
+	for name, cfg := range map[string]Config{
+		"alone":        {},
+		"with guesses": {NumSpeculativeTokens: 2},
+		"overlapping":  {Overlap: true},
+	} {
 		t.Run(name, simulated(func(t *testing.T) {
-			f := replanned(t, Config{DataParallelSize: 3, NumSpeculativeTokens: spec})
+			cfg.DataParallelSize = 3
+			f := replanned(t, cfg)
 			outcomes := f.each(func(rank int) outcome {
 				cfg := f.config(rank, time.Hour)
 				if rank != 1 {
@@ -387,22 +393,29 @@ func TestReplanLostAnswers(t *testing.T) {
 		},
 		"again and again": {func(_, step int64) bool { return step%3 == 2 && step < 20 }, true},
 	} {
-		t.Run(name, simulated(func(t *testing.T) {
-			f := replanned(t, Config{DataParallelSize: 3})
-			outcomes := f.each(func(rank int) outcome {
-				cfg := f.config(rank, time.Hour)
-				if rank == 1 {
-					cfg.Process.Target = &forgetful{Coordinator: cfg.Process.Target, lose: c.lose}
-				}
-				return f.run(t.Context(), cfg, f.requests[rank])
+		t.Run(name, simulated(func(t *testing.T) { testLostAnswers(t, false, c.alone, c.lose) }))
+		t.Run(name+", overlapping", simulated(func(t *testing.T) {
+			testLostAnswers(t, true, c.alone, func(warmUp, step int64) bool {
+				return c.lose(warmUp, step-1) // the votes with a choice are sent a step later
 			})
-			f.allFinished(outcomes)
-			f.sameLadder(outcomes)
-			own, others := outcomes[1].stats.FailedSteps, outcomes[0].stats.FailedSteps
-			if own == 0 || (others == 0) != c.alone {
-				t.Errorf("%d steps failed, and %d of the others", own, others)
-			}
 		}))
+	}
+}
+
+func testLostAnswers(t *testing.T, overlap, alone bool, lose func(warmUp, step int64) bool) {
+	f := replanned(t, Config{DataParallelSize: 3, Overlap: overlap})
+	outcomes := f.each(func(rank int) outcome {
+		cfg := f.config(rank, time.Hour)
+		if rank == 1 {
+			cfg.Process.Target = &forgetful{Coordinator: cfg.Process.Target, lose: lose}
+		}
+		return f.run(t.Context(), cfg, f.requests[rank])
+	})
+	f.allFinished(outcomes)
+	f.sameLadder(outcomes)
+	own, others := outcomes[1].stats.FailedSteps, outcomes[0].stats.FailedSteps
+	if own == 0 || (others == 0) != alone {
+		t.Errorf("%d steps failed, and %d of the others", own, others)
 	}
 }
 

@@ -53,6 +53,7 @@ func (r *run) supervise(ctx context.Context) error {
 				// This ends the exchanges of the others. The first error stays.
 				fail(fmt.Errorf("rank %d: %w", rank.rank, err))
 			}
+			rank.leave()
 		})
 	}
 	serving.Wait()

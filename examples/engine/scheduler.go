@@ -51,6 +51,8 @@ type sequence struct {
 	result     *Result
 	blockTable []int
 	computed   int        // tokens whose keys and values are in the cache
+	coming     int        // tokens that the pass computes which is about to run, if that is foreseen
+	left       bool       // the batch, before that pass
 	drafts     []int      // guesses at the tokens after the known ones, not verified yet
 	span       trace.Span // nil: it is not scheduled yet, or has ended
 	passes     int
@@ -76,9 +78,15 @@ func (s *sequence) token(position int) int {
 // known is the number of tokens of prompt and answer.
 func (s *sequence) known() int { return len(s.request.Prompt) + len(s.result.Tokens) }
 
-// pending is the number of tokens to compute: the rest of the prompt, or the token sampled last and
-// the guesses after it.
-func (s *sequence) pending() int { return s.known() + len(s.drafts) - s.computed }
+// pending returns which tokens are to compute, and how many: the rest of the prompt, or the token
+// sampled last and the guesses after it.
+func (s *sequence) pending() (first, count int) {
+	first, known := s.computed+s.coming, s.known()
+	if first == known {
+		known++ // the pass that is foreseen samples one more
+	}
+	return first, known + len(s.drafts) - first
+}
 
 // scheduled is a sequence's part of one step.
 type scheduled struct {
@@ -93,6 +101,7 @@ type scheduled struct {
 type scheduler struct {
 	waiting []*sequence // by arrival
 	running []*sequence // by admission
+	leaving int         // sequences that end with the pass that is foreseen
 	blocks  *blockAllocator
 	budget  int // tokens in a step
 	maxSeqs int // sequences in a step
@@ -112,9 +121,10 @@ func (s *scheduler) schedule(now time.Time) []scheduled {
 	var batch []scheduled
 	budget := s.budget
 	take := func(seq *sequence) {
-		count := min(seq.pending(), budget)
+		first, count := seq.pending()
+		count = min(count, budget)
 		budget -= count
-		batch = append(batch, scheduled{seq: seq, first: seq.computed, count: count})
+		batch = append(batch, scheduled{seq: seq, first: first, count: count})
 	}
 	for _, seq := range s.running {
 		if budget > 0 {
@@ -147,12 +157,13 @@ func (s *scheduler) arrived(now time.Time) int {
 	return n
 }
 
-// unfinished is the number of sequences that are waiting or running.
-func (s *scheduler) unfinished() int { return len(s.waiting) + len(s.running) }
+// unfinished is the number of sequences that are waiting or running. Those that are leaving count until
+// they have left: their pass may fail.
+func (s *scheduler) unfinished() int { return len(s.waiting) + len(s.running) + s.leaving }
 
 // idle returns for how long there is nothing to do, at most as long as that.
 func (s *scheduler) idle(now time.Time, most time.Duration) time.Duration {
-	if len(s.running) > 0 {
+	if len(s.running)+s.leaving > 0 {
 		return 0
 	}
 	if len(s.waiting) > 0 {
@@ -161,8 +172,17 @@ func (s *scheduler) idle(now time.Time, most time.Duration) time.Duration {
 	return max(most, 0)
 }
 
-// finish takes a sequence out of the batch.
+// finish takes leave of a sequence that has all its tokens.
 func (s *scheduler) finish(seq *sequence) {
+	if seq.left {
+		s.leaving--
+	} else {
+		s.remove(seq)
+	}
+}
+
+// remove takes a sequence out of the batch.
+func (s *scheduler) remove(seq *sequence) {
 	s.blocks.release(seq.blockTable)
 	s.running = slices.DeleteFunc(s.running, func(other *sequence) bool { return other == seq })
 }

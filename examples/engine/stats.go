@@ -38,6 +38,7 @@ type Stats struct {
 type RankStats struct {
 	Rank      int
 	Votes     time.Duration // waiting for the other ranks' votes
+	Hidden    time.Duration // in exchanges of votes too, but while a pass ran
 	Experts   time.Duration // waiting in mixture-of-experts layers for the other ranks' rows
 	Forward   time.Duration // in passes
 	WaitedFor []Wait        // by rank: whose vote or rows came last
@@ -54,7 +55,7 @@ type Wait struct {
 type Step struct {
 	Step     uint64
 	Rank     int
-	Took     time.Duration // from its vote to the end of its pass
+	Took     time.Duration // from its vote, or from the end of the pass before, to the end of its pass
 	Votes    time.Duration // of Took, waiting for votes
 	Work     time.Duration // of Took, in the pass and not waiting for other ranks
 	LastRank int           // whose vote came last, or -1
@@ -119,6 +120,7 @@ type figures struct {
 	modes                     map[fwd.GraphMode]int
 	graphPadding, dataPadding int
 	votes, experts, forward   time.Duration // the experts' time is that of all workers
+	meanwhile, hidden         time.Duration // from this step's vote until it was waited for; of all exchanges
 	lastVotes                 []Wait        // by rank
 	lowered                   []int         // by rank
 	slowest                   []Step
@@ -139,7 +141,8 @@ func newFigures(ranks int) figures {
 // rankStats returns the figures of one rank, which has so many workers.
 func (f *figures) rankStats(rank, workers int) RankStats {
 	s := RankStats{
-		Rank: rank, Votes: f.votes, Experts: f.experts / time.Duration(workers), Forward: f.forward,
+		Rank: rank, Votes: f.votes, Hidden: f.hidden,
+		Experts: f.experts / time.Duration(workers), Forward: f.forward,
 		WaitedFor: slices.Clone(f.lastVotes), Sent: f.traffic.sent,
 	}
 	for other, w := range f.traffic.waits {
@@ -158,24 +161,29 @@ func mostOf(a, b []int) []int {
 	return most
 }
 
-// wait notes a wait for votes.
-func (f *figures) wait(rec *fwd.Record) {
-	f.votes += rec.Wait
-	if last := rec.LastRank; rec.Err == nil && last >= 0 && last != rec.Rank {
-		f.lastVotes[last].Votes += rec.Wait
+// wait notes the exchange before a pass, and returns how long the rank waited for it. What went by while
+// the pass before ran is hidden, and held nobody up.
+func (f *figures) wait(rec *fwd.Record) time.Duration {
+	hidden := min(rec.Wait, f.meanwhile)
+	waited := rec.Wait - hidden
+	f.votes += waited
+	f.hidden += hidden
+	if last := rec.LastRank; f.meanwhile <= rec.Wait && last >= 0 && last != rec.Rank {
+		f.lastVotes[last].Votes += waited
 		f.lastVotes[last].VoteTimes++
 	}
+	return waited
 }
 
-// noteSlow keeps a pass if it is among the slowest.
-func (f *figures) noteSlow(ctx context.Context, rec *fwd.Record, workers int) {
-	took := rec.Wait + rec.Duration
+// noteSlow keeps a pass if it, with the wait for its votes, is among the slowest.
+func (f *figures) noteSlow(ctx context.Context, rec *fwd.Record, waited time.Duration, workers int) {
+	took := waited + rec.Duration
 	if len(f.slowest) == maxSlowest && took <= f.slowest[maxSlowest-1].Took {
 		return
 	}
 	waits := (rec.Waited + f.draftWaited) / time.Duration(workers*max(1, rec.UBatches)) // these overlap
 	s := Step{
-		Step: rec.Step, Rank: rec.Rank, Took: took, Votes: rec.Wait, Work: rec.Duration - waits,
+		Step: rec.Step, Rank: rec.Rank, Took: took, Votes: waited, Work: rec.Duration - waits,
 		LastRank: rec.LastRank, Reason: rec.Reason, Tokens: rec.NumTokensUnpadded,
 	}
 	if sc := trace.SpanContextFromContext(ctx); sc.IsSampled() {
@@ -186,16 +194,13 @@ func (f *figures) noteSlow(ctx context.Context, rec *fwd.Record, workers int) {
 	f.slowest = f.slowest[:min(maxSlowest, len(f.slowest))]
 }
 
-// observe notes a pass of the target model, or a failed exchange. The rank has so many workers.
+// observe notes a pass of the target model. The rank has so many workers. A record of a failed exchange
+// may come while a pass runs, on another goroutine.
 func (f *figures) observe(ctx context.Context, rec *fwd.Record, workers int) {
-	if rec.Phase == warmUpPhase {
+	if rec.Phase == warmUpPhase || rec.Err != nil {
 		return
 	}
-	f.wait(rec)
-	if rec.Err != nil {
-		return
-	}
-	f.noteSlow(ctx, rec, workers)
+	f.noteSlow(ctx, rec, f.wait(rec), workers)
 	f.draftWaited = 0
 	f.experts += rec.Waited
 	f.forward += rec.Duration

@@ -21,8 +21,9 @@ const (
 	byUnit = iota
 	bySDK
 	byTelemetry
-	byServe
+	byOverlap
 	byLadders
+	byServe
 	numDetectors
 )
 
@@ -51,6 +52,7 @@ var servedCombinations = []string{
 	"-dp 1 -sp 2 -chunk 7 -graph FULL -ubatches 2 -loras 3",
 	"-dp 2 -sp 2 -graph FULL_DECODE_ONLY -spec 2",
 	"-dp 3 -graph FULL -ubatches 3 -spec 2 -loras 3",
+	"-dp 3 -chunk 7 -ubatches 2 -loras 3 -overlap",
 }
 
 // servedRequests keeps a run to a fraction of a second. Their number is no multiple of a number of ranks,
@@ -88,6 +90,8 @@ func newDetectors(m modules) [numDetectors]detector {
 		runs:    []string{"-test.run ^TestTelemetry" + flags},
 		timeout: testTimeout, blame: blameTest,
 	}
+	overlapped := telemetry
+	overlapped.runs = []string{"-test.run ^TestOverlap" + flags}
 	serve := detector{
 		module: m.examples, dir: m.examples,
 		build:   []string{"build", "-ldflags=-s -w", "./serve"},
@@ -101,7 +105,9 @@ func newDetectors(m modules) [numDetectors]detector {
 		"-test.run ^TestReplan -test.skip ^TestReplanCovering$ -test.failfast -test.timeout 90s",
 	}
 	ladders.timeout = ladderTimeout
-	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byServe: serve, byLadders: ladders}
+	return [...]detector{
+		byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byOverlap: overlapped, byLadders: ladders, byServe: serve,
+	}
 }
 
 // order returns the detectors to ask about a fault of this kind, the cheapest that is likely to notice
@@ -110,6 +116,8 @@ func (k kind) order() []int {
 	switch k {
 	case telemetry:
 		return []int{bySDK, byUnit, byTelemetry, byServe}
+	case overlap:
+		return []int{byOverlap, byServe}
 	case ladder:
 		return []int{byLadders}
 	}
@@ -260,7 +268,7 @@ func (d *detector) look(ctx context.Context, f *fault, dir, overlay string) verd
 
 // relinked tries to make the detector in the quick way. A compiler's complaint comes out in the other way.
 func (d *detector) relinked(ctx context.Context, f *fault, dir, program string) bool {
-	if f.file == "" || d.parts == nil || filepath.Dir(f.file) != "." {
+	if filepath.Base(f.file) != f.file || d.parts == nil { // it is in another package, or there is none
 		return false
 	}
 	p, err := d.parts()

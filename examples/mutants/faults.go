@@ -2,7 +2,8 @@ package main
 
 import "slices"
 
-// faults are the changes, each of a single place. A fault that no program could notice does not belong
+// faults are the changes, each of a single place of the package, or of the engine where that overlaps its
+// steps. A fault that no program could notice does not belong
 // here.
 var faults = slices.Concat(
 	arithmeticFaults,
@@ -13,5 +14,6 @@ var faults = slices.Concat(
 	runningFaults,
 	graphFaults,
 	telemetryFaults,
+	overlapFaults,
 	ladderFaults,
 )

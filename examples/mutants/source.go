@@ -17,7 +17,7 @@ type fault struct {
 	name string
 	kind kind
 	what string // is wrong, in a few words
-	file string // from the root of the package
+	file string // of the package, or its path from there
 	old  string // what stands there, once
 	new  string // what stands there instead
 }
@@ -35,6 +35,7 @@ const (
 	running      kind = "running"      // what a Runner does with a pass
 	graph        kind = "graph"        // which graph serves a batch, and the cache
 	telemetry    kind = "telemetry"    // spans and metrics
+	overlap      kind = "overlap"      // what the engine does ahead of its passes
 	ladder       kind = "ladder"       // how the engine changes its capture sizes
 )
 

@@ -16,7 +16,10 @@
 // else than the others, or by other graphs, are refused at the start. A rank that dies can be
 // started again by the same command: the others wait for it, and it serves what its results file
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
-// groups are GROUP-target and, with -spec, GROUP-draft.
+// groups are GROUP-target and, with -spec, GROUP-draft. Who a rank is to the server may be in the URL, in
+// a file (-nats-creds) or in the environment: NATS_USER and NATS_PASSWORD, NATS_TOKEN or NATS_CREDS. A
+// file with credentials may be replaced at any time: a rank that is refused says so, and tries again with
+// what the file has then.
 //
 // With -otlp each rank sends its spans and metrics, as the service serve-rank-N, and the last lines
 // say how much was sent. -debug shows metrics, status, profiles and the last passes without a
@@ -77,6 +80,7 @@ type options struct {
 	loras      int
 	graph      fwd.GraphMode
 	spec       int
+	overlap    bool
 	ubatches   int
 	decodeUB   int
 	prefillUB  int
@@ -137,6 +141,9 @@ func (o *options) defineRanks(flags *flag.FlagSet) {
 		"LoRA `adapters`: request i uses adapter i mod (N+1), and 0 means none")
 	flags.IntVar(&o.spec, "spec", 0,
 		"speculative decoding: a draft model guesses `K` tokens for each\nrequest and step")
+	flags.BoolVar(&o.overlap, "overlap", false,
+		"exchange the votes of the next step while a pass runs; not with\n"+
+			"-spec, and a rank that is alone has none to exchange")
 }
 
 func (o *options) defineGraphs(flags *flag.FlagSet) {
@@ -195,7 +202,7 @@ func parseFlags(args []string, stdout, stderr io.Writer) (o options, err error) 
 	} else if errors.Is(err, flag.ErrHelp) {
 		printUsage(stdout, groups)
 	} else {
-		err = fmt.Errorf("serve: %w", err)
+		err = explainFlags(err)
 	}
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stderr, "serve -h explains the flags.\n%v\n", err)
@@ -207,6 +214,9 @@ func (o *options) validate(rest []string) error {
 	var errs []error
 	bad := func(format string, args ...any) { errs = append(errs, fmt.Errorf("serve: "+format, args...)) }
 	if len(rest) > 0 {
+		for i := range rest {
+			rest[i] = withoutSecrets(rest[i])
+		}
 		bad("unexpected arguments %q: there are only flags", rest)
 	}
 	if o.requests < 0 {
@@ -230,6 +240,10 @@ func (o *options) validate(rest []string) error {
 	if o.spec < 0 || o.spec > engine.MaxSpeculativeTokens {
 		bad("-spec is %d, want 0 to %d", o.spec, engine.MaxSpeculativeTokens)
 	}
+	if o.overlap && o.spec > 0 {
+		bad("-overlap with -spec %d: a step can't be scheduled before it is known how many guesses of the last "+
+			"one are right", o.spec)
+	}
 	if o.ubatches < 1 || o.ubatches > engine.MaxUBatches {
 		bad("-ubatches is %d, want 1 to %d", o.ubatches, engine.MaxUBatches)
 	}
@@ -238,6 +252,11 @@ func (o *options) validate(rest []string) error {
 	}
 	if o.prefillUB < 1 {
 		bad("-prefill-ubatch-threshold is %d, want at least 1", o.prefillUB)
+	}
+	for _, name := range []string{"decode-ubatch-threshold", "prefill-ubatch-threshold"} {
+		if value, given := o.given[name]; given && o.ubatches == 1 {
+			bad("-%s is %s: it needs -ubatches of 2 or more", name, value)
+		}
 	}
 	if o.speed < 0 || math.IsNaN(o.speed) || math.IsInf(o.speed, 0) {
 		bad("-speed is %v, want a finite number of at least 0", o.speed)
@@ -281,7 +300,11 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	if o.processes {
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
-	requests, fingerprint, err := o.readRequests(stderr)
+	messages := io.Writer(stderr)
+	if o.rank > 0 { // all ranks have the same trace
+		messages = io.Discard
+	}
+	requests, fingerprint, err := o.readRequests(messages)
 	if err != nil {
 		return err
 	}
@@ -301,6 +324,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		CaptureSizes:           o.capture.sizes,
 		Replan:                 o.replan,
 		NumSpeculativeTokens:   o.spec,
+		Overlap:                o.overlap,
 		NumUBatches:            o.ubatches,
 		DecodeUBatchThreshold:  o.decodeUB,
 		PrefillUBatchThreshold: o.prefillUB,

@@ -127,7 +127,8 @@ func newProcess(rank int, program string, args []string, screen io.Writer) *proc
 	p := &process{rank: rank, cmd: exec.Command(program, args...), screen: screen}
 	p.stdout, p.stderr = &lines{each: p.print}, &lines{each: p.message}
 	p.cmd.Stdout, p.cmd.Stderr = p.stdout, p.stderr
-	p.cmd.WaitDelay = time.Second // it starts no others that could hold its output
+	p.cmd.Env = withoutLogin(os.Environ()) // the server is this program's own
+	p.cmd.WaitDelay = time.Second          // it starts no others that could hold its output
 	onItsOwn(p.cmd)
 	return p
 }

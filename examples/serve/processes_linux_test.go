@@ -74,7 +74,7 @@ func TestProcessesKilled(t *testing.T) {
 		t.Fatal(err)
 	}
 	exit := p.wait()
-	if exit != 1 || p.stdout.Len() > 0 || p.stderr.String() != "serve: rank 2: signal: killed\n" {
+	if exit != 1 || p.stdout.Len() > 0 || p.complaints() != "serve: rank 2: signal: killed\n" {
 		t.Errorf("exit %d, stdout %q, stderr %q", exit, &p.stdout, &p.stderr)
 	}
 	if !gone(ranks) {

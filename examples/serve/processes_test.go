@@ -86,9 +86,11 @@ func (p *program) report() *report {
 	return &r
 }
 
-// warning is a line that warns of an exchange that will be tried again, or of one that was.
+// warning is a line that warns of an exchange that will be tried again, or of one that was, or of ranks
+// that take their time to start.
 var warning = regexp.MustCompile(
-	`(?m)^time=\S+ level=WARN msg="(exchange of votes failed|rank came late).*\n`,
+	`(?m)^(rank \d+: )?time=\S+ level=WARN msg="` +
+		`(exchange of votes failed|rank came late|waiting for ranks|a step (is|was) |this rank is not heard).*\n`,
 )
 
 // complaints returns what the program has printed to stderr beside such warnings.
@@ -122,6 +124,8 @@ func TestProcesses(t *testing.T) {
 		"-loras 3",
 		"-graph NONE",
 		"-dp 1 -spec 1",
+		"-overlap",
+		"-overlap -dp 2 -sp 2 -ubatches 2 -loras 3 -graph FULL -speed 1000",
 		"-dp 5 -sp 2 -ubatches 2 -spec 2 -loras 2 -graph FULL_DECODE_ONLY -speed 1000",
 	} {
 		t.Run(flags, func(t *testing.T) {
@@ -143,7 +147,7 @@ func TestProcesses(t *testing.T) {
 				t.Errorf("%+v: %d passes in %d steps of %d ranks", r, passes, r.Steps, ranks)
 			}
 			for rank, w := range r.Waiting {
-				if w.Rank != rank || w.Forward <= 0 {
+				if w.Rank != rank || w.Forward <= 0 || strings.Contains(flags, "-overlap") != (w.Hidden > 0) {
 					t.Errorf("at %d: %+v", rank, w)
 				}
 			}
@@ -161,7 +165,7 @@ func TestProcesses(t *testing.T) {
 // TestProcessesTable: without -json the report is the usual table, with the comparison below it.
 func TestProcessesTable(t *testing.T) {
 	p := start(t, "-processes", "-dp", "2", "-check", "-requests", "9", "-spec", "1")
-	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
+	if exit := p.wait(); exit != 0 || p.complaints() != "" {
 		t.Errorf("exit %d, stderr %q", exit, &p.stderr)
 	}
 	for _, want := range []string{" 9 finished\n", "\nguesses ", "\n  rank 1 ",
@@ -169,6 +173,21 @@ func TestProcessesTable(t *testing.T) {
 		if !strings.Contains(p.stdout.String(), want) {
 			t.Errorf("no %q in\n%s", want, &p.stdout)
 		}
+	}
+}
+
+// TestProcessesTrace: what all ranks find in the trace is said once.
+func TestProcessesTrace(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "trace.csv")
+	text := "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n" +
+		"1,GPT-4,9,3,12,API log\n2,GPT-4,9,0,9,API log\n3,GPT-4,5,2,7,API log\n"
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, "-processes", "-dp", "2", "-trace", path)
+	want := "rank 0: serve: trace " + path + ": 1 of 3 calls failed, and are left out\n"
+	if exit := p.wait(); exit != 0 || p.complaints() != want {
+		t.Errorf("exit %d, stderr %q, want %q", exit, &p.stderr, want)
 	}
 }
 
@@ -203,8 +222,8 @@ func TestProcessesInterrupted(t *testing.T) {
 		t.Errorf("%d tokens and then %d: not all were generated", r.GeneratedTokens, again.GeneratedTokens)
 	}
 	p = start(t, append(args, "-check", "-speed", "0", "-max-context", "10")...)
-	if exit := p.wait(); exit != 1 || strings.Count(p.stderr.String(), "\n") != 1 ||
-		!strings.Contains(p.stderr.String(), " is another than in this run, its fingerprint is ") {
+	if exit := p.wait(); exit != 1 || strings.Count(p.complaints(), "\n") != 1 ||
+		!strings.Contains(p.complaints(), " is another than in this run, its fingerprint is ") {
 		t.Errorf("files of another run: exit %d, stderr %q", exit, &p.stderr)
 	}
 }
@@ -222,7 +241,7 @@ func TestProcessesInterruptedCheck(t *testing.T) {
 	exit := p.wait()
 	written := strings.Count(readText(t, results+".0")+readText(t, results+".1"), "\n")
 	want := fmt.Sprintf("\ncheck: %d of %d finished requests agree with the reference\n", written, written)
-	if exit != 0 || p.stderr.Len() > 0 || !strings.HasSuffix(p.stdout.String(), want) {
+	if exit != 0 || p.complaints() != "" || !strings.HasSuffix(p.stdout.String(), want) {
 		t.Errorf("exit %d, stderr %q, stdout %s: want %q at the end", exit, &p.stderr, &p.stdout, want)
 	}
 }
@@ -236,7 +255,7 @@ func TestProcessesFailAtOnce(t *testing.T) {
 	}
 	p := start(t, "-processes", "-dp", "3", "-results", results, "-join-timeout", "1h")
 	want := "serve: rank 1: results " + results + ".1: line 1: no result: it begins with \"a note\"\n"
-	if exit := p.wait(); exit != 1 || p.stdout.Len() > 0 || p.stderr.String() != want {
+	if exit := p.wait(); exit != 1 || p.stdout.Len() > 0 || p.complaints() != want {
 		t.Errorf("exit %d, stdout %q, stderr %q, want %q", exit, &p.stdout, &p.stderr, want)
 	}
 }
@@ -244,7 +263,7 @@ func TestProcessesFailAtOnce(t *testing.T) {
 // TestProcessesProgress: how far all ranks have come is printed before the figures.
 func TestProcessesProgress(t *testing.T) {
 	p := start(t, "-processes", "-dp", "2", "-requests", "30", "-speed", "3", "-json", "-progress")
-	if exit := p.wait(); exit != 0 || p.stderr.Len() > 0 {
+	if exit := p.wait(); exit != 0 || p.complaints() != "" {
 		t.Fatalf("exit %d, stderr %q", exit, &p.stderr)
 	}
 	in := json.NewDecoder(&p.stdout)
@@ -289,7 +308,8 @@ func TestProcessesJoin(t *testing.T) {
 	defer cancel()
 	var stdout, stderr bytes.Buffer
 	exit = run(ctx, []string{"-nats", url, "-dp", "3", "-rank", "1"}, &stdout, &stderr)
-	if exit != 0 || stderr.Len() > 0 || !strings.Contains(stdout.String(), "0 finished, interrupted\n") ||
+	if exit != 0 || warning.ReplaceAllString(stderr.String(), "") != "" ||
+		!strings.Contains(stdout.String(), "0 finished, interrupted\n") ||
 		!strings.HasPrefix(stdout.String(), "requests  133") {
 		t.Errorf("exit %d, stderr %q, stdout %s", exit, &stderr, &stdout)
 	}
@@ -305,7 +325,8 @@ func TestProcessesJoin(t *testing.T) {
 		"-join-timeout",
 		"300ms",
 	)
-	if exit != 1 || !strings.Contains(errs, "-nats nats://127.0.0.1:1: nats: no servers available") ||
+	const want = ": nats: no servers available for connection: -join-timeout 300ms is over\n"
+	if exit != 1 || !strings.HasSuffix(errs, want) ||
 		time.Since(began) < 300*time.Millisecond {
 		t.Errorf("no server: exit %d, stderr %q", exit, errs)
 	}
@@ -318,9 +339,10 @@ func TestProcessesJoin(t *testing.T) {
 // TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
 // was. The others wait for it, and nothing is served twice.
 func TestProcessesRejoin(t *testing.T) {
-	t.Run("graphs that stay", func(t *testing.T) { rejoin(t, 400, "") })
+	t.Run("with guesses", func(t *testing.T) { rejoin(t, 400, "-spec 1 -max-context 100") })
+	t.Run("overlap", func(t *testing.T) { rejoin(t, 400, "-overlap -max-context 100") })
 	t.Run("graphs that change", func(t *testing.T) {
-		for _, r := range rejoin(t, 180, "-requests 180 -max-context 30 -replan 15") {
+		for _, r := range rejoin(t, 180, "-requests 180 -max-context 30 -spec 1 -replan 15") {
 			if len(r.Ladders) < 2 {
 				t.Errorf("rank %d: the graphs never changed: %+v", r.Waiting[0].Rank, r.Ladders)
 			}
@@ -331,6 +353,7 @@ func TestProcessesRejoin(t *testing.T) {
 // rejoin kills rank 1 of 3 and starts it again. It returns the reports of the ranks, which serve so many
 // requests.
 func rejoin(t *testing.T, requests int, flags string) (reports []*report) {
+	t.Helper()
 	nats, err := startServer()
 	if err != nil {
 		t.Fatal(err)
@@ -338,15 +361,9 @@ func rejoin(t *testing.T, requests int, flags string) (reports []*report) {
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
 	args := func(rank int) []string {
-		return strings.Fields(
-			fmt.Sprintf(
-				"-nats %s -rank %d -dp 3 -spec 1 -json -check -exchange-timeout 1s -rejoin 1m -results %s.%d -speed 20",
-				nats.ClientURL(),
-				rank,
-				results,
-				rank,
-			) + " " + flags,
-		)
+		const common = "-dp 3 -json -check -exchange-timeout 1s -rejoin 1m -speed 20 "
+		return strings.Fields(common + flags +
+			fmt.Sprintf(" -nats %s -rank %d -results %s.%d", nats.ClientURL(), rank, results, rank))
 	}
 	ranks := make([]*program, 3)
 	for rank := range ranks {

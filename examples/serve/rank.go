@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"log/slog"
 	"regexp"
 	"slices"
 	"strings"
@@ -15,7 +16,6 @@ import (
 	"github.com/forwardctx/fwd/examples/engine"
 	"github.com/forwardctx/fwd/examples/model"
 	"github.com/forwardctx/fwd/natsdp"
-	"github.com/nats-io/nats.go"
 )
 
 // rankOptions are the flags of ranks that are processes.
@@ -32,6 +32,7 @@ type rankOptions struct {
 	natsCA          string
 	natsCert        string
 	natsKey         string
+	login           login
 }
 
 func (o *rankOptions) defineProcesses(flags *flag.FlagSet) {
@@ -52,11 +53,14 @@ func (o *rankOptions) defineProcesses(flags *flag.FlagSet) {
 
 func (o *rankOptions) defineMachines(flags *flag.FlagSet) {
 	flags.StringVar(&o.nats, "nats", "",
-		"be one rank of several processes that are connected by the NATS\nserver at this `URL`")
+		"be one rank of several processes that are connected by the NATS\nserver at this `URL`; who the rank is "+
+			"may be in the URL, or in the\nenvironment, where no process list shows it: in NATS_USER and\n"+
+			"NATS_PASSWORD, or in NATS_TOKEN, or in NATS_CREDS as -nats-creds")
 	flags.IntVar(&o.rank, "rank", 0,
 		"be rank `R` of -dp, and serve every request i with i mod -dp = R")
 	flags.StringVar(&o.natsCreds, "nats-creds", "",
-		"`file` with the user's credentials, a JWT and its seed\n(a name and password go into the URL)")
+		"`file` with the user's credentials, a JWT and its seed;\nit may be replaced at any time, "+
+			"since the rank keeps trying while\nthe server refuses it")
 	flags.StringVar(&o.natsCA, "nats-ca", "",
 		"PEM `file` with the authorities that may vouch for the server")
 	flags.StringVar(&o.natsCert, "nats-cert", "",
@@ -90,6 +94,7 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	} else if o.nats != "" && (o.rank < 0 || o.rank >= dp) {
 		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
 	}
+	o.findLogin(bad)
 	if (o.natsCert == "") != (o.natsKey == "") {
 		bad("-nats-cert is %q and -nats-key %q: they need each other", o.natsCert, o.natsKey)
 	}
@@ -108,7 +113,7 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 }
 
 // same returns what all ranks must have been started with, beside the trace with this fingerprint. What
-// else there is may differ.
+// else there is may differ: -overlap is nothing that the others notice.
 func (o *options) same(trace string) []engine.Setting {
 	same := []engine.Setting{{Name: "-trace", Value: trace}}
 	for name, value := range map[string]any{
@@ -172,7 +177,7 @@ func serveRank(
 			out.results[i] = results[r.ID]
 		}
 	}()
-	groups, err := joinGroups(ctx, o)
+	groups, err := joinGroups(ctx, o, config.Logger)
 	if err != nil {
 		return out, err
 	}
@@ -190,48 +195,31 @@ func serveRank(
 	return out, err
 }
 
-// groups are what connects this rank with the others: a group for each model.
+// groups are what connects this rank with the others: a group for each model, each with a connection
+// of its own.
 type groups struct {
-	conn    *nats.Conn
 	process engine.Process
 	joined  []*natsdp.Coordinator
 }
 
 // joinGroups returns when all ranks are there. Its error names those which are missing.
-func joinGroups(ctx context.Context, o *options) (*groups, error) {
+func joinGroups(ctx context.Context, o *options, logger *slog.Logger) (*groups, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, o.joinTimeout,
-		fmt.Errorf("not everyone was there within -join-timeout %v", o.joinTimeout))
+		fmt.Errorf("-join-timeout %v is over", o.joinTimeout))
 	defer cancel()
-	conn, err := natsdp.Connect(ctx, o.nats, o.credentials()...)
-	if err != nil {
-		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
+	if err := o.login.check(); err != nil {
+		return nil, err
 	}
-	g := &groups{conn: conn, process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
-	if err := g.join(ctx, cancel, o); err != nil {
+	g := &groups{process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
+	if err := g.join(ctx, cancel, o, logger); err != nil {
 		g.close()
 		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
 	}
 	return g, nil
 }
 
-// userinfo is all that may be a name, a password or a token in a URL, or in what was meant as one.
-var userinfo = regexp.MustCompile(`^([A-Za-z]+://)?.*@`)
-
-// nextURL is where the next URL of a list begins.
-var nextURL = regexp.MustCompile(`,[A-Za-z]+://`)
-
-// withoutSecrets returns URLs as they may be printed.
-func withoutSecrets(urls string) string {
-	begin, shown := 0, ""
-	for _, at := range nextURL.FindAllStringIndex(urls, -1) {
-		shown += userinfo.ReplaceAllString(urls[begin:at[0]], "${1}xxxxx@") + ","
-		begin = at[0] + 1
-	}
-	return shown + userinfo.ReplaceAllString(urls[begin:], "${1}xxxxx@")
-}
-
 // join joins all groups concurrently, since each waits for the others. The first error ends that.
-func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options) error {
+func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options, logger *slog.Logger) error {
 	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target}
 	if o.spec > 0 {
 		coordinators["draft"] = &g.process.Draft
@@ -242,7 +230,7 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	for name, to := range coordinators {
 		wg.Go(func() {
 			c, err := natsdp.Join(ctx, natsdp.Config{Group: o.group + "-" + name, Rank: o.rank, Size: o.dp},
-				natsdp.WithConn(g.conn))
+				append(o.connection(), natsdp.WithLogger(logger))...)
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {
@@ -252,7 +240,7 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 			}
 			if failed == nil {
 				failed = fmt.Errorf("group %s-%s: %w", o.group, name, err)
-				if name == "draft" {
+				if name == "draft" && errors.Is(err, fwd.ErrRankMissing) {
 					failed = fmt.Errorf("%w (a rank without -spec does not join it)", failed)
 				}
 			}
@@ -271,20 +259,4 @@ func (g *groups) close() {
 		wg.Go(func() { _ = c.Close() }) // always nil
 	}
 	wg.Wait()
-	g.conn.Close()
-}
-
-// credentials returns who this process is to the server, and who the server has to be.
-func (o *options) credentials() (opts []nats.Option) {
-	opts = append(opts, nats.NoEcho(), nats.Name(fmt.Sprintf("serve: rank %d of %d", o.rank, o.dp)))
-	if o.natsCreds != "" {
-		opts = append(opts, nats.UserCredentials(o.natsCreds))
-	}
-	if o.natsCA != "" {
-		opts = append(opts, nats.RootCAs(o.natsCA))
-	}
-	if o.natsCert != "" {
-		opts = append(opts, nats.ClientCert(o.natsCert, o.natsKey))
-	}
-	return opts
 }

@@ -70,6 +70,7 @@ type paddingReport struct {
 type rankReport struct {
 	Rank    int     `json:"rank"`
 	Votes   float64 `json:"votes"`
+	Hidden  float64 `json:"hidden,omitempty"` // of exchanges too, but while a pass ran
 	Experts float64 `json:"experts"`
 	Forward float64 `json:"forward"`
 }
@@ -172,7 +173,8 @@ func newReport(o *outcome, interrupted bool) *report {
 	}
 	for _, w := range s.Ranks {
 		r.Waiting = append(r.Waiting, rankReport{
-			Rank: w.Rank, Votes: w.Votes.Seconds(), Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds(),
+			Rank: w.Rank, Votes: w.Votes.Seconds(), Hidden: w.Hidden.Seconds(),
+			Experts: w.Experts.Seconds(), Forward: w.Forward.Seconds(),
 		})
 		heldUp := make([]heldUpReport, len(w.WaitedFor))
 		for rank, wait := range w.WaitedFor {

@@ -1,4 +1,4 @@
-// Ranks that are started with different flags, and what is never printed.
+// Ranks that are started with different flags: which are refused, and which may differ.
 
 package main
 
@@ -68,23 +68,14 @@ func TestOtherFlags(t *testing.T) {
 	}
 }
 
-// TestSecrets: what may be a password or a token is not printed, wherever it stands in -nats.
-func TestSecrets(t *testing.T) {
-	for _, c := range []struct{ url, want string }{
-		{"nats://s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: nats: no servers available"},
-		{"nats://rank0:s3cret@127.0.0.1:1,nats://rank0:s3cret@127.0.0.1:2",
-			"-nats nats://xxxxx@127.0.0.1:1,nats://xxxxx@127.0.0.1:2: nats: no servers available"},
-		{"nats://rank0:%s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: fwd: invalid: URL 1 of 1"},
-		{"nats://rank0:a/s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: fwd: invalid: URL 1 of 1"},
-		{"nats://rank0:a,s3cret@127.0.0.1:1", "-nats nats://xxxxx@127.0.0.1:1: "},
-		{"rank0:s3cret@127.0.0.1:1", "-nats xxxxx@127.0.0.1:1: nats: no servers available"},
-	} {
-		t.Run(c.url, func(t *testing.T) {
-			t.Parallel()
-			exit, _, errs := runServe(t, "-nats", c.url, "-dp", "2", "-rank", "0", "-join-timeout", "300ms")
-			if exit != 1 || !strings.Contains(errs, c.want) || strings.Contains(errs, "s3cret") {
-				t.Errorf("exit %d, stderr %q, want %q", exit, errs, c.want)
-			}
-		})
+// TestOverlapMayDiffer: ranks that overlap their steps and ranks that don't serve together.
+func TestOverlapMayDiffer(t *testing.T) {
+	t.Parallel()
+	exits, messages := runRanks(t, strings.Fields("-requests 20 -max-context 30 -check"),
+		[]string{"-overlap"}, nil, []string{"-overlap"})
+	for rank, message := range messages {
+		if exits[rank] != 0 || warning.ReplaceAllString(message, "") != "" {
+			t.Errorf("rank %d: exit %d, stderr %q", rank, exits[rank], message)
+		}
 	}
 }

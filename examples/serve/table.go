@@ -197,19 +197,33 @@ var reasonMeaning = map[string]string{
 	"ubatch":        "split into microbatches",
 }
 
-// printWaiting prints how long each rank has waited.
+// printWaiting prints how long each rank has waited, and how much of its exchanges of votes was hidden
+// behind passes, if any was.
 func (r *report) printWaiting(t io.Writer) {
-	var votes, experts, forward []float64
+	var votes, hidden, experts, forward []float64
+	waited, behind := 0.0, 0.0
 	for _, w := range r.Waiting {
-		votes, experts, forward = append(votes, w.Votes), append(experts, w.Experts), append(forward, w.Forward)
+		votes, hidden = append(votes, w.Votes), append(hidden, w.Hidden)
+		experts, forward = append(experts, w.Experts), append(forward, w.Forward)
+		waited, behind = waited+w.Votes, behind+w.Hidden
 	}
-	columns := [][]string{times("votes", votes), times("experts", experts), times("of passes", forward)}
+	columns := [][]string{times("votes", votes)}
+	if behind > 0 {
+		columns = append(columns, times("hidden", hidden))
+	}
+	columns = append(columns, times("experts", experts), times("of passes", forward))
 	for i := range len(r.Waiting) + 1 {
-		name := "waiting"
+		line := "waiting"
 		if i > 0 {
-			name = fmt.Sprintf("  rank %d", r.Waiting[i-1].Rank)
+			line = fmt.Sprintf("  rank %d", r.Waiting[i-1].Rank)
 		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\n", name, columns[0][i], columns[1][i], columns[2][i])
+		for _, column := range columns {
+			line += "\t" + column[i]
+		}
+		fmt.Fprintln(t, line)
+	}
+	if behind > 0 {
+		fmt.Fprintf(t, "  %.0f %% of the time of exchanges is hidden behind passes\n", 100*behind/(waited+behind))
 	}
 }
 

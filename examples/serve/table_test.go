@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"strings"
 	"testing"
+	"text/tabwriter"
 	"unicode/utf8"
 
 	"github.com/forwardctx/fwd"
@@ -46,7 +47,7 @@ func largeReport(ranks int) *report {
 		r.Modes[mode] = 1_234_567
 	}
 	for rank := range ranks {
-		r.Waiting = append(r.Waiting, rankReport{rank, 86_399, 0.00001, 86_399})
+		r.Waiting = append(r.Waiting, rankReport{rank, 86_399, 86_399, 0.00001, 86_399})
 		r.HeldUp = append(r.HeldUp, heldUpReport{rank, 86_399.1, 1_234_567, float64(rank), 12_345_678})
 		r.Lowered = append(r.Lowered, 100*rank)
 		for to := range ranks {
@@ -85,6 +86,31 @@ func TestTableLarge(t *testing.T) {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("no\n%sin\n%s", want, &out)
 		}
+	}
+}
+
+// TestTableHidden: how much of the exchanges' time is hidden is said of each rank and of all, if any is.
+func TestTableHidden(t *testing.T) {
+	r := &report{Waiting: []rankReport{{0, 0.02, 0.13, 0.2, 2}, {1, 0.03, 0.02, 0.01, 1.5}}}
+	var out strings.Builder
+	print := func() string {
+		out.Reset()
+		w := tabwriter.NewWriter(&out, 0, 0, 2, ' ', 0)
+		r.printWaiting(w)
+		w.Flush()
+		return out.String()
+	}
+	want := `waiting   votes  hidden  experts  of passes
+  rank 0  20 ms  130 ms   200 ms    2000 ms
+  rank 1  30 ms   20 ms    10 ms    1500 ms
+  75 % of the time of exchanges is hidden behind passes
+`
+	if diff := cmp.Diff(want, print()); diff != "" {
+		t.Errorf("(-want +got)\n%s", diff)
+	}
+	r.Waiting[0].Hidden, r.Waiting[1].Hidden = 0, 0
+	if got := print(); strings.Contains(got, "hidden") {
+		t.Errorf("nothing is hidden, but it prints\n%s", got)
 	}
 }
 

@@ -234,7 +234,7 @@ func outages(t *testing.T, shortly, long time.Duration, prepare prepare) {
 }
 
 // unharmed waits for the end of a run in which no step failed. All ranks took the same steps, and
-// none of them had anything to warn of.
+// none of them had anything to warn of in a step.
 func (g *group) unharmed() {
 	g.Helper()
 	reports := g.complete()

@@ -65,6 +65,7 @@ func TestKilledAndRestarted(t *testing.T) {
 		{"several", "", [][]int{{0, 1}}},
 		{"all", "", [][]int{{0, 1, 2}}},
 		{"draft", "-spec 2", [][]int{{1}, {0}}},
+		{"overlap", "-overlap", [][]int{{1}, {0, 2}}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -121,13 +121,15 @@ func (r *report) warned(message string) (n int) {
 	return n
 }
 
-// said returns what a process has written to stderr: the warnings of its log, and everything else.
+// said returns what a process has written to stderr: what its log says of steps, and what is not in the
+// log, which also says who is awaited and what becomes of the connection.
 func (p *process) said() (warnings []string, rest string) {
 	for line := range strings.Lines(p.stderr.String()) {
-		if strings.HasPrefix(line, "time=") && strings.Contains(line, " level=WARN ") {
-			warnings = append(warnings, line)
-		} else {
+		switch {
+		case !strings.HasPrefix(line, "time=") || !strings.Contains(line, " level="):
 			rest += line
+		case strings.Contains(line, " fwd.step="):
+			warnings = append(warnings, line)
 		}
 	}
 	return warnings, rest

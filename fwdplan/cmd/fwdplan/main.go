@@ -3,6 +3,8 @@
 //	go -C fwdplan run ./cmd/fwdplan -graphs 16 -must 512 -compare default monday.json tuesday.json
 //
 // Several snapshots of the same engine, of other ranks or days, count together. "-" is standard input.
+//
+// It exits with 0 when all went well, with 1 on an error, and with 2 for a command line that is wrong.
 package main
 
 import (
@@ -20,15 +22,24 @@ import (
 	"github.com/forwardctx/fwd/fwdplan"
 )
 
-func main() {
-	err := run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)
+func main() { os.Exit(start(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+
+// start runs the command and returns its exit status.
+func start(args []string, stdin io.Reader, stdout, stderr io.Writer) (exit int) {
+	err := run(args, stdin, stdout)
 	switch {
-	case errors.Is(err, flag.ErrHelp):
-	case err != nil:
-		fmt.Fprintln(os.Stderr, "fwdplan:", err)
-		os.Exit(1)
+	case err == nil || errors.Is(err, flag.ErrHelp):
+		return 0
+	case errors.As(err, new(usageError)):
+		fmt.Fprintf(stderr, "fwdplan -h explains the flags.\nfwdplan: %v\n", err)
+		return 2
 	}
+	fmt.Fprintln(stderr, "fwdplan:", err)
+	return 1
 }
+
+// usageError says that the command line is wrong.
+type usageError struct{ error }
 
 // options are what the command line says.
 type options struct {
@@ -53,8 +64,8 @@ type compared struct {
 	fwdplan.Outcome
 }
 
-func run(args []string, stdin io.Reader, stdout, stderr io.Writer) error {
-	o, err := parse(args, stderr)
+func run(args []string, stdin io.Reader, stdout io.Writer) error {
+	o, err := parse(args, stdout)
 	if err != nil {
 		return err
 	}
@@ -100,13 +111,15 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) error {
 	return err
 }
 
-func parse(args []string, stderr io.Writer) (options, error) {
+// parse returns the options. Help that is asked for goes to stdout.
+func parse(args []string, stdout io.Writer) (options, error) {
 	var o options
 	c := &o.config
 	flags := flag.NewFlagSet("fwdplan", flag.ContinueOnError)
-	flags.SetOutput(stderr)
-	flags.Usage = func() {
-		fmt.Fprint(stderr,
+	flags.SetOutput(io.Discard) // what is wrong is in the error
+	usage := func() {
+		flags.SetOutput(stdout)
+		fmt.Fprint(stdout,
 			"usage: fwdplan [flags] SNAPSHOT...\n\nThe capture sizes that cost least for the passes in "+
 				"the snapshots, \"-\" being standard input.\n\n")
 		flags.PrintDefaults()
@@ -137,11 +150,14 @@ func parse(args []string, stderr io.Writer) (options, error) {
 	flags.StringVar(&o.judge, "judge", "", "a `snapshot` that the plan has not seen, to judge it on")
 	flags.BoolVar(&o.json, "json", false, "print JSON")
 	flags.StringVar(&o.svg, "svg", "", "draw a picture into this `file`")
-	if err := flags.Parse(args); err != nil {
+	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
+		usage()
 		return o, err
+	} else if err != nil {
+		return o, usageError{err}
 	}
 	if o.paths = flags.Args(); len(o.paths) == 0 {
-		return o, errors.New("which snapshots? Give their files, or - for standard input")
+		return o, usageError{errors.New("which snapshots? Give their files, or - for standard input")}
 	}
 	if *loras > 0 {
 		d.LoRA = &fwd.LoRAConfig{MaxLoRAs: *loras, SpecializeCount: *byCount}

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"encoding/xml"
 	"errors"
-	"flag"
 	"io"
 	"os"
 	"path/filepath"
@@ -41,7 +40,7 @@ func snapshotFile(t *testing.T, name string) string {
 func command(t *testing.T, args ...string) string {
 	t.Helper()
 	var out bytes.Buffer
-	if err := run(args, strings.NewReader(""), &out, io.Discard); err != nil {
+	if err := run(args, strings.NewReader(""), &out); err != nil {
 		t.Fatal(err)
 	}
 	return out.String()
@@ -162,7 +161,6 @@ func TestErrors(t *testing.T) {
 		args []string
 		want string
 	}{
-		{nil, "which snapshots?"},
 		{[]string{"nowhere.json"}, "nowhere.json: no such file"},
 		{[]string{damaged}, "line 2: found a JSON number for format"},
 		{[]string{"-"}, "-: fwd: invalid: line 1: the snapshot is empty"},
@@ -172,15 +170,41 @@ func TestErrors(t *testing.T) {
 		{[]string{"-compare", "4,2", path}, "4,2: fwd: invalid: capture sizes [4 2]"},
 		{[]string{"-compare", "4,x", path}, `-compare 4,x: "x" is not a size`},
 		{[]string{"-compare", "4...", path}, `"..." needs two ascending sizes`},
-		{[]string{"-must", "0", path}, `"0" is not a size`},
-		{[]string{"-mode", "FASTER", path}, `graph mode "FASTER" is none of`},
 		{[]string{"-judge", damaged, path}, "line 2"},
-		{[]string{"-help"}, flag.ErrHelp.Error()},
 	} {
-		err := run(c.args, strings.NewReader(""), io.Discard, io.Discard)
-		if err == nil || !strings.Contains(err.Error(), c.want) {
-			t.Errorf("%q: %v, want an error with %q", c.args, err, c.want)
+		var out, errs strings.Builder
+		exit := start(c.args, strings.NewReader(""), &out, &errs)
+		if exit != 1 || out.Len() > 0 || !strings.HasPrefix(errs.String(), "fwdplan: ") ||
+			!strings.Contains(errs.String(), c.want) {
+			t.Errorf("%q: exit %d, stdout %q, stderr %q, want 1 and %q", c.args, exit, &out, &errs, c.want)
 		}
+	}
+}
+
+// TestBadFlags: a wrong command line is told apart from other errors, in one line and a hint. Help that
+// is asked for is no error.
+func TestBadFlags(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		args string
+		want string
+	}{
+		{"", "which snapshots? Give their files, or - for standard input"},
+		{"-must 0 x", `invalid value "0" for flag -must: "0" is not a size`},
+		{"-mode FASTER x", `invalid value "FASTER" for flag -mode: fwd: invalid: graph mode "FASTER" is none of`},
+		{"-sizes 1 x", "flag provided but not defined: -sizes"},
+	} {
+		var out, errs strings.Builder
+		exit := start(strings.Fields(c.args), strings.NewReader(""), &out, &errs)
+		if exit != 2 || out.Len() > 0 || strings.Count(errs.String(), "\n") != 2 ||
+			!strings.HasPrefix(errs.String(), "fwdplan -h explains the flags.\nfwdplan: "+c.want) {
+			t.Errorf("%s: exit %d, stdout %q, stderr %q, want 2 and %q", c.args, exit, &out, &errs, c.want)
+		}
+	}
+	var out, errs strings.Builder
+	exit := start([]string{"-help"}, strings.NewReader(""), &out, &errs)
+	if exit != 0 || errs.Len() > 0 || !strings.Contains(out.String(), "\n  -graphs graphs\n") {
+		t.Errorf("-help: exit %d, stdout %q, stderr %q", exit, &out, &errs)
 	}
 }
 
