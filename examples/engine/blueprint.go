@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"fmt"
+	"slices"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
@@ -76,7 +77,7 @@ func (c *Config) captureSizes(queryLen int) ([]int, error) {
 // printGaps says which batches have no graph of the kind that the graph mode promises. Of several
 // processes, which have the same, the first does.
 func (c *Config) printGaps(b *blueprint) {
-	if c.Logger == nil || c.Process != nil && c.Process.Rank > 0 {
+	if c.Logger == nil || c.Process != nil && !slices.Contains(c.Process.Ranks, 0) {
 		return
 	}
 	for _, gap := range b.dispatcher.Gaps() {

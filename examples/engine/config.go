@@ -57,7 +57,7 @@ type Config struct {
 	ExchangeTimeout time.Duration // of a step's votes; 0: 30 s
 	StopGrace       time.Duration // how long an interrupted run may take to end its step; 0: 2 s
 
-	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this
+	// Process places some ranks in this process and the others elsewhere; nil: all ranks are in this
 	// process.
 	Process *Process
 
@@ -171,7 +171,7 @@ func (c Config) withDefaults() (Config, error) {
 		errs = append(errs, p.check(&c))
 		own := *p
 		c.Process = &own
-		c.Coordinators, c.DraftCoordinators = []fwd.Coordinator{p.Target}, []fwd.Coordinator{p.Draft}
+		c.Coordinators, c.DraftCoordinators = p.Target, p.Draft
 	}
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
@@ -194,12 +194,16 @@ func (c *Config) providers(rank int) (trace.TracerProvider, metric.MeterProvider
 	return tracers, meters
 }
 
-// here returns which ranks are in this process: the first, and how many.
-func (c *Config) here() (first, count int) {
+// here returns the ranks that are in this process.
+func (c *Config) here() []int {
 	if c.Process != nil {
-		return c.Process.Rank, 1
+		return c.Process.Ranks
 	}
-	return 0, c.DataParallelSize
+	all := make([]int, c.DataParallelSize)
+	for rank := range all {
+		all[rank] = rank
+	}
+	return all
 }
 
 // longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a

@@ -65,10 +65,10 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 // config returns the configuration of a rank.
 func (f *fleet) config(rank int, rejoin time.Duration) Config {
 	cfg := f.cfg
-	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin}
+	cfg.Process = &Process{Ranks: []int{rank}, Target: []fwd.Coordinator{f.target[rank]}, Rejoin: rejoin}
 	cfg.Process.Same = []Setting{{"x", "1"}, {"y", "2"}}
 	if cfg.NumSpeculativeTokens > 0 {
-		cfg.Process.Draft = f.draft[rank]
+		cfg.Process.Draft = []fwd.Coordinator{f.draft[rank]}
 	}
 	return cfg
 }
@@ -352,8 +352,8 @@ func TestProcessesOftenMissed(t *testing.T) {
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, rejoin)
 			if rank == 1 {
-				cfg.Process.Target = absent{
-					cfg.Process.Target,
+				cfg.Process.Target[0] = absent{
+					cfg.Process.Target[0],
 					func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 },
 				}
 			}
@@ -486,13 +486,13 @@ func TestProcessesLostAnswers(t *testing.T) {
 	}
 	for name, lose := range map[string]func(p *Process){
 		"steps": func(p *Process) {
-			p.Target = lost(p.Target, func(_, step int64) bool { return step == 5 || step == 15 })
+			p.Target[0] = lost(p.Target[0], func(_, step int64) bool { return step == 5 || step == 15 })
 		},
 		"warm-up of the model": func(p *Process) {
-			p.Target = lost(p.Target, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
+			p.Target[0] = lost(p.Target[0], func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
 		},
 		"warm-up of the draft": func(p *Process) {
-			p.Draft = lost(p.Draft, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
+			p.Draft[0] = lost(p.Draft[0], func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
 		},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
@@ -572,22 +572,29 @@ func TestBadProcess(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	zero := []int{0}
 	for _, c := range []struct {
 		cfg  Config
 		want string
 	}{
-		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1]}},
-			"engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
-		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Target is missing"},
-		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0]}},
-			"engine: Process: Draft is missing"},
-		{Config{DataParallelSize: 3, Process: &Process{Target: group[0]}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: []int{2}, Target: group[1:]}},
+			"engine: Process: Ranks is [2], want 0 to 1 for 2 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Ranks is empty"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: []int{1, 0, 1}}},
+			"engine: Process: Ranks is [1 0 1], with rank 1 twice"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero}},
+			"engine: Process: Target has 0 coordinators for 1 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: make([]fwd.Coordinator, 1)}},
+			"engine: Process: Target is missing for rank 0"},
+		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Ranks: zero, Target: group[:1]}},
+			"engine: Process: Draft has 0 coordinators for 1 ranks"},
+		{Config{DataParallelSize: 3, Process: &Process{Ranks: zero, Target: group[:1]}},
 			"engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[1]}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: group[1:]}},
 			"engine: Process: Target is of rank 1 of 2, want rank 0 of 2"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Rejoin: -1}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: group[:1], Rejoin: -1}},
 			"engine: Process: Rejoin is -1ns"},
-		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0]}},
+		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Ranks: zero, Target: group[:1]}},
 			"engine: Process: 2 coordinators and 0 draft coordinators beside it"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {

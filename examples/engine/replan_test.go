@@ -407,7 +407,7 @@ func testLostAnswers(t *testing.T, overlap, alone bool, lose func(warmUp, step i
 	outcomes := f.each(func(rank int) outcome {
 		cfg := f.config(rank, time.Hour)
 		if rank == 1 {
-			cfg.Process.Target = &forgetful{Coordinator: cfg.Process.Target, lose: lose}
+			cfg.Process.Target[0] = &forgetful{Coordinator: cfg.Process.Target[0], lose: lose}
 		}
 		return f.run(t.Context(), cfg, f.requests[rank])
 	})
