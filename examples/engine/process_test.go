@@ -567,6 +567,91 @@ func TestFinished(t *testing.T) {
 	}
 }
 
+// pair returns the configuration and the requests of a process with two of the ranks.
+func (f *fleet) pair(a, b int) (Config, []Request) {
+	cfg, other := f.config(a, time.Hour), f.config(b, time.Hour).Process
+	cfg.Process.Ranks = append(cfg.Process.Ranks, other.Ranks...)
+	cfg.Process.Target = append(cfg.Process.Target, other.Target...)
+	cfg.Process.Draft = append(cfg.Process.Draft, other.Draft...)
+	return cfg, slices.Concat(f.requests[a], f.requests[b])
+}
+
+// TestProcessesOfRanks: ranks that share a process don't wait for each other in a pass, so one of them may
+// miss what the other has got.
+func TestProcessesOfRanks(t *testing.T) {
+	for name, c := range map[string]struct {
+		cfg  Config
+		lose func(warmUp, step int64) bool
+	}{
+		"nothing is lost": {Config{NumSpeculativeTokens: 2}, func(_, _ int64) bool { return false }},
+		"steps":           {Config{SequenceParallel: 2}, func(_, step int64) bool { return step == 5 || step == 15 }},
+		"warm-up":         {Config{}, func(warmUp, _ int64) bool { return warmUp == 5 }},
+		"overlapping":     {Config{Overlap: true}, func(_, step int64) bool { return step == 5 }},
+	} {
+		t.Run(name, simulated(func(t *testing.T) {
+			c.cfg.DataParallelSize, c.cfg.GraphMode = 4, fwd.GraphFullAndPiecewise
+			c.cfg.ExchangeTimeout = 300 * time.Millisecond
+			f := newFleet(t, c.cfg, newRequests(28, 30, 20))
+			var wg sync.WaitGroup
+			for _, ranks := range [][2]int{{0, 3}, {2, 1}} {
+				cfg, requests := f.pair(ranks[0], ranks[1])
+				if ranks[1] == 1 {
+					cfg.Process.Target[1] = &forgetful{Coordinator: cfg.Process.Target[1], lose: c.lose}
+				}
+				wg.Go(func() {
+					o := f.run(t.Context(), cfg, requests)
+					if o.err != nil || o.stats.Finished != len(requests) || len(o.stats.Ranks) != 2 ||
+						o.stats.Ranks[0].Rank != ranks[0] || o.stats.Ranks[1].Rank != ranks[1] {
+						t.Errorf("ranks %v: %v, %+v", ranks, o.err, o.stats)
+					}
+					if lost := name != "nothing is lost"; ranks[1] == 1 && (o.stats.FailedSteps > 0) != lost {
+						t.Errorf("ranks %v: %d steps failed", ranks, o.stats.FailedSteps)
+					}
+					compareAll(t, o.engine, requests, o.results)
+				})
+			}
+			wg.Wait()
+		}))
+	}
+}
+
+// TestProcessesOfRanksInterrupted: a process that is interrupted says so, whichever of its ranks was the
+// first to know, and the other process says whose doing it was.
+func TestProcessesOfRanksInterrupted(t *testing.T) {
+	for late := range 2 {
+		synctest.Test(t, func(t *testing.T) {
+			stop := errors.New("stop")
+			f := newFleet(t, Config{DataParallelSize: 4, StopGrace: time.Minute}, newRequests(160, 50, 30))
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			cfg, requests := f.pair(0, 1)
+			cfg.Middleware = func(rank int) []fwd.Middleware {
+				return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+					return func(ctx context.Context) error {
+						if rank == late {
+							time.Sleep(2 * time.Millisecond)
+						}
+						return next(ctx)
+					}
+				}}
+			}
+			others, rest := f.pair(2, 3)
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if o := f.run(t.Context(), others, rest); !errors.Is(o.err, ErrInterrupted) {
+					t.Errorf("the other process: %v", o.err)
+				}
+			})
+			// In a pass of the late rank, when the other one has voted for the next step.
+			time.AfterFunc(51*time.Millisecond, func() { cancel(stop) })
+			if o := f.run(ctx, cfg, requests); o.err != stop || o.stats.Finished == len(requests) {
+				t.Errorf("the process that was interrupted: %v, %d finished", o.err, o.stats.Finished)
+			}
+			wg.Wait()
+		})
+	}
+}
+
 func TestBadProcess(t *testing.T) {
 	group, err := fwd.NewLocalGroup(2)
 	if err != nil {

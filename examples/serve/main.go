@@ -174,6 +174,7 @@ data-parallel ranks, and says what came of it.
   serve -requests 100 -speed 10 -otlp localhost:4317
   serve -processes -dp 3 -results FILE
   serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
+  serve -nats nats://HOST:4222 -dp 8 -ranks 0-3
 `
 
 // printUsage explains the flags.
