@@ -59,7 +59,8 @@ func (r *run) supervise(ctx context.Context) error {
 	}
 	serving.Wait()
 	err := context.Cause(steps)
-	if r.engine.config.Process != nil && ctx.Err() != nil && (isRankError(err) || errors.Is(err, ErrInterrupted)) {
+	ofOthers := isRankError(err) || errors.Is(err, ErrInterrupted)
+	if ofOthers && r.engine.config.Process != nil && ctx.Err() != nil {
 		return context.Cause(ctx) // whoever is missing or stops was interrupted, as this process was
 	}
 	return err

@@ -41,7 +41,8 @@ func (l *rankList) Set(text string) error {
 		first, err1 := parseRank(from)
 		last, err2 := parseRank(to)
 		if err1 != nil || err2 != nil || first > last {
-			return fmt.Errorf("%.40q is no rank from 0 to %d, and no range of them such as 0-3", part, engine.MaxRanks-1)
+			return fmt.Errorf("%.40q is no rank from 0 to %d, and no range of them such as 0-3", part,
+				engine.MaxRanks-1)
 		}
 		for rank := first; rank <= last; rank++ {
 			if slices.Contains(ranks, rank) {
