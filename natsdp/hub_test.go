@@ -72,8 +72,8 @@ func TestConformanceOfProcesses(t *testing.T) {
 
 // Groups of 32 ranks pass the suite, and one of 128 a part of it.
 func TestConformanceOfLargeGroups(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a while")
+	if testing.Short() || raceDetector {
+		t.Skip("takes minutes")
 	}
 	s := startServer(t, serverOptions())
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {

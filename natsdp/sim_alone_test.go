@@ -83,7 +83,6 @@ func (r *aloneRun) run(random *rand.Rand) {
 		r.fault(random)
 	}
 	r.mu.Lock()
-	r.counts["in the end"] = 0
 	complete := r.counts["complete"]
 	r.mu.Unlock()
 	time.Sleep(20 * time.Second)
@@ -100,7 +99,6 @@ func (r *aloneRun) run(random *rand.Rand) {
 
 // fault makes messages get lost on some ways for some time: all, some, or all in turns.
 func (r *aloneRun) fault(random *rand.Rand) {
-	upTo := func(most time.Duration) time.Duration { return rand.N(most) }
 	var ways []way
 	for range 1 + random.IntN(3) {
 		from, to := random.IntN(r.bus.size), random.IntN(r.bus.size)
@@ -113,7 +111,7 @@ func (r *aloneRun) fault(random *rand.Rand) {
 			r.bus.lose(w.from, w.to, loss)
 		}
 	}
-	upTo = func(most time.Duration) time.Duration { return time.Duration(random.Int64N(int64(most))) }
+	upTo := func(most time.Duration) time.Duration { return time.Duration(random.Int64N(int64(most))) }
 	switch random.IntN(3) {
 	case 0:
 		set(1)
