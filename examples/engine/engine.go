@@ -1,6 +1,6 @@
 // Package engine serves requests with a mixture-of-experts model over data-parallel ranks:
 // continuous batching with chunked prefill, a paged KV cache, expert parallelism, speculative
-// decoding and greedy sampling. Ranks are goroutines of one process, or processes ([Process]). Each
+// decoding and greedy sampling. Ranks are goroutines of one process or of several ([Process]). Each
 // of them does in every step what a rank of a large engine does (rank.go):
 //
 //	schedule      which requests get how many tokens (scheduler.go)
