@@ -368,8 +368,8 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 // JoinRanks returns the errors of [Join]. If one of the ranks can't join, none does.
 func JoinRanks(ctx context.Context, cfg Config, opts ...Option) ([]*Coordinator, error) {
 	if len(cfg.Ranks) == 0 || cfg.Rank != 0 {
-		return nil, invalidf("Config.Ranks is %v and Config.Rank is %d; JoinRanks wants the ranks in Ranks, and no Rank",
-			cfg.Ranks, cfg.Rank)
+		return nil, invalidf("Config.Ranks is %v and Config.Rank is %d; "+
+			"JoinRanks wants the ranks in Ranks, and no Rank", cfg.Ranks, cfg.Rank)
 	}
 	return join(ctx, cfg, opts)
 }

@@ -240,10 +240,10 @@ func unheard(t *testing.T, size, from, to int) {
 			}
 			if !errors.Is(err, fwd.ErrRankMissing) || !errors.As(err, &rankErr) {
 				t.Errorf("%d to %d, step %d of the loss: rank %d got %v", from, to, lost, rank, err)
-			} else if rank == from && !slices.Contains(rankErr.Ranks, to) {
-				t.Errorf("%d to %d, step %d of the loss: rank %d blames ranks %v: %v", from, to, lost, rank, rankErr.Ranks, err)
-			} else if rank == to && !slices.Contains(rankErr.Ranks, from) {
-				t.Errorf("%d to %d, step %d of the loss: rank %d blames ranks %v: %v", from, to, lost, rank, rankErr.Ranks, err)
+			} else if rank == from && !slices.Contains(rankErr.Ranks, to) ||
+				rank == to && !slices.Contains(rankErr.Ranks, from) {
+				t.Errorf("%d to %d, step %d of the loss: rank %d blames ranks %v: %v",
+					from, to, lost, rank, rankErr.Ranks, err)
 			}
 		}
 	}
