@@ -78,7 +78,7 @@ func (m *member) join(ctx context.Context) error {
 				m.log.Warn("waiting for ranks", "missing", missing)
 			}
 			if m.hasHub() {
-				m.ask(toAll)
+				m.greetAgain()
 			} else {
 				m.ask(append(missing, m.rank)...) // another process may have its own rank too
 			}

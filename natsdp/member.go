@@ -131,6 +131,7 @@ type peer struct {
 	otherSize int    // that it has said last, see handleOtherSize; 0: none
 	answers   limit  // of answers to it
 	greetings limit  // of what it says to all through the hub
+	hello     []byte // what it has said to the hub of a group that begins
 	ready     uint64 // the lives that it knows while a group begins through a hub; 0: not all
 }
 

@@ -59,7 +59,7 @@ const (
 	kindAsk
 
 	// kindReady says that its rank knows a process of each rank that joins a new group. Body: the hash
-	// of their epochs, see hashLives (8).
+	// of their epochs, see hashLives (8), 1 if all ranks have said so (1).
 	kindReady
 
 	// kindBundle holds messages, each behind its length (4), of ranks that its rank speaks for.
@@ -115,7 +115,7 @@ const (
 	voteSize   = 51             // of a vote after a complete round, without a span
 	spanSize   = 16 + 8 + 1 + 2 // without the trace state
 	endingSize = 4              // without the bits of the missing ranks
-	readySize  = 8
+	readySize  = 8 + 1
 )
 
 // message is any message. Fields that its kind does not use are zero.
@@ -134,8 +134,9 @@ type message struct {
 	lives uint64 // see hashLives; also that of kindReady
 	asks  bool   // see flagAsks
 
+	full bool // see flagFull; also of kindBroken and kindReady
+
 	// Of a vote and of kindBroken.
-	full bool // see flagFull
 	ending
 
 	// Of kindBroken.
@@ -205,6 +206,7 @@ func (m *message) encode() []byte {
 		b = binary.BigEndian.AppendUint64(b, m.holder)
 	case kindReady:
 		b = binary.BigEndian.AppendUint64(b, m.lives)
+		b = append(b, byte(flag(m.full, 1)))
 	}
 	return b
 }
@@ -340,12 +342,10 @@ func (m *message) decodeBody(body []byte) error {
 		m.decodeVote(&r)
 	case kindBroken:
 		m.lowest = r.counter()
-		full := r.uint8()
-		r.require(full <= 1)
-		m.full, m.broken = full == 1, true
+		m.full, m.broken = r.bool(), true
 		m.decodeEnding(&r)
 	case kindReady:
-		m.lives = r.uint64()
+		m.lives, m.full = r.uint64(), r.bool()
 	}
 	if r.bad || len(r.rest) > 0 {
 		return m.damaged()
@@ -508,6 +508,12 @@ func (r *reader) uint8() uint8 {
 		return b[0]
 	}
 	return 0
+}
+
+func (r *reader) bool() bool {
+	b := r.uint8()
+	r.require(b <= 1)
+	return b == 1
 }
 
 func (r *reader) uint16() uint16 {

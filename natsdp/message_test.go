@@ -59,7 +59,7 @@ func samples() []message {
 			ending: ending{complete: true},
 		},
 		{kind: kindVote, vote: fullVote(), ending: ending{broken: true, by: 1, missing: []int{2}}},
-		{kind: kindAsk}, {kind: kindReady, lives: math.MaxUint64 - 3},
+		{kind: kindAsk}, {kind: kindReady, lives: math.MaxUint64 - 3}, {kind: kindReady, full: true},
 	}
 	for _, v := range votes {
 		samples = append(samples, message{kind: kindVote, vote: v})

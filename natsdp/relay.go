@@ -68,10 +68,54 @@ func (m *member) publish(data []byte) {
 
 // passGreeting passes on what a rank that joins or leaves says to all.
 func (m *member) passGreeting(msg *message, direct bool) {
-	if m.isHub() && direct && m.peers[msg.rank].greetings.allow() {
+	if p := &m.peers[msg.rank]; m.isHub() && direct && p.greetings.allow() && !m.greetedBefore(p, msg) {
 		m.relay.greetings = append(m.relay.greetings, msg.raw)
 		m.passLater()
 	}
+}
+
+// greetedBefore reports whether the hub of a group that begins has passed a greeting on already. Then it
+// answers by itself, for all: its sender has lost something, or is slow.
+func (m *member) greetedBefore(p *peer, msg *message) bool {
+	switch {
+	case msg.kind == kindHello && m.meets():
+		known := p.asked == msg.epoch
+		if p.hello = msg.raw; known {
+			m.tellHellos(msg.rank)
+		}
+		return known
+	case msg.kind == kindReady && m.meets():
+		if p.hello == nil {
+			p.hello = msg.raw // which says who its rank is as well
+		}
+		return p.ready == msg.lives
+	case msg.kind == kindReady:
+		if p.epoch == msg.epoch && m.peers[m.rank].ready == msg.lives {
+			together := m.message(kindReady)
+			together.lives, together.full = msg.lives, true
+			m.sendMessage(msg.rank, together)
+		}
+		return true
+	}
+	return false
+}
+
+// tellHellos sends a rank the greetings of those that have asked.
+func (m *member) tellHellos(to int) {
+	hellos := [][]byte{m.greeting()}
+	for rank := range m.peers {
+		if hello := m.peers[rank].hello; hello != nil && rank != to {
+			hellos = append(hellos, hello)
+		}
+	}
+	for _, data := range bundles(m.message(kindBundle), hellos, m.most) {
+		m.send(to, data)
+	}
+}
+
+func (m *member) greeting() []byte {
+	hello := m.message(kindHello)
+	return hello.encode()
 }
 
 // passVote passes on a vote of the open round: immediately if it was the last one.
@@ -239,14 +283,29 @@ func (m *member) getReady() {
 		return
 	}
 	own, lives := &m.peers[m.rank].ready, m.livesAsking()
-	if lives == *own && time.Since(m.lastAsked) < askInterval {
+	if lives == *own {
 		return
 	}
-	*own, m.lastAsked, m.meeting.same = lives, time.Now(), 0
-	ready := m.message(kindReady)
-	ready.lives = lives
-	m.publish(ready.encode())
+	*own, m.meeting.same = lives, 0
+	m.sayReady()
 	m.beginTogether()
+}
+
+func (m *member) sayReady() {
+	ready := m.message(kindReady)
+	ready.lives = m.peers[m.rank].ready
+	m.publish(ready.encode())
+}
+
+// greetAgain says once more to the hub what a rank that joins a new group has said last.
+func (m *member) greetAgain() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.meets() && m.peers[m.rank].ready != 0 {
+		m.sayReady()
+	} else {
+		m.askLocked(toAll)
+	}
 }
 
 // handleReady notes which processes a rank of a new group knows.
@@ -254,9 +313,21 @@ func (m *member) handleReady(msg *message) {
 	if p := &m.peers[msg.rank]; p.ready != msg.lives {
 		p.ready, m.meeting.same = msg.lives, min(m.meeting.same, msg.rank)
 	}
-	if m.meets() {
-		m.beginTogether()
+	if msg.full && msg.rank == m.hub {
+		for rank := range m.peers {
+			if rank != m.rank {
+				m.peers[rank].ready = msg.lives
+			}
+		}
 	}
+	if !m.meets() {
+		return
+	}
+	if p := &m.peers[msg.rank]; p.asked != msg.epoch { // what it has said before got lost
+		m.noteAsked(p, msg.epoch)
+		m.getReady()
+	}
+	m.beginTogether()
 }
 
 // beginTogether makes this rank a part of the group when all say that they know the same processes.
@@ -274,6 +345,9 @@ func (m *member) beginTogether() {
 		if p := &m.peers[rank]; rank != m.rank {
 			p.epoch, p.heard = p.asked, true
 		}
+	}
+	for rank := range m.peers {
+		m.peers[rank].hello = nil
 	}
 	m.phase, m.meeting.over = joined, true
 	m.signal()

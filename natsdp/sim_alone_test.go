@@ -213,6 +213,7 @@ func unheard(t *testing.T, size, from, to int) {
 		steppers[rank] = &stepper{Coordinator: s}
 	}
 	step := func() (errs []error) {
+		time.Sleep(10 * time.Millisecond) // so that what was said in the step before has come
 		errs = make([]error, size)
 		var wg sync.WaitGroup
 		for rank, s := range steppers {
