@@ -846,6 +846,9 @@ func lastUBatchEmpty(tokens, padded, n int) bool {
 //     and the votes returned carry that step. A vote is late if its step is at least the lowest one
 //     that was voted in the first round that was broken without the rank, and at most the group's. A
 //     lower one comes from a rank that was restarted, which is out of step.
+//   - A rank that hears the others and is not heard by one of them may complete the step in which that
+//     began, and no later one: its exchanges return ErrRankMissing within their deadline, and name the
+//     ranks that do not hear it, until it is heard again.
 //   - If a rank votes twice in a step, the second call returns ErrLockstep and does not disturb the
 //     round.
 //   - A vote that [Vote.Validate] refuses returns ErrInvalid, and nothing is sent.

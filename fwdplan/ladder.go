@@ -102,7 +102,10 @@ func (l *layers) next() []float64 {
 	}
 	for _, r := range l.runs {
 		if before := v - r.graphs; before >= 0 {
-			f := fill{layers: l, v: v, before: before, cost: cost, last: l.cost[before%3], origin: origin}
+			f := fill{layers: l, before: before, cost: cost, last: l.cost[before%3], origin: origin}
+			if before > (v-1)/l.step*l.step { // there is no mark between the two layers
+				f.originOfLast = l.origin[before]
+			}
 			f.rows(r.first, r.last, r.from, r.last-1)
 		}
 	}
@@ -116,9 +119,10 @@ func (l *layers) originOf(s state) state { return l.origin[s.graphs][s.size] }
 // fill computes one layer.
 type fill struct {
 	*layers
-	v, before  int // graphs of the layer, and of the one on which it builds
-	cost, last []float64
-	origin     []state
+	before       int // graphs of the layer on which it builds
+	cost, last   []float64
+	origin       []state
+	originOfLast []state // nil: the layer on which it builds is a mark, or before one
 }
 
 // rows computes the sizes from first to last. The sizes before them on their ladders are among lo to hi.
@@ -137,9 +141,10 @@ func (f *fill) rows(first, last, lo, hi int) {
 		return
 	}
 	f.cost[i] = best + f.price[0][i]*f.passes[0][i] + f.price[1][i]*f.passes[1][i]
-	f.origin[i] = state{int32(at), int32(f.before)}
-	if f.before > (f.v-1)/f.step*f.step { // there is no mark between the two
-		f.origin[i] = f.originOf(f.origin[i])
+	if f.originOfLast != nil {
+		f.origin[i] = f.originOfLast[at]
+	} else {
+		f.origin[i] = state{int32(at), int32(f.before)}
 	}
 	if f.floor != nil {
 		f.floor[i] = at

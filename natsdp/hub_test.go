@@ -72,8 +72,8 @@ func TestConformanceOfProcesses(t *testing.T) {
 
 // Groups of 32 ranks pass the suite, and one of 128 a part of it.
 func TestConformanceOfLargeGroups(t *testing.T) {
-	if testing.Short() {
-		t.Skip("takes a while")
+	if testing.Short() || raceDetector {
+		t.Skip("takes minutes")
 	}
 	s := startServer(t, serverOptions())
 	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
@@ -184,7 +184,8 @@ func TestJoinRanksAllOrNone(t *testing.T) {
 		}
 		first <- joined
 	}()
-	two, err := natsdp.Join(ctx, natsdp.Config{Group: cfg.Group, Size: 3, Rank: 2}, natsdp.WithURL(s.ClientURL()))
+	opt := natsdp.WithURL(s.ClientURL())
+	two, err := natsdp.Join(ctx, natsdp.Config{Group: cfg.Group, Size: 3, Rank: 2}, opt)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -193,7 +194,7 @@ func TestJoinRanksAllOrNone(t *testing.T) {
 	together(t, group, 1)
 	rival := cfg
 	rival.Ranks = []int{1, 2}
-	if _, err := natsdp.JoinRanks(ctx, rival, natsdp.WithURL(s.ClientURL())); !errors.Is(err, natsdp.ErrRankTaken) {
+	if _, err := natsdp.JoinRanks(ctx, rival, opt); !errors.Is(err, natsdp.ErrRankTaken) {
 		t.Errorf("ranks that others have: %v, want %v", err, natsdp.ErrRankTaken)
 	}
 	together(t, group, 2)
@@ -204,7 +205,7 @@ func TestJoinRanksAllOrNone(t *testing.T) {
 	}
 	group[1].Close()
 	waitFor(t, "the end of the connection", func() bool { return s.NumClients() == 1 })
-	again, err := natsdp.JoinRanks(ctx, cfg, natsdp.WithURL(s.ClientURL()))
+	again, err := natsdp.JoinRanks(ctx, cfg, opt)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -115,5 +115,5 @@ func TestConformanceWithLoss(t *testing.T) {
 		defer mu.Unlock()
 		return ears[group[to]].lose(from)
 	}
-	fwdtest.TestCoordinator(t, newGroup, fwdtest.WithLoss(lose))
+	fwdtest.TestCoordinator(t, newGroup, fwdtest.WithLoss(lose), fwdtest.WithSizes(3, 17))
 }

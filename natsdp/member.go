@@ -89,8 +89,10 @@ type member struct {
 	vote    fwd.Vote
 	lives   uint64    // that its vote counts, see hashLives
 	full    bool      // it has said that it has the votes of all
-	asked   time.Time // when it has asked for votes
+	asked   time.Time // when it has asked for votes, and not been answered by the hub since
 	gaveUp  bool      // it has told the hub that it can't wait any longer
+
+	lastAsked time.Time
 
 	voted bool   // ever
 	last  uint64 // its step in the open round, otherwise the group's in the last round that it was in
@@ -500,7 +502,7 @@ func (m *member) missingVotes() []int {
 	if !m.waiting {
 		return nil
 	}
-	if m.hasHub() && !m.isHub() && time.Since(m.asked) >= askInterval {
+	if m.hasHub() && !m.isHub() && time.Since(m.lastAsked) >= askInterval {
 		m.askForVotes() // the hub may know more by now, and the next call too
 	}
 	return m.lacking()
@@ -562,10 +564,13 @@ func (m *member) again() {
 
 // askForVotes asks the ranks for which the open round waits, or the hub.
 func (m *member) askForVotes() {
-	m.asked = time.Now()
+	m.lastAsked = time.Now()
 	ask := m.message(kindAsk)
 	ask.round = m.round + 1
 	if m.hasHub() && !m.isHub() {
+		if m.asked.IsZero() {
+			m.asked = m.lastAsked
+		}
 		m.sendMessage(m.hub, ask)
 		return
 	}
@@ -689,7 +694,7 @@ func (m *member) endRound(round, step uint64) {
 	}
 	m.next.reset()
 	m.relay.forget()
-	m.round, m.step, m.cut, m.gaveUp = round, step, false, false
+	m.round, m.step, m.cut, m.gaveUp, m.asked = round, step, false, false, time.Time{}
 }
 
 // release ends the wait of this rank.
@@ -733,8 +738,10 @@ func (m *member) brokenMessage(by int) message {
 // fail ends the open round, in which this rank waits, without the votes of all.
 func (m *member) fail(msg *message) {
 	missing, err := m.blame(msg)
-	how := msg.ending // and what this rank lacks itself, so that whoever it does not hear learns of that
-	how.missing = without(append(how.missing, without(m.open.lacks(m.lives), []int{m.rank})...), nil)
+	how := msg.ending
+	if !m.hasHub() { // and what this rank lacks itself, so that whoever it does not hear learns of that
+		how.missing = without(append(how.missing, without(m.open.lacks(m.lives), []int{m.rank})...), nil)
+	}
 	m.answer = m.repeated(msg)
 	m.endRound(msg.round, msg.step)
 	m.ending, m.last, m.lastRank = how, msg.step, -1
@@ -1005,10 +1012,11 @@ func (m *member) handleVote(msg *message, direct bool) {
 			m.answerLate(msg)
 		}
 	case msg.round == m.round+1:
-		if msg.asks && m.phase != asking && m.peers[msg.rank].answers.allow() {
-			m.answerAsks(msg)
-		}
+		round := m.round
 		m.add(&m.open, msg)
+		if msg.asks && m.phase != asking && m.peers[msg.rank].answers.allow() {
+			m.answerAsks(msg, round)
+		}
 	case msg.round == m.round+2 && msg.complete && m.waiting:
 		// Another rank had all votes of the open round, so they come here too: this rank asks again for
 		// those that got lost.
@@ -1019,9 +1027,11 @@ func (m *member) handleVote(msg *message, direct bool) {
 	}
 }
 
-// answerAsks answers a vote of a rank that has lost others.
-func (m *member) answerAsks(msg *message) {
-	if m.isHub() {
+// answerAsks answers a vote of a rank that has lost others, which may have ended the round here.
+func (m *member) answerAsks(msg *message, before uint64) {
+	if m.round != before {
+		m.answerLate(msg)
+	} else if m.isHub() {
 		m.tellAll(msg.rank)
 	} else if m.waiting && !m.hasHub() {
 		m.sendVoteAgain(msg.rank)

@@ -10,10 +10,10 @@
 // Ranks find each other by the name of their group. [Join] waits until all are there. It checks
 // that they agree on the size of the group and that no rank is taken twice. Then each step is one
 // message from every rank to all others: there is no leader, and the server only distributes. Core
-// NATS delivers a message once or not at all, so a rank that waits sends its vote again from time
-// to time until its round is complete. A server that restarts, a connection that breaks, or a
-// cluster that loses a node costs time. It costs a step only if it takes longer than a rank wants
-// to wait.
+// NATS delivers a message once or not at all, so a rank that waits asks for the votes that it lacks,
+// at most twice a second, until its round is complete. A server that restarts, a connection that
+// breaks, or a cluster that loses a node costs time. It costs a step only if it takes longer than a
+// rank wants to wait.
 //
 // A rank whose process ended can be started again. Its Join needs all other ranks and learns from
 // them where the group is. Its first vote is for a step in which the last process of the rank can't
@@ -21,16 +21,34 @@
 // thought dead and turns up after another has joined in its place, it is told so and gets
 // [ErrRankTaken] from then on. It should end, or join again once the other has ended.
 //
+// A process that runs several ranks, such as the devices of a host, joins once with [JoinRanks].
+//
+// # Large groups
+//
+// In a group of 16 ranks or more, each rank sends its vote to rank 0, the hub, which passes all of
+// them on in one message, or in several if the server takes no message so long. So a step costs each
+// rank at most four messages, however many there are. The bytes still grow with the square of
+// the ranks, since each rank gets the votes of all. The hub is no new single point of failure, since
+// no step is complete without each rank, and an error names the hub as any other rank that is missing.
+// It does not vote for others, but who controls it could make up their votes.
+//
 // # What nobody can rule out
 //
 // A rank that has the votes of all completes the step, and no message can tell it that another rank
 // has not got them. So a step can be complete for some ranks and broken, or passed over, for others:
 // if a vote is lost and its receiver stops waiting before it comes again, or if a process dies, or is
-// cut off without noticing, just after it has got all votes. The ranks that complete a step always
-// have the same votes, of the same processes: each vote says which lives of all ranks its sender
-// counts, and votes that disagree on that complete nothing. A rank that has lost its connection asks
-// for the votes of the open step again. A process that was replaced and has heard nothing of it takes
-// at most the step alone that was open then.
+// cut off without noticing, just after it has got all votes. That never happens to two ranks in two
+// steps in a row. A vote says how the step before ended for its rank: if it was complete for some and
+// broken for others, nobody completes this one, and all get fwd.ErrRankMissing. After a broken step
+// each rank also confirms that it has the votes of all. So a rank that hears the others and is not
+// heard takes one step alone at most, and its error names those that do not hear it. If its server or
+// its own process keeps messages from coming or going, the error says why, such as
+// [nats.ErrPermissionViolation], [nats.ErrSlowConsumer] or [nats.ErrMaxPayload].
+//
+// The ranks that complete a step always have the same votes, of the same processes: each vote says
+// which lives of all ranks its sender counts, and votes that disagree on that complete nothing. A rank
+// that has lost its connection asks for the votes of the open step again. A process that was replaced
+// and has heard nothing of it takes at most the step alone that was open then.
 //
 // An engine loses nothing by that. A rank for which the step was broken has run no pass, and plans
 // the same requests again in the next step. A rank for which it was complete has run its pass. If
@@ -57,8 +75,9 @@
 // PREFIX is fwd.dp unless [WithSubjectPrefix] changes it. Rank r publishes to PREFIX.GROUP.all.r
 // what everyone should hear, and to PREFIX.GROUP.q.r what rank q should hear. So rank r needs
 // permission to publish to PREFIX.GROUP.*.r, and to subscribe to PREFIX.GROUP.all.* and
-// PREFIX.GROUP.r.*. With these permissions alone it can't speak for another rank, and nobody else
-// can speak for it. A message is believed only if the rank in it is that of its subject. Some
+// PREFIX.GROUP.r.*. With these permissions alone it can't speak for another rank, and nobody but the
+// hub of a large group can speak for it. A process of several ranks publishes as all of them: as 0-3, or
+// 0-3_8, in place of r. A message is believed only if the rank in it is one of those in its subject. Some
 // messages are counted in [Stats], and a group that is together ignores them: damaged ones, those
 // of another version, group or size, those of a process whose rank has been taken over, and those
 // with numbers that no honest rank can have come to, which would leave the group none to go on with.
@@ -349,8 +368,8 @@ func Join(ctx context.Context, cfg Config, opts ...Option) (*Coordinator, error)
 // JoinRanks returns the errors of [Join]. If one of the ranks can't join, none does.
 func JoinRanks(ctx context.Context, cfg Config, opts ...Option) ([]*Coordinator, error) {
 	if len(cfg.Ranks) == 0 || cfg.Rank != 0 {
-		return nil, invalidf("Config.Ranks is %v and Config.Rank is %d; JoinRanks wants the ranks in Ranks, and no Rank",
-			cfg.Ranks, cfg.Rank)
+		return nil, invalidf("Config.Ranks is %v and Config.Rank is %d; "+
+			"JoinRanks wants the ranks in Ranks, and no Rank", cfg.Ranks, cfg.Rank)
 	}
 	return join(ctx, cfg, opts)
 }
@@ -485,7 +504,8 @@ type Stats struct {
 	// waits in such a round is answered.
 	Duplicates uint64
 
-	// Resent counts how often this rank has sent a vote again.
+	// Resent counts how often this rank has sent a vote again to a rank that asked for it. The hub of a
+	// large group then sends all that it has.
 	Resent uint64
 
 	// Broken counts rounds in which this rank waited and which ended because a rank was missing.

@@ -90,6 +90,7 @@ func (m *member) passVote(msg *message) {
 // ownVotePassed notes that the hub has passed on this rank's own vote.
 func (m *member) ownVotePassed(msg *message) {
 	if m.hasHub() && !m.isHub() && m.waiting && msg.round == m.round+1 {
+		m.asked = time.Time{} // the hub has answered
 		msg.vote, msg.lives, msg.ending = m.vote, m.lives, m.ending
 		m.add(&m.open, msg)
 	}
@@ -160,6 +161,9 @@ func (m *member) giveUp() bool {
 	}
 	m.gaveUp = true
 	m.sendMessage(m.hub, m.brokenMessage(m.rank))
+	if m.asked.IsZero() {
+		m.asked = time.Now()
+	}
 	return true
 }
 
@@ -176,11 +180,15 @@ func (m *member) hubHearsBroken(msg *message) {
 	}
 }
 
+// silentMost is how long the hub may take to answer.
+const silentMost = graceMost / 4
+
 // lackingThroughHub returns which of the ranks that a rank lacks may be to blame. If nothing has come
-// from the hub, not even this rank's own vote, it is the hub.
+// from the hub, not even this rank's own vote or an answer, it is the hub.
 func (m *member) lackingThroughHub(ranks []int) []int {
 	ranks = without(ranks, []int{m.rank})
-	if m.open.count == 0 || len(ranks) == 0 {
+	silent := !m.asked.IsZero() && time.Since(m.asked) >= silentMost
+	if m.open.count == 0 || len(ranks) == 0 || silent {
 		return []int{m.hub}
 	}
 	return ranks
@@ -231,10 +239,10 @@ func (m *member) getReady() {
 		return
 	}
 	own, lives := &m.peers[m.rank].ready, m.livesAsking()
-	if lives == *own && time.Since(m.asked) < askInterval {
+	if lives == *own && time.Since(m.lastAsked) < askInterval {
 		return
 	}
-	*own, m.asked, m.meeting.same = lives, time.Now(), 0
+	*own, m.lastAsked, m.meeting.same = lives, time.Now(), 0
 	ready := m.message(kindReady)
 	ready.lives = lives
 	m.publish(ready.encode())

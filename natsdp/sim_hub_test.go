@@ -45,16 +45,18 @@ func takeSteps(t *testing.T, group []*station, from, n uint64, wait func(rank in
 // some are, and no vote is sent again. Nor does a group greet each other one by one.
 func TestDeliveriesGrowWithTheRanks(t *testing.T) {
 	t.Parallel()
+	const late = 500 * time.Millisecond
 	for size, steps := range map[int]uint64{16: 20, 64: 10, 256: 4, 1024: 1} {
+		part := func(n int, of time.Duration) time.Duration { return of * time.Duration(n) / time.Duration(size) }
 		for name, wait := range map[string]func(rank int) time.Duration{
 			"together":    func(int) time.Duration { return 0 },
 			"one by one":  func(rank int) time.Duration { return time.Duration(rank) * 100 * time.Microsecond },
-			"one is late": func(rank int) time.Duration { return time.Duration(rank/(size-1)) * 500 * time.Millisecond },
-			"hub is late": func(rank int) time.Duration { return time.Duration((size-rank)/size) * 500 * time.Millisecond },
+			"one is late": func(rank int) time.Duration { return time.Duration(rank/(size-1)) * late },
+			"hub is late": func(rank int) time.Duration { return time.Duration((size-rank)/size) * late },
 			"spread": func(rank int) time.Duration {
-				return time.Duration(rank*7%size) * 900 * time.Millisecond / time.Duration(size)
+				return part(rank*7%size, 2*late)
 			},
-			"halves apart": func(rank int) time.Duration { return time.Duration(rank%2) * 700 * time.Millisecond },
+			"halves apart": func(rank int) time.Duration { return time.Duration(rank%2) * late },
 		} {
 			if size == 1024 && name != "together" && name != "one is late" {
 				continue // which take seconds

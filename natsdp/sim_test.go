@@ -51,7 +51,9 @@ type station struct {
 }
 
 func newBus(size int, seed uint64) *bus {
-	return &bus{size: size, random: rand.New(rand.NewPCG(seed, 1)), cut: map[int]bool{}, lossTo: map[way]float64{}}
+	return &bus{
+		size: size, random: rand.New(rand.NewPCG(seed, 1)), cut: map[int]bool{}, lossTo: map[way]float64{},
+	}
 }
 
 // attach adds a member that has not joined yet.
@@ -103,8 +105,8 @@ func (b *bus) send(from *station, to int, data []byte) {
 		return
 	}
 	for _, s := range b.stations {
-		if s == from || to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] || b.random.Float64() < b.loss ||
-			b.random.Float64() < b.lossTo[way{from.rank, s.rank}] {
+		if s == from || to != toAll && s.rank != to || s.killed || s.severed || b.cut[s.rank] ||
+			b.random.Float64() < b.loss || b.random.Float64() < b.lossTo[way{from.rank, s.rank}] {
 			continue
 		}
 		b.deliver(from.rank, s, to != toAll, data)

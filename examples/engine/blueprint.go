@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"fmt"
+	"slices"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
@@ -15,8 +16,9 @@ type blueprint struct {
 	// The dispatcher is the same for all ranks: they could not agree on graphs that only some of them
 	// have.
 	dispatcher *fwd.Dispatcher
-	parallel   fwd.ParallelConfig // but for the rank
-	ahead      int                // how many positions its input tokens are ahead of their rows
+	config     fwd.DispatcherConfig // of the dispatcher
+	parallel   fwd.ParallelConfig   // but for the rank
+	ahead      int                  // how many positions its input tokens are ahead of their rows
 }
 
 // targetBlueprint returns the blueprint of the model that is served.
@@ -49,7 +51,7 @@ func (c *Config) blueprint(name string, m *model.Model, parallel fwd.ParallelCon
 	if err != nil {
 		return nil, fmt.Errorf("engine: %w", err)
 	}
-	b := &blueprint{name: name, model: m, dispatcher: dispatcher, parallel: parallel}
+	b := &blueprint{name: name, model: m, dispatcher: dispatcher, config: dispatch, parallel: parallel}
 	c.printGaps(b)
 	return b, nil
 }
@@ -75,7 +77,7 @@ func (c *Config) captureSizes(queryLen int) ([]int, error) {
 // printGaps says which batches have no graph of the kind that the graph mode promises. Of several
 // processes, which have the same, the first does.
 func (c *Config) printGaps(b *blueprint) {
-	if c.Logger == nil || c.Process != nil && c.Process.Rank > 0 {
+	if c.Logger == nil || c.Process != nil && !slices.Contains(c.Process.Ranks, 0) {
 		return
 	}
 	for _, gap := range b.dispatcher.Gaps() {

@@ -33,6 +33,11 @@ type Config struct {
 	// largest decode batch if that is larger.
 	CaptureSizes []int
 
+	// Replan is after how many steps that ran by graphs the ranks choose the capture sizes anew, from
+	// the sizes of all steps so far, again and again: at most as many graphs as the configuration has.
+	// 0: never.
+	Replan int
+
 	// NumUBatches is the number of microbatches of a split pass; with 0 or 1, passes are not split. A
 	// rank wants its pass split if it has at least so many tokens: DecodeUBatchThreshold if all
 	// requests decode, else PrefillUBatchThreshold. 0 means 4 and 32, so that even small batches are
@@ -52,7 +57,7 @@ type Config struct {
 	ExchangeTimeout time.Duration // of a step's votes; 0: 30 s
 	StopGrace       time.Duration // how long an interrupted run may take to end its step; 0: 2 s
 
-	// Process places one rank in this process and the others elsewhere; nil: all ranks are in this
+	// Process places some ranks in this process and the others elsewhere; nil: all ranks are in this
 	// process.
 	Process *Process
 
@@ -142,6 +147,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.NumSpeculativeTokens < 0 || c.NumSpeculativeTokens > MaxSpeculativeTokens {
 		bad("NumSpeculativeTokens is %d, want 0 to %d", c.NumSpeculativeTokens, MaxSpeculativeTokens)
 	}
+	if c.Replan < 0 || c.Replan > 0 && c.GraphMode == fwd.GraphNone {
+		bad("Replan is %d with graph mode %v, want at least 0, and 0 without graphs", c.Replan, c.GraphMode)
+	}
 	if c.Overlap && c.NumSpeculativeTokens > 0 {
 		bad("Overlap with NumSpeculativeTokens %d: a step can't be scheduled before it is known how many guesses "+
 			"of the last one are right", c.NumSpeculativeTokens)
@@ -163,7 +171,7 @@ func (c Config) withDefaults() (Config, error) {
 		errs = append(errs, p.check(&c))
 		own := *p
 		c.Process = &own
-		c.Coordinators, c.DraftCoordinators = []fwd.Coordinator{p.Target}, []fwd.Coordinator{p.Draft}
+		c.Coordinators, c.DraftCoordinators = p.Target, p.Draft
 	}
 	c.CaptureSizes = slices.Clone(c.CaptureSizes)
 	c.ExchangeTimeout = cmp.Or(c.ExchangeTimeout, 30*time.Second)
@@ -186,12 +194,16 @@ func (c *Config) providers(rank int) (trace.TracerProvider, metric.MeterProvider
 	return tracers, meters
 }
 
-// here returns which ranks are in this process: the first, and how many.
-func (c *Config) here() (first, count int) {
+// here returns the ranks that are in this process.
+func (c *Config) here() []int {
 	if c.Process != nil {
-		return c.Process.Rank, 1
+		return c.Process.Ranks
 	}
-	return 0, c.DataParallelSize
+	all := make([]int, c.DataParallelSize)
+	for rank := range all {
+		all[rank] = rank
+	}
+	return all
 }
 
 // longestSleep bounds how long the ranks sleep: an answer to an interrupt may come so late, and a

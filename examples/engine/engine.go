@@ -1,6 +1,6 @@
 // Package engine serves requests with a mixture-of-experts model over data-parallel ranks:
 // continuous batching with chunked prefill, a paged KV cache, expert parallelism, speculative
-// decoding and greedy sampling. Ranks are goroutines of one process, or processes ([Process]). Each
+// decoding and greedy sampling. Ranks are goroutines of one process or of several ([Process]). Each
 // of them does in every step what a rank of a large engine does (rank.go):
 //
 //	schedule      which requests get how many tokens (scheduler.go)
@@ -8,7 +8,7 @@
 //	              comes with each vote, whether to run the step, to sleep or to stop (note.go)
 //	Pass.Parts    lay the batch out in rows, and add what attention must know (batch.go)
 //	Runner.Run    the model, by a graph if there is one (instance.go), in which every layer of
-//	              experts exchanges rows with all ranks of the process (exchange.go)
+//	              experts exchanges rows with all ranks, if they are in one process (exchange.go)
 //	sample        the next token of each request that has caught up with itself
 //	propose       with speculative decoding, guesses at the tokens after it (speculate.go)
 //

@@ -18,7 +18,7 @@ import (
 var ErrRefused = errors.New("refused exchange")
 
 // expertGroup connects the workers over which the experts are spread: the workers of all ranks, or,
-// if the other ranks are processes, the workers of this rank. They are goroutines of this process,
+// if there are other processes, the workers of one rank. They are goroutines of this process,
 // so an exchange is a meeting: everyone leaves a message, and the last to come lets all go on.
 //
 // A group breaks for good with its first error: workers that have lost each other can't go on

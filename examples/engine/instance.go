@@ -3,9 +3,12 @@ package engine
 import (
 	"context"
 	"fmt"
+	"slices"
+	"sync/atomic"
 
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/examples/model"
+	"github.com/forwardctx/fwd/fwdplan"
 	"gonum.org/v1/gonum/mat"
 )
 
@@ -16,6 +19,13 @@ type instance struct {
 	executor  *model.Executor
 	experts   rankWorkers
 	blockSize int
+
+	sizes   []int         // of the graphs
+	graphs  []fwd.Capture // all of them
+	missing int           // of these, the ones that were not there when the sizes changed
+	shown   atomic.Pointer[fwd.Runner]
+	counts  *fwdplan.Sizes   // nil: the sizes stay
+	counted fwdplan.Snapshot // of the steps that don't count any more
 }
 
 // newInstance puts a model on a rank. observe is told of every pass.
@@ -25,7 +35,10 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 		blueprint: b,
 		experts:   group.workersOf(rank, cfg.SequenceParallel),
 		blockSize: cfg.BlockSize,
+		sizes:     b.config.CaptureSizes,
+		graphs:    b.dispatcher.Captures(),
 	}
+	in.missing = len(in.graphs)
 	tracers, meters := cfg.providers(rank)
 	options := []fwd.Option{
 		fwd.WithDispatcher(b.dispatcher),
@@ -42,6 +55,10 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 	if cfg.Middleware != nil {
 		options = append(options, fwd.WithMiddleware(cfg.Middleware(rank)...))
 	}
+	if cfg.Replan > 0 {
+		in.counts = new(fwdplan.Sizes)
+		options = append(options, fwd.WithObserver(in.counts.Observe))
+	}
 	if cfg.StepTrace {
 		options = append(options, fwd.WithStepTrace())
 	}
@@ -53,6 +70,7 @@ func newInstance(b *blueprint, cfg *Config, rank, numBlocks int, coordinator fwd
 	}
 	layers := in.layers(cfg, numBlocks, group)
 	in.runner, err = fwd.New(fwd.Config{Name: b.name, Parallel: parallel, Layers: layers}, options...)
+	in.shown.Store(in.runner)
 	return in, err
 }
 
@@ -74,11 +92,15 @@ func (in *instance) layers(cfg *Config, numBlocks int, group *expertGroup) map[s
 	return layers
 }
 
-// warmUp captures every graph that the dispatcher can choose, and ends capturing.
-func (in *instance) warmUp(ctx context.Context) error {
+// warmUp captures every graph that the dispatcher can choose, but for those that all ranks have already,
+// and ends capturing.
+func (in *instance) warmUp(ctx context.Context, have []fwd.Capture) error {
 	for pass, err := range in.runner.WarmUp(ctx) {
 		if err != nil {
 			return fmt.Errorf("warm-up: %w", err)
+		}
+		if slices.Contains(have, fwd.Capture{Mode: pass.GraphMode, Batch: pass.Batch}) {
+			continue
 		}
 		if _, err := in.forward(ctx, pass, make([]int, pass.NumTokens)); err != nil {
 			return fmt.Errorf("warm-up: %v graph of %d tokens: %w", pass.GraphMode, pass.NumTokens, err)

@@ -13,23 +13,30 @@ import (
 //
 // This is what the word Vote.Note means in this engine:
 //
-//	bit  0       stop: this rank was interrupted
-//	bit  1       unfinished: this rank has requests that are waiting or running
-//	bits 2 to 62 idle: for how many milliseconds from now this rank has nothing to do, rounded up
-//	bit  63      greeting: this rank does not serve yet, and the other bits are a hash of how it was
-//	             started ([rank.greet])
+//	bit  0        stop: this rank was interrupted
+//	bit  1        unfinished: this rank has requests that are waiting or running
+//	bits 2 to 14  idle: for how many milliseconds from now this rank has nothing to do, rounded up
+//	bits 15 to 62 sizes: a hash of the capture sizes that this rank has chosen; 0: none yet
+//	bit  63       greeting: this rank does not serve yet, and the other bits are a hash of how it was
+//	              started ([rank.greet])
 type note struct {
 	stop       bool
 	unfinished bool
-	idle       time.Duration
+	idle       time.Duration // at most longestSleep
+	sizes      uint64
 }
+
+const (
+	idleBits  = 13
+	sizesBits = 48
+)
 
 // greeting is the bit of a note that is none of a step.
 const greeting = 1 << 63
 
 // word returns the note as it is sent.
 func (n note) word() uint64 {
-	word := uint64((n.idle+time.Millisecond-1)/time.Millisecond) << 2
+	word := uint64((n.idle+time.Millisecond-1)/time.Millisecond)<<2 | n.sizes<<(2+idleBits)
 	if n.stop {
 		word |= 1
 	}
@@ -44,7 +51,8 @@ func readNote(word uint64) note {
 	return note{
 		stop:       word&1 != 0,
 		unfinished: word&2 != 0,
-		idle:       time.Duration(word>>2) * time.Millisecond,
+		idle:       time.Duration(word>>2%(1<<idleBits)) * time.Millisecond,
+		sizes:      word >> (2 + idleBits) % (1 << sizesBits),
 	}
 }
 

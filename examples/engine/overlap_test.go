@@ -102,7 +102,7 @@ func TestOverlapHidden(t *testing.T) {
 			f := newFleet(t, Config{DataParallelSize: 2, Overlap: c.overlap}, requests)
 			outcomes := f.each(func(rank int) outcome {
 				cfg := f.config(rank, 0)
-				cfg.Process.Target = slow{cfg.Process.Target, c.votes}
+				cfg.Process.Target[0] = slow{cfg.Process.Target[0], c.votes}
 				take(&cfg, c.pass)
 				return f.run(t.Context(), cfg, f.requests[rank])
 			})
@@ -301,7 +301,7 @@ func TestOverlapFailedSteps(t *testing.T) {
 				cfg := f.config(rank, time.Hour)
 				take(&cfg, 10*time.Millisecond)
 				if rank == 1 {
-					cfg.Process.Target = c.wrap(cfg.Process.Target)
+					cfg.Process.Target[0] = c.wrap(cfg.Process.Target[0])
 				}
 				return f.run(t.Context(), cfg, f.requests[rank])
 			})

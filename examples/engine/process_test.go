@@ -65,10 +65,10 @@ func newFleet(t *testing.T, cfg Config, requests []Request) *fleet {
 // config returns the configuration of a rank.
 func (f *fleet) config(rank int, rejoin time.Duration) Config {
 	cfg := f.cfg
-	cfg.Process = &Process{Rank: rank, Target: f.target[rank], Rejoin: rejoin}
+	cfg.Process = &Process{Ranks: []int{rank}, Target: []fwd.Coordinator{f.target[rank]}, Rejoin: rejoin}
 	cfg.Process.Same = []Setting{{"x", "1"}, {"y", "2"}}
 	if cfg.NumSpeculativeTokens > 0 {
-		cfg.Process.Draft = f.draft[rank]
+		cfg.Process.Draft = []fwd.Coordinator{f.draft[rank]}
 	}
 	return cfg
 }
@@ -352,8 +352,8 @@ func TestProcessesOftenMissed(t *testing.T) {
 		outcomes := f.each(func(rank int) outcome {
 			cfg := f.config(rank, rejoin)
 			if rank == 1 {
-				cfg.Process.Target = absent{
-					cfg.Process.Target,
+				cfg.Process.Target[0] = absent{
+					cfg.Process.Target[0],
 					func(step uint64) bool { return step%8 == 5 && left.Add(1) > 0 },
 				}
 			}
@@ -486,13 +486,13 @@ func TestProcessesLostAnswers(t *testing.T) {
 	}
 	for name, lose := range map[string]func(p *Process){
 		"steps": func(p *Process) {
-			p.Target = lost(p.Target, func(_, step int64) bool { return step == 5 || step == 15 })
+			p.Target[0] = lost(p.Target[0], func(_, step int64) bool { return step == 5 || step == 15 })
 		},
 		"warm-up of the model": func(p *Process) {
-			p.Target = lost(p.Target, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
+			p.Target[0] = lost(p.Target[0], func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 50 })
 		},
 		"warm-up of the draft": func(p *Process) {
-			p.Draft = lost(p.Draft, func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
+			p.Draft[0] = lost(p.Draft[0], func(warmUp, _ int64) bool { return warmUp == 5 || warmUp == 12 })
 		},
 	} {
 		t.Run(name, simulated(func(t *testing.T) {
@@ -567,27 +567,119 @@ func TestFinished(t *testing.T) {
 	}
 }
 
+// pair returns the configuration and the requests of a process with two of the ranks.
+func (f *fleet) pair(a, b int) (Config, []Request) {
+	cfg, other := f.config(a, time.Hour), f.config(b, time.Hour).Process
+	cfg.Process.Ranks = append(cfg.Process.Ranks, other.Ranks...)
+	cfg.Process.Target = append(cfg.Process.Target, other.Target...)
+	cfg.Process.Draft = append(cfg.Process.Draft, other.Draft...)
+	return cfg, slices.Concat(f.requests[a], f.requests[b])
+}
+
+// TestProcessesOfRanks: ranks that share a process don't wait for each other in a pass, so one of them may
+// miss what the other has got.
+func TestProcessesOfRanks(t *testing.T) {
+	for name, c := range map[string]struct {
+		cfg  Config
+		lose func(warmUp, step int64) bool
+	}{
+		"nothing is lost": {Config{NumSpeculativeTokens: 2}, func(_, _ int64) bool { return false }},
+		"steps":           {Config{SequenceParallel: 2}, func(_, step int64) bool { return step%10 == 5 }},
+		"warm-up":         {Config{}, func(warmUp, _ int64) bool { return warmUp == 5 }},
+		"overlapping":     {Config{Overlap: true}, func(_, step int64) bool { return step == 5 }},
+	} {
+		t.Run(name, simulated(func(t *testing.T) {
+			c.cfg.DataParallelSize, c.cfg.GraphMode = 4, fwd.GraphFullAndPiecewise
+			c.cfg.ExchangeTimeout = 300 * time.Millisecond
+			f := newFleet(t, c.cfg, newRequests(28, 30, 20))
+			var wg sync.WaitGroup
+			for _, ranks := range [][2]int{{0, 3}, {2, 1}} {
+				cfg, requests := f.pair(ranks[0], ranks[1])
+				if ranks[1] == 1 {
+					cfg.Process.Target[1] = &forgetful{Coordinator: cfg.Process.Target[1], lose: c.lose}
+				}
+				wg.Go(func() {
+					o := f.run(t.Context(), cfg, requests)
+					if o.err != nil || o.stats.Finished != len(requests) || len(o.stats.Ranks) != 2 ||
+						o.stats.Ranks[0].Rank != ranks[0] || o.stats.Ranks[1].Rank != ranks[1] {
+						t.Errorf("ranks %v: %v, %+v", ranks, o.err, o.stats)
+					}
+					if lost := name != "nothing is lost"; ranks[1] == 1 && (o.stats.FailedSteps > 0) != lost {
+						t.Errorf("ranks %v: %d steps failed", ranks, o.stats.FailedSteps)
+					}
+					compareAll(t, o.engine, requests, o.results)
+				})
+			}
+			wg.Wait()
+		}))
+	}
+}
+
+// TestProcessesOfRanksInterrupted: a process that is interrupted says so, whichever of its ranks was the
+// first to know, and the other process says whose doing it was.
+func TestProcessesOfRanksInterrupted(t *testing.T) {
+	for late := range 2 {
+		synctest.Test(t, func(t *testing.T) {
+			stop := errors.New("stop")
+			f := newFleet(t, Config{DataParallelSize: 4, StopGrace: time.Minute}, newRequests(160, 50, 30))
+			ctx, cancel := context.WithCancelCause(t.Context())
+			defer cancel(nil)
+			cfg, requests := f.pair(0, 1)
+			cfg.Middleware = func(rank int) []fwd.Middleware {
+				return []fwd.Middleware{func(next fwd.ForwardFunc) fwd.ForwardFunc {
+					return func(ctx context.Context) error {
+						if rank == late {
+							time.Sleep(2 * time.Millisecond)
+						}
+						return next(ctx)
+					}
+				}}
+			}
+			others, rest := f.pair(2, 3)
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if o := f.run(t.Context(), others, rest); !errors.Is(o.err, ErrInterrupted) {
+					t.Errorf("the other process: %v", o.err)
+				}
+			})
+			// In a pass of the late rank, when the other one has voted for the next step.
+			time.AfterFunc(51*time.Millisecond, func() { cancel(stop) })
+			if o := f.run(ctx, cfg, requests); o.err != stop || o.stats.Finished == len(requests) {
+				t.Errorf("the process that was interrupted: %v, %d finished", o.err, o.stats.Finished)
+			}
+			wg.Wait()
+		})
+	}
+}
+
 func TestBadProcess(t *testing.T) {
 	group, err := fwd.NewLocalGroup(2)
 	if err != nil {
 		t.Fatal(err)
 	}
+	zero := []int{0}
 	for _, c := range []struct {
 		cfg  Config
 		want string
 	}{
-		{Config{DataParallelSize: 2, Process: &Process{Rank: 2, Target: group[1]}},
-			"engine: Process: Rank is 2, want 0 to 1 for 2 ranks"},
-		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Target is missing"},
-		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Target: group[0]}},
-			"engine: Process: Draft is missing"},
-		{Config{DataParallelSize: 3, Process: &Process{Target: group[0]}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: []int{2}, Target: group[1:]}},
+			"engine: Process: Ranks is [2], want 0 to 1 for 2 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{}}, "engine: Process: Ranks is empty"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: []int{1, 0, 1}}},
+			"engine: Process: Ranks is [1 0 1], with rank 1 twice"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero}},
+			"engine: Process: Target has 0 coordinators for 1 ranks"},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: make([]fwd.Coordinator, 1)}},
+			"engine: Process: Target is missing for rank 0"},
+		{Config{DataParallelSize: 2, NumSpeculativeTokens: 1, Process: &Process{Ranks: zero, Target: group[:1]}},
+			"engine: Process: Draft has 0 coordinators for 1 ranks"},
+		{Config{DataParallelSize: 3, Process: &Process{Ranks: zero, Target: group[:1]}},
 			"engine: Process: Target is of rank 0 of 2, want rank 0 of 3"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[1]}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: group[1:]}},
 			"engine: Process: Target is of rank 1 of 2, want rank 0 of 2"},
-		{Config{DataParallelSize: 2, Process: &Process{Target: group[0], Rejoin: -1}},
+		{Config{DataParallelSize: 2, Process: &Process{Ranks: zero, Target: group[:1], Rejoin: -1}},
 			"engine: Process: Rejoin is -1ns"},
-		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Target: group[0]}},
+		{Config{DataParallelSize: 2, Coordinators: group, Process: &Process{Ranks: zero, Target: group[:1]}},
 			"engine: Process: 2 coordinators and 0 draft coordinators beside it"},
 	} {
 		if _, err := New(newModel(t, 0), c.cfg); err == nil || !strings.Contains(err.Error(), c.want) {

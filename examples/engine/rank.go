@@ -24,7 +24,8 @@ type rank struct {
 	tracer    trace.Tracer
 	meters    *meters
 	missing   time.Time // when exchanges began to fail; zero: the last one went well
-	next      *begun    // during a pass, the step after it; nil: it is not begun ahead
+	replan    replan
+	next      *begun // during a pass, the step after it; nil: it is not begun ahead
 }
 
 // serve is the life of a rank. It warms up, and then takes steps until the ranks agree to stop.
@@ -37,17 +38,21 @@ func (r *rank) serve(ctx context.Context, interrupt <-chan struct{}) error {
 	ready, more := false, true
 	for more {
 		var err error
-		if ready {
-			more, err = r.step(ctx, interrupt)
-		} else {
+		switch {
+		case !ready:
 			err = r.warmUp(ctx)
 			ready = err == nil
+		case r.replan.agreed:
+			err = r.change(ctx)
+			ready = err == nil
+		default:
+			more, err = r.step(ctx, interrupt)
 		}
 		if err != nil {
 			if err := r.missed(ctx, err); err != nil {
 				return err
 			}
-			ready = ready && !errors.Is(err, fwd.ErrLockstep)
+			ready = ready && !errors.Is(err, fwd.ErrLockstep) && !r.replan.isStranger(err)
 		}
 	}
 	return nil
@@ -58,14 +63,19 @@ func (r *rank) warmUp(ctx context.Context) error {
 	ctx, span := r.startWarmUp(ctx)
 	defer span.End()
 	began := time.Now()
+	if err := r.fallBack(); err != nil {
+		return err
+	}
 	if err := r.greet(ctx); err != nil {
 		return err
 	}
 	for _, in := range r.instances() {
-		if err := in.warmUp(ctx); err != nil {
+		if err := in.warmUp(ctx, nil); err != nil {
 			return err
 		}
 	}
+	r.countAnew()
+	r.beginLadder(time.Since(began))
 	if r.figures.began.IsZero() { // the first time: requests arrive from now on
 		r.figures.began = time.Now()
 		r.figures.warmUp = r.figures.began.Sub(began)
@@ -74,7 +84,7 @@ func (r *rank) warmUp(ctx context.Context) error {
 	return nil
 }
 
-// startWarmUp starts the span of the warm-up. With the step trace all steps are below that of rank 0,
+// startWarmUp starts the span of a warm-up. With the step trace all steps are below that of rank 0,
 // so the others need none.
 func (r *rank) startWarmUp(ctx context.Context) (context.Context, trace.Span) {
 	if r.engine.config.StepTrace && r.rank > 0 {
@@ -103,7 +113,7 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 		r.figures.votes += time.Since(asked)
 		return true, err
 	}
-	r.missing = time.Time{}
+	r.missing, r.replan.strangers = time.Time{}, 0
 	all := notesOf(pass.Agreement, b.own)
 	if stop := all.stopping(); stop >= 0 {
 		return false, r.interrupted(stop, b.own)
@@ -111,12 +121,15 @@ func (r *rank) step(ctx context.Context, interrupt <-chan struct{}) (more bool, 
 	if !all.unfinished() {
 		return false, nil
 	}
+	r.hear(all)
 	if idle := all.idle(); idle > 0 {
 		sleep(ctx, interrupt, idle)
 		return true, nil
 	}
 	pass.Links = b.links
-	r.beginNext(ctx, interrupt, b.step)
+	if !r.replan.agreed { // graphs can't change while an exchange is open
+		r.beginNext(ctx, interrupt, b.step)
+	}
 	return true, r.run(ctx, &pass, b.step, b.leftOut)
 }
 
@@ -131,6 +144,7 @@ func (r *rank) note(now time.Time, interrupt <-chan struct{}) note {
 	n := note{
 		unfinished: r.scheduler.unfinished() > 0,
 		idle:       r.scheduler.idle(now, r.engine.config.longestSleep()),
+		sizes:      r.choice(),
 	}
 	select {
 	case <-interrupt:
@@ -249,7 +263,12 @@ func (r *rank) interrupted(by int, own note) error {
 // missed decides what a failed exchange means. It returns nil if the rank tries again, and err if
 // the run is over.
 func (r *rank) missed(ctx context.Context, err error) error {
-	if !isRankError(err) || ctx.Err() != nil {
+	if r.replan.isStranger(err) {
+		r.replan.strangers++
+	} else if !isRankError(err) {
+		return err
+	}
+	if ctx.Err() != nil || r.replan.strangers > mostStrangers {
 		return err
 	}
 	r.figures.failed++

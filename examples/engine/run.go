@@ -3,6 +3,7 @@ package engine
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -58,8 +59,9 @@ func (r *run) supervise(ctx context.Context) error {
 	}
 	serving.Wait()
 	err := context.Cause(steps)
-	if isRankError(err) && r.engine.config.Process != nil && ctx.Err() != nil {
-		return context.Cause(ctx) // whoever is missing was interrupted, as this rank was
+	ofOthers := isRankError(err) || errors.Is(err, ErrInterrupted)
+	if ofOthers && r.engine.config.Process != nil && ctx.Err() != nil {
+		return context.Cause(ctx) // whoever is missing or stops was interrupted, as this process was
 	}
 	return err
 }
@@ -96,6 +98,7 @@ func (r *run) end() Stats {
 	}
 	for _, rank := range r.ranks {
 		rank.noteLoad(context.Background(), now)
+		rank.endLadder()
 	}
 	return collect(r.ranks, len(r.results))
 }
@@ -103,11 +106,11 @@ func (r *run) end() Stats {
 // newRanks builds the ranks of this process and deals the requests out to them, in turn.
 func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error) {
 	cfg := &e.config
-	first, count := cfg.here()
-	ranks := make([]*rank, count)
-	for d := range count {
+	here := cfg.here()
+	ranks := make([]*rank, len(here))
+	for d, number := range here {
 		r := &rank{
-			rank:   first + d,
+			rank:   number,
 			engine: e,
 			scheduler: &scheduler{
 				blocks:  newBlockAllocator(numBlocks, cfg.BlockSize),
@@ -116,6 +119,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 				drafts:  cfg.NumSpeculativeTokens,
 			},
 			figures: newFigures(cfg.DataParallelSize),
+			replan:  replan{every: cfg.Replan},
 			load:    load{allBlocks: int64(numBlocks)},
 		}
 		tracers, meters := cfg.providers(r.rank)
@@ -124,7 +128,7 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 		if r.meters, err = newMeters(meters, r.rank); err != nil {
 			return nil, fmt.Errorf("rank %d: metrics: %w", r.rank, err)
 		}
-		for i := d; i < len(sequences); i += count {
+		for i := d; i < len(sequences); i += len(here) {
 			r.scheduler.waiting = append(r.scheduler.waiting, sequences[i])
 		}
 		ranks[d] = r
@@ -135,8 +139,9 @@ func (e *Engine) newRanks(sequences []*sequence, numBlocks int) ([]*rank, error)
 	return ranks, e.place(ranks, e.draft, numBlocks, cfg.DraftCoordinators)
 }
 
-// place puts a model on the ranks of this process, which share its experts. All ranks of it agree
-// among themselves; the ranks of another model have nothing to do with it.
+// place puts a model on the ranks of this process. They share its experts, unless there are others
+// elsewhere: then each has all of them. All ranks of a model agree among themselves; the ranks of another
+// model have nothing to do with it.
 func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators []fwd.Coordinator) error {
 	size, sp := e.config.DataParallelSize, e.config.SequenceParallel
 	if coordinators == nil {
@@ -145,11 +150,21 @@ func (e *Engine) place(ranks []*rank, b *blueprint, numBlocks int, coordinators 
 			return err
 		}
 	}
-	group := newExpertGroup(len(ranks) * sp)
-	group.first, group.total = ranks[0].rank*sp, size*sp
-	group.spread(len(b.model.Weights().Layers[0].Experts), sp)
+	sharing := len(ranks)
+	if e.config.Process != nil {
+		sharing = 1
+	}
+	var group *expertGroup
 	for i, r := range ranks {
-		on, observe := &r.target, func(ctx context.Context, rec *fwd.Record) { r.figures.observe(ctx, rec, sp) }
+		if i%sharing == 0 {
+			group = newExpertGroup(sharing * sp)
+			group.first, group.total = r.rank*sp, size*sp
+			group.spread(len(b.model.Weights().Layers[0].Experts), sp)
+		}
+		on, observe := &r.target, func(ctx context.Context, rec *fwd.Record) {
+			r.figures.observe(ctx, rec, sp)
+			r.replan.observe(rec)
+		}
 		if b == e.draft {
 			on, observe = &r.draft, func(_ context.Context, rec *fwd.Record) { r.figures.observeDraft(rec) }
 		}

@@ -27,8 +27,10 @@ type Stats struct {
 	Captures, Replays             int // of graphs: a full pass replays one, a piecewise one several
 	GraphPadding, DataPadding     int // tokens: up to a graph's size, and up to the largest rank's count
 	Ranks                         []RankStats
-	Lowered                       []int  // by rank: steps in which it made the others take a lower graph mode
-	Slowest                       []Step // of each rank the slowest steps, at most 8
+	Ladders                       []Ladder // with Config.Replan: the first and the last ones
+	LadderChanges                 int      // how often the ladder changed, also to those that are left out
+	Lowered                       []int    // by rank: steps in which it made the others take a lower graph mode
+	Slowest                       []Step   // of each rank the slowest steps, at most 8
 }
 
 // RankStats are the figures of one rank, without its warm-up. Forward includes Experts, and the
@@ -97,6 +99,9 @@ func collect(ranks []*rank, requests int) Stats {
 		s.Ranks = append(s.Ranks, f.rankStats(r.rank, len(r.target.experts)))
 		s.Slowest = append(s.Slowest, f.slowest...)
 		s.Lowered = mostOf(s.Lowered, f.lowered)
+		if p := &r.replan; len(p.ladders) > 0 {
+			s.Ladders, s.LadderChanges = p.ladders, p.changes-1 // all ranks have the same
+		}
 	}
 	return s
 }

@@ -29,10 +29,10 @@ func (e *Engine) Status() []RankStatus {
 			Waiting:    int(r.load.waiting.Load()),
 			BlocksUsed: int(r.load.blocks.Load()),
 			Blocks:     int(r.load.allBlocks),
-			Target:     r.target.runner.Status(),
+			Target:     r.target.shown.Load().Status(),
 		}
 		if r.draft != nil {
-			draft := r.draft.runner.Status()
+			draft := r.draft.shown.Load().Status()
 			s.Draft = &draft
 		}
 		all = append(all, s)

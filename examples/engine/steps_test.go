@@ -216,8 +216,8 @@ func TestGaps(t *testing.T) {
 // TestNote: what a rank says comes out as it was said; times are rounded up to whole milliseconds.
 func TestNote(t *testing.T) {
 	for _, n := range []note{
-		{}, {stop: true}, {unfinished: true}, {idle: time.Hour}, {stop: true, unfinished: true,
-			idle: time.Millisecond},
+		{}, {stop: true}, {unfinished: true}, {idle: time.Second}, {sizes: 1<<sizesBits - 1},
+		{stop: true, unfinished: true, idle: time.Millisecond, sizes: 1},
 	} {
 		if got := readNote(n.word()); got != n {
 			t.Errorf("%+v came out as %+v", n, got)

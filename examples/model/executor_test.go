@@ -86,6 +86,65 @@ func TestReplay(t *testing.T) {
 	}
 }
 
+// TestKeep: graphs that are kept replay without being captured again, others are gone until they are
+// captured anew.
+func TestKeep(t *testing.T) {
+	for mode, graphs := range map[fwd.GraphMode]int{fwd.GraphPiecewise: 3, fwd.GraphFull: 1} {
+		t.Run(mode.String(), func(t *testing.T) {
+			m, layers := newTest(t, 3)
+			e, err := NewExecutor(m)
+			if err != nil {
+				t.Fatal(err)
+			}
+			forward := func(requests int) error {
+				fc, tokens := decode(layers, requests, mode)
+				ctx := fwd.NewContext(t.Context(), fc)
+				got, err := e.Forward(ctx, tokens)
+				if err != nil {
+					return err
+				}
+				got = mat.DenseCopyOf(got)
+				if want, err := m.Forward(ctx, tokens); err != nil || !mat.Equal(got, want) {
+					t.Errorf("a replay of %d tokens differs from an eager pass, %v", requests, err)
+				}
+				return nil
+			}
+			check := func(captures, replays, rows int) {
+				t.Helper()
+				if c, r := e.Graphs(); c != captures || r != replays {
+					t.Errorf("%d captures and %d replays, want %d and %d", c, r, captures, replays)
+				}
+				if n := e.Bytes(); n%rows != 0 || n/rows < 8*m.weights.Config.Width {
+					t.Errorf("graphs of %d rows take %d bytes", rows, n)
+				}
+			}
+			for requests := 2; requests <= 4; requests++ {
+				if err := forward(requests); err != nil {
+					t.Fatal(err)
+				}
+			}
+			check(3*graphs, 3*graphs, 2+3+4)
+			e.CloseCapture()
+			fc, _ := decode(layers, 3, mode)
+			if err := e.Keep([]fwd.Capture{{Mode: mode, Batch: fc.Batch}}); err != nil {
+				t.Fatal(err)
+			}
+			check(3*graphs, 3*graphs, 3)
+			if err := errors.Join(forward(3), forward(4)); err != nil {
+				t.Fatal(err)
+			}
+			check(4*graphs, 5*graphs, 3+4)
+			e.CloseCapture()
+			if err := forward(2); !errors.Is(err, fwd.ErrCaptureClosed) {
+				t.Errorf("a graph that was not kept: %v, want %v", err, fwd.ErrCaptureClosed)
+			}
+			if err := errors.Join(forward(3), forward(4)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
 // TestGraphRefuses: a graph is for the batches that its key describes, and for no others.
 func TestGraphRefuses(t *testing.T) {
 	for _, c := range []struct {

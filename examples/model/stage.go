@@ -76,6 +76,22 @@ func (m *Model) plan(ctx context.Context, i, rows int) (*stage, error) {
 	return s, nil
 }
 
+// bytes returns how much memory the tensors of the stage take.
+func (s *stage) bytes() int {
+	tensors := []*mat.Dense{s.x, s.attended, s.update, s.normed, s.q, s.k, s.v, s.room, s.hidden}
+	if s.moe != nil {
+		tensors = append(tensors, s.moe.mixed, s.moe.mixed) // the experts' input has as many rows
+	}
+	numbers := 0
+	for _, t := range tensors {
+		if t != nil {
+			rows, columns := t.Dims()
+			numbers += rows * columns
+		}
+	}
+	return 8 * numbers
+}
+
 // run copies what the stage takes into its buffers, computes, and leaves what it gives in a.
 func (s *stage) run(ctx context.Context, a *activations) error {
 	if err := s.load(ctx, a); err != nil {

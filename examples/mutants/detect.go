@@ -22,6 +22,7 @@ const (
 	bySDK
 	byTelemetry
 	byOverlap
+	byLadders
 	byServe
 	numDetectors
 )
@@ -99,7 +100,14 @@ func newDetectors(m modules) [numDetectors]detector {
 	for _, flags := range servedCombinations {
 		serve.runs = append(serve.runs, "-check "+flags+servedRequests)
 	}
-	return [...]detector{byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byOverlap: overlapped, byServe: serve}
+	ladders := telemetry
+	ladders.runs = []string{
+		"-test.run ^TestReplan -test.skip ^TestReplanCovering$ -test.failfast -test.timeout 90s",
+	}
+	ladders.timeout = ladderTimeout
+	return [...]detector{
+		byUnit: unit, bySDK: sdk, byTelemetry: telemetry, byOverlap: overlapped, byLadders: ladders, byServe: serve,
+	}
 }
 
 // order returns the detectors to ask about a fault of this kind, the cheapest that is likely to notice
@@ -110,6 +118,8 @@ func (k kind) order() []int {
 		return []int{bySDK, byUnit, byTelemetry, byServe}
 	case overlap:
 		return []int{byOverlap, byServe}
+	case ladder:
+		return []int{byLadders}
 	}
 	return []int{byUnit, bySDK, byTelemetry, byServe}
 }
@@ -121,6 +131,8 @@ const (
 	buildTimeout = 5 * time.Minute
 	serveTimeout = 20 * time.Second // a run takes a fraction of a second where it works
 	testTimeout  = 30 * time.Second // above the timeout of the tests themselves, which say what hangs
+
+	ladderTimeout = 100 * time.Second // these tests take longer
 )
 
 // verdict is what one detector says of one fault.

@@ -15,4 +15,5 @@ var faults = slices.Concat(
 	graphFaults,
 	telemetryFaults,
 	overlapFaults,
+	ladderFaults,
 )

@@ -4,20 +4,21 @@
 //
 // A test that can't fail proves nothing. Each fault in faults_*.go changes one place of the package, or of
 // the engine; the changed file stands in for the real one in a build (go build -overlay), and nothing in
-// the repository is touched. Five detectors look at what is broken, until one of them notices:
+// the repository is touched. Six detectors look at what is broken, until one of them notices:
 //
 //	unit       the package's own tests (go test -short .)
 //	sdk        the package's tests with the OpenTelemetry SDK (go -C integration/sdk test -short .)
 //	telemetry  the engine's tests of what it emits (go test -run TestTelemetry ./engine)
 //	overlap    the engine's tests of steps that overlap (go test -run TestOverlap ./engine)
+//	ladders    the engine's tests of capture sizes that change (go test -run TestReplan ./engine)
 //	serve      cmd serve -check, over a few combinations of flags, until the first whose answers are wrong
 //
-// Faults of telemetry are shown to sdk first, and those of overlapped steps, which are in the engine, to
-// overlap, which is asked about no others. A hang counts as noticed. Each detector first looks at the
-// package without a fault, and must find nothing wrong with it. With -all every detector is asked about
-// every fault. With -engine only serve and telemetry are asked, about the faults of arithmetic,
-// coordination and microbatches, and must notice them: an engine whose answers don't depend on those would
-// not need the package.
+// Faults of telemetry are shown to sdk first. Those of overlapped steps and of ladders are in the engine:
+// they are shown to overlap and to ladders, which are asked about no others. A hang counts as noticed. Each
+// detector first looks at the package without a fault, and must find nothing wrong with it. With -all every
+// detector is asked about every fault. With -engine only serve and telemetry are asked, about the faults of
+// arithmetic, coordination and microbatches, and must notice them: an engine whose answers don't depend on
+// those would not need the package.
 //
 // It exits with 0 if every fault is noticed, with 1 if not, on an error and when it was interrupted, and
 // with 2 for bad flags.

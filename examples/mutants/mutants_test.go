@@ -95,7 +95,8 @@ func TestFaults(t *testing.T) {
 		}
 	}
 	for _, k := range []kind{
-		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry, overlap,
+		arithmetic, coordination, protocol, planning, microbatch, inContext, running, graph, telemetry,
+		overlap, ladder,
 	} {
 		if kinds[k] < 5 {
 			t.Errorf("%d faults of kind %s", kinds[k], k)
@@ -272,11 +273,12 @@ func TestSummary(t *testing.T) {
 		t.Errorf("problems: %v", err)
 	}
 	lines := strings.Split(out.String(), "\n")
-	if want := "f        arithmetic    unit: it; sdk: -; telemetry: -; overlap: -; serve: it"; lines[0] != want {
+	want := "f        arithmetic    unit: it; sdk: -; telemetry: -; overlap: -; ladders: -; serve: it"
+	if lines[0] != want {
 		t.Errorf("row %q, want %q", lines[0], want)
 	}
-	want := "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, overlap noticed 0, " +
-		"serve noticed 1"
+	want = "2 faults in 1m30s, unit noticed 1, sdk noticed 0, telemetry noticed 0, overlap noticed 0, " +
+		"ladders noticed 0, serve noticed 1"
 	if lines[2] != want {
 		t.Errorf("summary %q, want %q", lines[2], want)
 	}

@@ -36,6 +36,7 @@ const (
 	graph        kind = "graph"        // which graph serves a batch, and the cache
 	telemetry    kind = "telemetry"    // spans and metrics
 	overlap      kind = "overlap"      // what the engine does ahead of its passes
+	ladder       kind = "ladder"       // how the engine changes its capture sizes
 )
 
 // carriesAnswers reports whether faults of this kind must show in what an engine computes or emits, not
@@ -69,7 +70,7 @@ func indent(text, prefix string) string {
 	return prefix + strings.ReplaceAll(text, "\n", "\n"+prefix)
 }
 
-// sources are the files of the package, by name.
+// sources are the files that faults are in, by name.
 type sources map[string]string
 
 // readSources reads the files that faults are in.

@@ -54,7 +54,8 @@ func (t *table) row(r result) {
 }
 
 var detectorNames = [...]string{
-	byUnit: "unit", bySDK: "sdk", byTelemetry: "telemetry", byOverlap: "overlap", byServe: "serve",
+	byUnit: "unit", bySDK: "sdk", byTelemetry: "telemetry", byOverlap: "overlap", byLadders: "ladders",
+	byServe: "serve",
 }
 
 func firstLines(text string, most int) string {

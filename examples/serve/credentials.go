@@ -98,7 +98,7 @@ func (l *login) check() error {
 // reads files again for each attempt. So a refusal of credentials in a file need not last, and the rank
 // keeps trying.
 func (o *options) connection() []natsdp.Option {
-	opts := []nats.Option{nats.Name(fmt.Sprintf("serve: rank %d of %d", o.rank, o.dp))}
+	opts := []nats.Option{nats.Name(fmt.Sprintf("serve: rank %v of %d", o.ranks, o.dp))}
 	var joining []natsdp.Option
 	switch l := o.login; {
 	case l.creds != "":

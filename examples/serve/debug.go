@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"os"
+	"slices"
 	"strconv"
 	"sync/atomic"
 	"text/tabwriter"
@@ -29,8 +30,8 @@ type debugServer struct {
 	listener  net.Listener
 	server    *http.Server
 	engine    atomic.Pointer[engine.Engine] // nil: not started yet
-	first     int
-	recorders []*fwd.Recorder // of the ranks of this process, from the first on
+	ranks     rankList                      // of this process
+	recorders []*fwd.Recorder               // in their order
 }
 
 // debugAddress returns the address of a rank: without a host it is on this machine alone, and ranks
@@ -58,13 +59,13 @@ func isPort(text string) bool {
 	return err == nil
 }
 
-// startDebug listens at an address and shows what the ranks from first on do.
-func startDebug(address string, metrics *prometheus.Registry, first, ranks int) (*debugServer, error) {
+// startDebug listens at an address and shows what ranks do.
+func startDebug(address string, metrics *prometheus.Registry, ranks rankList) (*debugServer, error) {
 	address, err := debugAddress(address, 0)
 	if err != nil {
 		return nil, err
 	}
-	d := &debugServer{first: first}
+	d := &debugServer{ranks: ranks}
 	for range ranks {
 		d.recorders = append(d.recorders, fwd.NewRecorder(keptPasses))
 	}
@@ -92,7 +93,7 @@ func (d *debugServer) url() string { return fmt.Sprintf("http://%s/", d.listener
 
 // observe keeps a record.
 func (d *debugServer) observe(ctx context.Context, rec *fwd.Record) {
-	d.recorders[rec.Rank-d.first].Observe(ctx, rec)
+	d.recorders[slices.Index(d.ranks, rec.Rank)].Observe(ctx, rec)
 }
 
 // newRegistry returns a registry with the metrics of the Go runtime and the process.
@@ -160,21 +161,22 @@ func (d *debugServer) status(w http.ResponseWriter, _ *http.Request) {
 
 // passes shows the last passes, and the exchanges that failed, oldest first.
 func (d *debugServer) passes(w http.ResponseWriter, r *http.Request) {
-	first, last := d.first, d.first+len(d.recorders)-1
+	shown := d.recorders
 	if text := r.FormValue("rank"); text != "" {
 		rank, err := strconv.Atoi(text)
-		if err != nil || rank < first || rank > last {
-			http.Error(w, fmt.Sprintf("rank is %q, want %d to %d", text, first, last), http.StatusBadRequest)
+		i := slices.Index(d.ranks, rank)
+		if err != nil || i < 0 {
+			http.Error(w, fmt.Sprintf("rank is %q, want one of %v", text, d.ranks), http.StatusBadRequest)
 			return
 		}
-		first, last = rank, rank
+		shown = shown[i : i+1]
 	}
 	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 	out := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(out, "RANK\tSTEP\tBEGAN\tMODEL\tPHASE\tMODE\tREASON\tREQUESTS\tTOKENS\tPADDED\t"+
 		"VOTES\tPASS\tEXPERTS\tLAST\tERROR")
-	for rank := first; rank <= last; rank++ {
-		records := d.recorders[rank-d.first].Recent()
+	for _, recorder := range shown {
+		records := recorder.Recent()
 		for i := range records {
 			fmt.Fprintln(out, passLine(&records[i]))
 		}

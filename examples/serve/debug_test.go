@@ -158,7 +158,7 @@ func checkPassesPage(t *testing.T, url string) {
 		t.Errorf("%d lines of rank 1:\n%s", lines, text)
 	}
 	code, text := get(t, url+"?rank=2", "")
-	if want := "rank is \"2\", want 0 to 1\n"; code != http.StatusBadRequest || text != want {
+	if want := "rank is \"2\", want one of 0-1\n"; code != http.StatusBadRequest || text != want {
 		t.Errorf("%d %q, want %q", code, text, want)
 	}
 }

@@ -6,13 +6,13 @@
 //	go -C examples run ./serve -processes -check
 //
 // By default the ranks are goroutines. With -processes each is a process of its own, connected by a
-// NATS server that comes with them; with -nats this is one of them, and each serves its share of
-// the requests:
+// NATS server that comes with them; with -nats this is one of them, or several (-ranks), and each serves
+// its share of the requests:
 //
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
 //	go -C examples run ./serve -nats nats://HOST:4222 -dp 2 -rank 1 -results FILE -rejoin 5m
 //
-// All ranks have the same flags but -rank, -results and the credentials; ranks that serve something
+// All ranks have the same flags but -rank, -ranks, -results and the credentials; ranks that serve something
 // else than the others, or by other graphs, are refused at the start. A rank that dies can be
 // started again by the same command: the others wait for it, and it serves what its results file
 // lacks. The file nats.conf is a configuration of the server with TLS and a user for each rank. The
@@ -119,7 +119,7 @@ func (o *options) groups() []flagGroup {
 	add("Output", o.defineOutput)
 	add("Telemetry", o.telemetryOptions.define)
 	add("Ranks that are processes, with -processes or -nats", o.defineProcesses)
-	add("Many machines: this process is one rank, with -nats", o.defineMachines)
+	add("Many machines: this process is one rank or several, with -nats", o.defineMachines)
 	return all
 }
 
@@ -174,6 +174,7 @@ data-parallel ranks, and says what came of it.
   serve -requests 100 -speed 10 -otlp localhost:4317
   serve -processes -dp 3 -results FILE
   serve -nats nats://HOST:4222 -dp 2 -rank 0 -results FILE -rejoin 5m
+  serve -nats nats://HOST:4222 -dp 8 -ranks 0-3
 `
 
 // printUsage explains the flags.
@@ -264,7 +265,7 @@ func (o *options) validate(rest []string) error {
 	if o.progress && !o.json {
 		bad("-progress needs -json")
 	}
-	o.sizesOptions.validate(bad)
+	o.sizesOptions.validate(o.graph, bad)
 	o.rankOptions.validate(o.dp, o.given, bad)
 	o.telemetryOptions.validate(o.dp, o.given, bad)
 	return errors.Join(errs...)
@@ -301,7 +302,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		return serveProcesses(ctx, &o, stdout, stderr)
 	}
 	messages := io.Writer(stderr)
-	if o.rank > 0 { // all ranks have the same trace
+	if o.ranks[0] > 0 { // all ranks have the same trace
 		messages = io.Discard
 	}
 	requests, fingerprint, err := o.readRequests(messages)
@@ -322,6 +323,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 		MaxNumSeqs:             o.maxSeqs,
 		GraphMode:              o.graph,
 		CaptureSizes:           o.capture.sizes,
+		Replan:                 o.replan,
 		NumSpeculativeTokens:   o.spec,
 		Overlap:                o.overlap,
 		NumUBatches:            o.ubatches,
@@ -339,7 +341,7 @@ func serve(ctx context.Context, o options, stdout io.Writer, stderr *screen) err
 	var out outcome
 	if o.nats != "" {
 		config.Process = &engine.Process{Same: o.same(fingerprint)}
-		out, err = serveRank(ctx, &o, config, weights, share(requests, o.rank, o.dp), stderr)
+		out, err = serveRanks(ctx, &o, config, weights, share(requests, o.ranks, o.dp), stderr)
 	} else {
 		out.requests = requests
 		out.results, out.stats, err = runEngine(ctx, config, weights, requests, stderr)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -336,55 +337,128 @@ func TestProcessesJoin(t *testing.T) {
 	}
 }
 
-// TestProcessesRejoin: a rank that is killed and started again by the same command goes on where it
-// was. The others wait for it, and nothing is served twice.
-func TestProcessesRejoin(t *testing.T) {
-	for _, flags := range []string{"-spec 1", "-overlap"} {
-		t.Run(flags, func(t *testing.T) { testRejoin(t, flags) })
+// TestProcessesRanks: processes of several ranks each give the right answers, and the figures of all their
+// ranks.
+func TestProcessesRanks(t *testing.T) {
+	for flags, places := range map[string][]rankList{
+		"-spec 2 -loras 3":             {{0, 1}, {2, 3}},
+		"-overlap -replan 20 -sp 2":    {{0, 3}, {1, 2}},
+		"-graph FULL -ubatches 2":      {{0, 2, 3}, {1}},
+		"-overlap -speed 500 -chunk 7": {{0, 1, 2, 3}},
+	} {
+		t.Run(flags, func(t *testing.T) {
+			t.Parallel()
+			nats, err := startServer()
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer nats.Shutdown()
+			const common = "-dp 4 -json -check -requests 43 -max-context 150"
+			programs := make([]*program, len(places))
+			for i, ranks := range places {
+				place := fmt.Sprintf(" -nats %s -ranks %v ", nats.ClientURL(), ranks)
+				programs[i] = start(t, strings.Fields(common+place+flags)...)
+			}
+			var reports []*report
+			for i, p := range programs {
+				r := p.report()
+				reports = append(reports, r)
+				own := len(share(make([]engine.Request, 43), places[i], 4))
+				if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) {
+					t.Errorf("ranks %v: %+v, check %+v, want %d requests", places[i], r, r.Check, own)
+				}
+				var ranks rankList
+				for _, w := range r.Waiting {
+					ranks = append(ranks, w.Rank)
+				}
+				if !slices.Equal(ranks, places[i]) || r.Steps != reports[0].Steps || r.FailedSteps != 0 {
+					t.Errorf("ranks %v: figures of %v, %d steps, %d failed", places[i], ranks, r.Steps, r.FailedSteps)
+				}
+			}
+			all := mergeReports(reports)
+			one := start(t, strings.Fields(common+" "+flags)...).report()
+			if all.PromptTokens != one.PromptTokens || all.GeneratedTokens != one.GeneratedTokens ||
+				*all.Check != *one.Check || len(all.Waiting) != len(one.Waiting) {
+				t.Errorf("as processes %+v, as goroutines %+v", all, one)
+			}
+		})
 	}
 }
 
-func testRejoin(t *testing.T, flags string) {
+// TestProcessesRejoin: a process that is killed and started again by the same command goes on where it
+// was. The others wait for it, and nothing is served twice.
+func TestProcessesRejoin(t *testing.T) {
+	alone := []rankList{{0}, {1}, {2}}
+	t.Run("with guesses", func(t *testing.T) { rejoin(t, alone, 400, "-spec 1 -max-context 100") })
+	t.Run("overlap", func(t *testing.T) { rejoin(t, alone, 400, "-overlap -max-context 100") })
+	t.Run("two ranks each", func(t *testing.T) {
+		rejoin(t, []rankList{{0, 1}, {2, 3}}, 400, "-spec 1 -max-context 100")
+	})
+	t.Run("graphs that change", func(t *testing.T) {
+		for i, r := range rejoin(t, alone, 180, "-requests 180 -max-context 30 -spec 1 -replan 15") {
+			if len(r.Ladders) < 2 {
+				t.Errorf("rank %d: the graphs never changed: %+v", i, r.Ladders)
+			}
+		}
+	})
+}
+
+// rejoin kills the second of some processes, which have these ranks, and starts it again. It returns the
+// reports of the processes, which serve so many requests.
+func rejoin(t *testing.T, places []rankList, requests int, flags string) (reports []*report) {
+	t.Helper()
 	nats, err := startServer()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer nats.Shutdown()
 	results := filepath.Join(t.TempDir(), "results")
-	args := func(rank int) []string {
-		const common = "-dp 3 -json -check -max-context 100 -exchange-timeout 1s -rejoin 1m -speed 20 "
+	dp := len(slices.Concat(places...))
+	args := func(i int) []string {
+		const common = "-json -check -exchange-timeout 1s -rejoin 1m -speed 20 "
 		return strings.Fields(common + flags +
-			fmt.Sprintf(" -nats %s -rank %d -results %s.%d", nats.ClientURL(), rank, results, rank))
+			fmt.Sprintf(" -nats %s -dp %d -ranks %v -results %s.%d", nats.ClientURL(), dp, places[i], results, i))
 	}
-	ranks := make([]*program, 3)
-	for rank := range ranks {
-		ranks[rank] = start(t, args(rank)...)
+	programs := make([]*program, len(places))
+	for i := range programs {
+		programs[i] = start(t, args(i)...)
 	}
-	eventually(t, "some results of rank 1", hasResults(results+".1", 20))
-	ranks[1].signal(syscall.SIGKILL)
-	if exit := ranks[1].wait(); exit != -1 {
-		t.Errorf("rank 1 was not killed: exit %d", exit)
+	eventually(t, "some results of the second process", hasResults(results+".1", 20))
+	programs[1].signal(syscall.SIGKILL)
+	if exit := programs[1].wait(); exit != -1 {
+		t.Errorf("the second process was not killed: exit %d", exit)
 	}
 	written := strings.Count(readText(t, results+".1"), "\n")
 	time.Sleep(1500 * time.Millisecond) // the others have failed for it
-	ranks[1] = start(t, args(1)...)
-	for rank, p := range ranks {
+	programs[1] = start(t, args(1)...)
+	for i, p := range programs {
 		r := p.report()
-		own := len(share(make([]engine.Request, 400), rank, 3))
+		reports = append(reports, r)
+		own := len(share(make([]engine.Request, requests), places[i], dp))
 		if r.Requests != own || r.Finished != own || *r.Check != (checkReport{Requests: own, Agreed: own}) ||
-			len(r.Waiting) != 1 || r.Waiting[0].Rank != rank {
-			t.Errorf("rank %d: %+v, check %+v, want %d requests", rank, r, r.Check, own)
+			len(r.Waiting) != len(places[i]) || r.Waiting[0].Rank != places[i][0] {
+			t.Errorf("ranks %v: %+v, check %+v, want %d requests", places[i], r, r.Check, own)
 		}
-		if rank == 1 && r.Resumed != written || rank != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
-			t.Errorf("rank %d: %d resumed, %d failed steps; rank 1 had written %d", rank, r.Resumed, r.FailedSteps,
-				written)
+		if i == 1 && r.Resumed != written || i != 1 && (r.Resumed != 0 || r.FailedSteps == 0) {
+			t.Errorf("ranks %v: %d resumed, %d failed steps; the second process had written %d", places[i],
+				r.Resumed, r.FailedSteps, written)
 		}
 	}
+	return reports
 }
 
 func TestBadRankFlags(t *testing.T) {
 	for _, c := range []struct{ args, want string }{
-		{"-nats nats://x", "serve: -nats is nats://x without a -rank, want 0 to 3 for -dp 4"},
+		{"-nats nats://x", "serve: -nats is nats://x without a -rank or -ranks, want 0 to 3 for -dp 4"},
+		{"-nats nats://x -rank 0 -ranks 0-3", "serve: -rank is 0 beside -ranks 0-3, want one of them"},
+		{"-nats nats://x -ranks 5,2-4 -dp 5", "serve: -ranks is 2-5, want 0 to 4 for -dp 5"},
+		{"-nats nats://x -ranks 0,2-3,3", `value "0,2-3,3" for flag -ranks: rank 3 is in it twice`},
+		{"-nats nats://x -ranks 3-1", `-ranks: "3-1" is no rank from 0 to 63, and no range of them such as 0-3`},
+		{"-nats nats://x -ranks 0-64", `-ranks: "0-64" is no rank from 0 to 63`},
+		{"-nats nats://x -ranks 0,,1", `-ranks: "" is no rank from 0 to 63`},
+		{"-nats nats://x -ranks 0-0x1", `-ranks: "0-0x1" is no rank from 0 to 63`},
+		{"-ranks 0-1", "serve: -ranks is 0-1: it needs -nats"},
+		{"-processes -ranks 1", "serve: -ranks is 1: it needs -nats"},
 		{"-nats nats://x -rank 2 -dp 2", "serve: -rank is 2, want 0 to 1 for -dp 2"},
 		{"-nats nats://x -rank -1", "serve: -rank is -1, want 0 to 3 for -dp 4"},
 		{"-rank 1", "serve: -rank is 1: it needs -nats"},

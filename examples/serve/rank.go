@@ -23,6 +23,7 @@ type rankOptions struct {
 	processes       bool
 	nats            string
 	rank            int
+	ranks           rankList // of this process; it has that of -rank, too
 	group           string
 	results         string
 	exchangeTimeout time.Duration
@@ -53,11 +54,13 @@ func (o *rankOptions) defineProcesses(flags *flag.FlagSet) {
 
 func (o *rankOptions) defineMachines(flags *flag.FlagSet) {
 	flags.StringVar(&o.nats, "nats", "",
-		"be one rank of several processes that are connected by the NATS\nserver at this `URL`; who the rank is "+
+		"be one of several processes that are connected by the NATS\nserver at this `URL`; who the rank is "+
 			"may be in the URL, or in the\nenvironment, where no process list shows it: in NATS_USER and\n"+
 			"NATS_PASSWORD, or in NATS_TOKEN, or in NATS_CREDS as -nats-creds")
 	flags.IntVar(&o.rank, "rank", 0,
 		"be rank `R` of -dp, and serve every request i with i mod -dp = R")
+	flags.Var(&o.ranks, "ranks",
+		"be several ranks of -dp, a `list` 0-3 or 0,2,5, and serve all\nrequests of theirs; not with -rank")
 	flags.StringVar(&o.natsCreds, "nats-creds", "",
 		"`file` with the user's credentials, a JWT and its seed;\nit may be replaced at any time, "+
 			"since the rank keeps trying while\nthe server refuses it")
@@ -81,7 +84,7 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 			bad("-%s is %s: it needs -nats or -processes", name, values[name])
 		}
 	}
-	for _, name := range []string{"rank", "nats-creds", "nats-ca", "nats-cert", "nats-key"} {
+	for _, name := range []string{"rank", "ranks", "nats-creds", "nats-ca", "nats-cert", "nats-key"} {
 		if given(name) && o.nats == "" {
 			bad("-%s is %s: it needs -nats", name, values[name])
 		}
@@ -89,11 +92,7 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	if o.nats != "" && o.processes {
 		bad("-nats is %s beside -processes, which starts a server of its own", withoutSecrets(o.nats))
 	}
-	if o.nats != "" && !given("rank") {
-		bad("-nats is %s without a -rank, want 0 to %d for -dp %d", withoutSecrets(o.nats), dp-1, dp)
-	} else if o.nats != "" && (o.rank < 0 || o.rank >= dp) {
-		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
-	}
+	o.findRanks(dp, given, bad)
 	o.findLogin(bad)
 	if (o.natsCert == "") != (o.natsKey == "") {
 		bad("-nats-cert is %q and -nats-key %q: they need each other", o.natsCert, o.natsKey)
@@ -112,6 +111,29 @@ func (o *rankOptions) validate(dp int, values map[string]string, bad func(format
 	}
 }
 
+// findRanks finds which ranks are in this process.
+func (o *rankOptions) findRanks(dp int, given func(string) bool, bad func(format string, args ...any)) {
+	switch {
+	case o.nats == "":
+		o.ranks = nil
+		for rank := range min(dp, engine.MaxRanks) {
+			o.ranks = append(o.ranks, rank)
+		}
+	case given("rank") && given("ranks"):
+		bad("-rank is %d beside -ranks %v, want one of them", o.rank, o.ranks)
+	case given("ranks"):
+		if last := o.ranks[len(o.ranks)-1]; last >= dp {
+			bad("-ranks is %v, want 0 to %d for -dp %d", o.ranks, dp-1, dp)
+		}
+	case !given("rank"):
+		bad("-nats is %s without a -rank or -ranks, want 0 to %d for -dp %d", withoutSecrets(o.nats), dp-1, dp)
+	case o.rank < 0 || o.rank >= dp:
+		bad("-rank is %d, want 0 to %d for -dp %d", o.rank, dp-1, dp)
+	default:
+		o.ranks = rankList{o.rank}
+	}
+}
+
 // same returns what all ranks must have been started with, beside the trace with this fingerprint. What
 // else there is may differ: -overlap is nothing that the others notice.
 func (o *options) same(trace string) []engine.Setting {
@@ -119,7 +141,8 @@ func (o *options) same(trace string) []engine.Setting {
 	for name, value := range map[string]any{
 		"-requests": o.requests, "-max-context": o.maxContext, "-speed": o.speed,
 		"-sp": o.sp, "-chunk": o.chunk, "-loras": o.loras, "-spec": o.spec, "-graph": o.graph,
-		"-capture-sizes": o.capture.sizes, "-max-seqs": o.maxSeqs, "-batched-tokens": o.batchedTokens,
+		"-capture-sizes": o.capture.sizes, "-replan": o.replan,
+		"-max-seqs": o.maxSeqs, "-batched-tokens": o.batchedTokens,
 		"-ubatches": o.ubatches, "-decode-ubatch-threshold": o.decodeUB, "-prefill-ubatch-threshold": o.prefillUB,
 	} {
 		same = append(same, engine.Setting{Name: name, Value: fmt.Sprint(value)})
@@ -141,18 +164,19 @@ func explainRanks(err error) error {
 // together, some steps later.
 const stopGrace = 5 * time.Second
 
-// share returns the requests of a rank.
-func share(requests []engine.Request, rank, ranks int) []engine.Request {
-	var own []engine.Request
-	for i := rank; i < len(requests); i += ranks {
-		own = append(own, requests[i])
+// share returns the requests of some of the ranks.
+func share(requests []engine.Request, own rankList, ranks int) (shared []engine.Request) {
+	for i, r := range requests {
+		if slices.Contains(own, i%ranks) {
+			shared = append(shared, r)
+		}
 	}
-	return own
+	return shared
 }
 
-// serveRank serves this rank's requests, together with the other ranks. What the results file has
-// already is not served again.
-func serveRank(
+// serveRanks serves the requests of this process's ranks, together with the other ranks. What the results
+// file has already is not served again.
+func serveRanks(
 	ctx context.Context,
 	o *options,
 	config engine.Config,
@@ -194,8 +218,8 @@ func serveRank(
 	return out, err
 }
 
-// groups are what connects this rank with the others: a group for each model, each with a connection
-// of its own.
+// groups are what connects the ranks of this process with the others: a group for each model, each with a
+// connection of its own.
 type groups struct {
 	process engine.Process
 	joined  []*natsdp.Coordinator
@@ -209,7 +233,7 @@ func joinGroups(ctx context.Context, o *options, logger *slog.Logger) (*groups, 
 	if err := o.login.check(); err != nil {
 		return nil, err
 	}
-	g := &groups{process: engine.Process{Rank: o.rank, Rejoin: o.rejoin}}
+	g := &groups{process: engine.Process{Ranks: o.ranks, Rejoin: o.rejoin}}
 	if err := g.join(ctx, cancel, o, logger); err != nil {
 		g.close()
 		return nil, fmt.Errorf("-nats %s: %w", withoutSecrets(o.nats), err)
@@ -219,7 +243,7 @@ func joinGroups(ctx context.Context, o *options, logger *slog.Logger) (*groups, 
 
 // join joins all groups concurrently, since each waits for the others. The first error ends that.
 func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options, logger *slog.Logger) error {
-	coordinators := map[string]*fwd.Coordinator{"target": &g.process.Target}
+	coordinators := map[string]*[]fwd.Coordinator{"target": &g.process.Target}
 	if o.spec > 0 {
 		coordinators["draft"] = &g.process.Draft
 	}
@@ -228,13 +252,15 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	var failed error
 	for name, to := range coordinators {
 		wg.Go(func() {
-			c, err := natsdp.Join(ctx, natsdp.Config{Group: o.group + "-" + name, Rank: o.rank, Size: o.dp},
+			all, err := natsdp.JoinRanks(ctx, natsdp.Config{Group: o.group + "-" + name, Ranks: o.ranks, Size: o.dp},
 				append(o.connection(), natsdp.WithLogger(logger))...)
 			mu.Lock()
 			defer mu.Unlock()
 			if err == nil {
-				g.joined = append(g.joined, c)
-				*to = c
+				g.joined = append(g.joined, all...)
+				for _, c := range all {
+					*to = append(*to, c)
+				}
 				return
 			}
 			if failed == nil {
@@ -250,7 +276,7 @@ func (g *groups) join(ctx context.Context, cancel context.CancelFunc, o *options
 	return failed
 }
 
-// close takes this rank out of its groups. Each stays, for a moment, until the others have its last
+// close takes the ranks out of their groups. Each stays, for a moment, until the others have its last
 // vote.
 func (g *groups) close() {
 	var wg sync.WaitGroup

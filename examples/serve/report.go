@@ -28,8 +28,10 @@ type report struct {
 	Graphs          graphReport    `json:"graphs"`
 	Speculation     *specReport    `json:"speculation,omitempty"`
 	Padding         paddingReport  `json:"padding"`
-	Waiting         []rankReport   `json:"waiting"` // by rank
-	HeldUp          []heldUpReport `json:"held_up"` // by the rank that the others waited for
+	Waiting         []rankReport   `json:"waiting"`           // by rank
+	HeldUp          []heldUpReport `json:"held_up"`           // by the rank that the others waited for
+	Ladders         []ladderReport `json:"ladders,omitempty"` // with -replan, in the order of their use
+	LadderChanges   int            `json:"ladder_changes,omitempty"`
 	Lowered         []int          `json:"lowered"` // by rank: steps in which it lowered the others' graph mode
 	Sent            []sentReport   `json:"sent"`
 	Slowest         []stepReport   `json:"slowest"` // steps, the slowest first
@@ -40,6 +42,19 @@ type graphReport struct {
 	WarmUp   float64 `json:"warm_up"`
 	Captures int     `json:"captures"`
 	Replays  int     `json:"replays"`
+}
+
+// ladderReport says what a list of capture sizes was worth while it was in use.
+type ladderReport struct {
+	Sizes    []int   `json:"sizes"`
+	Graphs   int     `json:"graphs"`   // of a rank
+	Captured int     `json:"captured"` // of these, the ones that were not there before
+	Bytes    int     `json:"bytes"`    // of the graphs of a rank
+	Seconds  float64 `json:"seconds"`  // of capturing
+	Steps    int     `json:"steps"`
+	Eager    int     `json:"eager_steps"` // of these, without a graph
+	Tokens   int     `json:"tokens"`      // of the largest rank, in the steps with a graph
+	Padding  int     `json:"padding"`     // of these steps, to the size of the graph
 }
 
 type specReport struct {
@@ -136,6 +151,13 @@ func newReport(o *outcome, interrupted bool) *report {
 		DraftPasses:     s.DraftPasses,
 		Graphs:          graphReport{WarmUp: s.WarmUp.Seconds(), Captures: s.Captures, Replays: s.Replays},
 		Padding:         paddingReport{Graph: s.GraphPadding, DP: s.DataPadding},
+		LadderChanges:   s.LadderChanges,
+	}
+	for _, l := range s.Ladders {
+		r.Ladders = append(r.Ladders, ladderReport{
+			Sizes: l.Sizes, Graphs: l.Graphs, Captured: l.Captured, Bytes: l.Bytes, Seconds: l.Capture.Seconds(),
+			Steps: l.Steps, Eager: l.Eager, Tokens: l.Tokens, Padding: l.Padding,
+		})
 	}
 	if r.Seconds > 0 {
 		r.TokensPerSecond = float64(r.Tokens) / r.Seconds
@@ -245,6 +267,9 @@ func mergeReports(ranks []*report) *report {
 func (r *report) add(rank *report) {
 	r.Interrupted = r.Interrupted || rank.Interrupted
 	r.Seconds = max(r.Seconds, rank.Seconds)
+	if rank.Steps > r.Steps || r.Ladders == nil { // all ranks have the same, but for steps that one has missed
+		r.Ladders, r.LadderChanges = rank.Ladders, rank.LadderChanges
+	}
 	r.Steps = max(r.Steps, rank.Steps)
 	r.FailedSteps = max(r.FailedSteps, rank.FailedSteps)
 	r.Graphs.WarmUp = max(r.Graphs.WarmUp, rank.Graphs.WarmUp)

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/fwdplan"
 )
 
@@ -19,19 +20,31 @@ type sizesOptions struct {
 	maxSeqs       int
 	batchedTokens int
 	sizes         string
+	replan        int
 }
 
 func (o *sizesOptions) define(flags *flag.FlagSet) {
 	flags.Var(&o.capture, "capture-sizes",
 		"sizes of graphs in tokens, as a `list` 1,2,4,8 or as the name of a\n"+
 			"file with such a list or with a plan of fwdplan -json")
+	flags.IntVar(&o.replan, "replan", 0,
+		"every `N` steps that ran by graphs choose the capture sizes anew from\n"+
+			"the sizes of all steps so far, capture the graphs that are missing and\n"+
+			"drop those that are not needed any more: at most as many as at the\n"+
+			"start, with the same largest size (0: never)")
 	flags.IntVar(&o.maxSeqs, "max-seqs", 0, "most `requests` of a rank in a step (0: 16)")
 	flags.IntVar(&o.batchedTokens, "batched-tokens", 0, "most `tokens` of a rank in a step (0: 128)")
 	flags.StringVar(&o.sizes, "sizes", "", "write to this `file` how many passes there were of each size,\n"+
 		"for fwdplan; with -processes, rank R has file.R")
 }
 
-func (o *sizesOptions) validate(bad func(string, ...any)) {
+func (o *sizesOptions) validate(graph fwd.GraphMode, bad func(string, ...any)) {
+	if o.replan < 0 {
+		bad("-replan is %d, want at least 0", o.replan)
+	}
+	if o.replan > 0 && graph == fwd.GraphNone {
+		bad("-replan is %d with -graph %v, which has no graphs", o.replan, graph)
+	}
 	if o.maxSeqs < 0 {
 		bad("-max-seqs is %d, want at least 0", o.maxSeqs)
 	}

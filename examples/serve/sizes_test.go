@@ -92,3 +92,34 @@ func TestSizes(t *testing.T) {
 		t.Errorf("%v beside the file, %v", left, err)
 	}
 }
+
+// TestReplan: the answers stay right while the graphs change, and the figures say what that was worth.
+func TestReplan(t *testing.T) {
+	args := strings.Fields("-check -json -dp 3 -requests 90 -max-context 20 -spec 1 -replan 30")
+	for _, processes := range []bool{false, true} {
+		if processes {
+			args = append(args, "-processes")
+		}
+		p := start(t, args...)
+		r := p.report()
+		if *r.Check != (checkReport{Requests: 90, Agreed: 90}) || r.LadderChanges == 0 || r.FailedSteps > 0 {
+			t.Errorf("%v: check %+v, %d changes, %d failed steps", args, r.Check, r.LadderChanges, r.FailedSteps)
+		}
+		steps, captured := 0, 0
+		for _, l := range r.Ladders {
+			steps += l.Steps
+			captured += l.Captured
+		}
+		if steps != r.Steps || captured <= r.Ladders[0].Graphs {
+			t.Errorf("%v: %d steps of ladders, %d in all; ladders %+v", args, steps, r.Steps, r.Ladders)
+		}
+	}
+	for args, want := range map[string]string{
+		"-replan -1":            "serve: -replan is -1, want at least 0",
+		"-replan 9 -graph NONE": "serve: -replan is 9 with -graph NONE, which has no graphs",
+	} {
+		if exit, _, errs := runServe(t, strings.Fields(args)...); exit != 2 || !strings.Contains(errs, want) {
+			t.Errorf("%s: exit %d, stderr %q", args, exit, errs)
+		}
+	}
+}

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"iter"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -21,7 +23,7 @@ func (r *report) print(w io.Writer, asJSON bool) error {
 		return out.Encode(r)
 	}
 	for _, section := range []func(io.Writer){
-		r.printCounts, r.printWaiting, r.printHeldUp, r.printLowered, r.printSent, r.printSlowest,
+		r.printCounts, r.printLadders, r.printWaiting, r.printHeldUp, r.printLowered, r.printSent, r.printSlowest,
 	} {
 		var text strings.Builder
 		t := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
@@ -66,7 +68,11 @@ func (r *report) printCounts(t io.Writer) {
 	printMeanings(t, r.Modes, modeMeaning)
 	fmt.Fprintf(t, "reasons\t\tfor the mode\n")
 	printMeanings(t, r.Passes, reasonMeaning)
-	fmt.Fprintf(t, "graphs\t%d\tcaptured in %v\n", r.Graphs.Captures, seconds(r.Graphs.WarmUp))
+	when := "captured in"
+	if r.LadderChanges > 0 {
+		when = "captured, at first in"
+	}
+	fmt.Fprintf(t, "graphs\t%d\t%s %v\n", r.Graphs.Captures, when, seconds(r.Graphs.WarmUp))
 	fmt.Fprintf(t, "\t%d\treplays\n", r.Graphs.Replays)
 	if s := r.Speculation; s != nil {
 		fmt.Fprintf(t, "guesses\t%d\t%d accepted\n", s.Proposed, s.Accepted)
@@ -75,6 +81,92 @@ func (r *report) printCounts(t io.Writer) {
 	fmt.Fprintf(t, "padding\t%d\ttokens\n", r.Padding.Graph+r.Padding.DP)
 	fmt.Fprintf(t, "  graph\t%d\tup to the size of a graph\n", r.Padding.Graph)
 	fmt.Fprintf(t, "  dp\t%d\tup to the largest rank\n", r.Padding.DP)
+}
+
+// printLadders prints what each list of capture sizes was worth while it was in use, and the last one.
+func (r *report) printLadders(t io.Writer) {
+	if len(r.Ladders) == 0 {
+		return
+	}
+	columns := make([][]string, 6)
+	for i, title := range []string{"steps", "eager", "padding", "graphs", "memory", "captured"} {
+		columns[i] = []string{title}
+	}
+	for _, l := range r.Ladders {
+		for i, cell := range []string{
+			fmt.Sprint(l.Steps), percent(l.Eager, l.Steps, 0), percent(l.Padding, l.Tokens, 1),
+			fmt.Sprint(l.Graphs), megabytes(l.Bytes), fmt.Sprintf("%d in %v", l.Captured, short(l.Seconds)),
+		} {
+			columns[i] = append(columns[i], cell)
+		}
+	}
+	for i := range columns {
+		columns[i] = right(columns[i])
+	}
+	leftOut := r.LadderChanges + 1 - len(r.Ladders)
+	for i := range len(r.Ladders) + 1 {
+		name := "sizes"
+		if i == 1 {
+			name = "  1"
+		} else if i > 1 {
+			name = fmt.Sprintf("  %d", i+leftOut)
+		}
+		fmt.Fprintf(t, "%s", name)
+		for _, column := range columns {
+			fmt.Fprintf(t, "\t%s", column[i])
+		}
+		fmt.Fprintln(t)
+	}
+	last := r.Ladders[len(r.Ladders)-1].Sizes
+	for line := range wrapped("  the last sizes: ", last) {
+		fmt.Fprintln(t, line)
+	}
+}
+
+// wrapped yields lines with a list that fit tableWidth columns.
+func wrapped(title string, list []int) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		line := title
+		for i, n := range list {
+			text := strconv.Itoa(n)
+			if i < len(list)-1 {
+				text += ","
+			}
+			if len(line)+len(text) > tableWidth {
+				if !yield(line) {
+					return
+				}
+				line = "  "
+			}
+			line += text
+		}
+		yield(line)
+	}
+}
+
+// percent returns a share of all, with so many digits, or a dash if there are none.
+func percent(n, all, digits int) string {
+	if all == 0 {
+		return "-"
+	}
+	return fmt.Sprintf("%.*f%%", digits, 100*float64(n)/float64(all))
+}
+
+// megabytes returns an amount of memory with two digits or more.
+func megabytes(bytes int) string {
+	mb := float64(bytes) / 1e6
+	if mb < 10 {
+		return fmt.Sprintf("%.1f MB", mb)
+	}
+	return fmt.Sprintf("%.0f MB", mb)
+}
+
+// short returns a time with three digits or more.
+func short(s float64) time.Duration {
+	if d := seconds(s); d < 10*time.Second {
+		return d
+	}
+	return seconds(s).Round(100 * time.Millisecond)
 }
 
 // printMeanings prints counts, the largest first, with what each means.

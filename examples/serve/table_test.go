@@ -9,6 +9,7 @@ import (
 	"text/tabwriter"
 	"unicode/utf8"
 
+	"github.com/forwardctx/fwd"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -29,8 +30,15 @@ func largeReport(ranks int) *report {
 		Steps: 10_000_000, FailedSteps: 1000,
 		Tokens: 12_345_678, PromptTokens: 1_234_567, GeneratedTokens: 1_234_567,
 		Passes: map[string]int{}, Modes: map[string]int{}, DummyPasses: 1_234_567, SplitPasses: 1, DraftPasses: 1,
-		Graphs:      graphReport{WarmUp: 1234.567, Captures: 1000, Replays: 10_000_000},
-		Speculation: &specReport{1e7, 1e7},
+		Graphs:        graphReport{WarmUp: 1234.567, Captures: 1000, Replays: 10_000_000},
+		Speculation:   &specReport{1e7, 1e7},
+		LadderChanges: 123,
+	}
+	for i := range 8 {
+		r.Ladders = append(r.Ladders, ladderReport{
+			Sizes: fwd.DefaultCaptureSizes(512), Graphs: 102, Captured: 102 - i, Bytes: 123_456_789, Seconds: 12.345,
+			Steps: 1_234_567, Eager: 1_234_567, Tokens: 1_000_000, Padding: 234_567,
+		})
 	}
 	for reason := range reasonMeaning {
 		r.Passes[reason] = 1_234_567
@@ -67,6 +75,10 @@ func TestTableLarge(t *testing.T) {
 		"  rank 59       86399.1 s  1234567   59.0 s  12345678\n  and 59 more ranks\n",
 		"lowered the mode  steps\n  rank 63          6300\n", "  rank 59          5900\n  and 58 more ranks\n",
 		"  rank 63 to 62  63000062\n  rank 63 to 61  63000061\n", "  and fewer between 4027 other pairs\n",
+		"sizes    steps  eager  padding  graphs  memory      captured\n" +
+			"  1    1234567   100%    23.5%     102  123 MB  102 in 12.3s\n" +
+			"  118  1234567   100%    23.5%     102  123 MB  101 in 12.3s\n",
+		"  the last sizes: 1,2,4,8,16,24,32,40,48,56,64,72,80,88,96,\n  104,112,120,",
 		"slowest steps     took\n  10000000     4000 ms  rank 63: full_excluded, 1024 tokens\n" +
 			"  trace        0af7651916cd43dd8448eb211c80319c\n" +
 			"  10000001     3000 ms  rank 17: its vote came last\n",

@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"net"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -112,9 +113,9 @@ const metricInterval = 5 * time.Second
 // its own. They share one connection, and one queue of spans, which holds up no pass: what doesn't
 // fit is dropped, and counted.
 type telemetry struct {
-	first     int // rank
-	providers []providers
-	services  []service // of all ranks
+	ranks     rankList    // of this process
+	providers []providers // in their order
+	services  []service   // of all ranks
 
 	registry *prometheus.Registry // nil: nobody reads metrics here
 	conn     *grpc.ClientConn     // nil: nothing is sent
@@ -135,12 +136,12 @@ type service struct {
 	name     string // by which other ranks call it
 }
 
-// startTelemetry makes the providers of the ranks from first on.
-func startTelemetry(ctx context.Context, o *options, first, count int) (_ *telemetry, err error) {
+// startTelemetry makes the providers of the ranks of this process.
+func startTelemetry(ctx context.Context, o *options) (_ *telemetry, err error) {
 	// Exporters connect when they have something to send. Their context must outlive an interrupted
 	// run.
 	ctx = context.WithoutCancel(ctx)
-	t := &telemetry{first: first}
+	t := &telemetry{ranks: o.ranks}
 	defer func() {
 		if err != nil {
 			t.stop(io.Discard)
@@ -154,14 +155,14 @@ func startTelemetry(ctx context.Context, o *options, first, count int) (_ *telem
 		t.services = append(t.services, s)
 	}
 	if o.otlp != "" {
-		if err := t.connect(ctx, o.otlp, count); err != nil {
+		if err := t.connect(ctx, o.otlp, len(o.ranks)); err != nil {
 			return nil, fmt.Errorf("-otlp %s: %w", o.otlp, err)
 		}
 	}
 	if o.debug != "" {
 		t.registry = newRegistry()
 	}
-	for rank := first; rank < first+count; rank++ {
+	for _, rank := range o.ranks {
 		p, err := t.newProviders(t.services[rank].resource, o.sample)
 		if err != nil {
 			return nil, err
@@ -217,7 +218,7 @@ func (t *telemetry) newProviders(res *resource.Resource, sample float64) (p prov
 
 // of returns the providers of a rank of this process.
 func (t *telemetry) of(rank int) (trace.TracerProvider, metric.MeterProvider) {
-	p := t.providers[rank-t.first]
+	p := t.providers[slices.Index(t.ranks, rank)]
 	return p.traces, p.metrics
 }
 

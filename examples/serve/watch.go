@@ -31,9 +31,9 @@ func startWatch(
 			w.stop(io.Discard)
 		}
 	}()
-	first, ranks, name := 0, o.dp, "serve"
+	name := "serve"
 	if o.nats != "" {
-		first, ranks, name = o.rank, 1, fmt.Sprintf("serve-rank-%d", o.rank)
+		name = fmt.Sprintf("serve-rank-%v", o.ranks)
 	}
 	if o.cpuProfile != "" {
 		if w.profile, err = startProfile(o.cpuProfile); err != nil {
@@ -51,13 +51,13 @@ func startWatch(
 		}
 	}
 	if o.records() {
-		if w.telemetry, err = startTelemetry(ctx, o, first, ranks); err != nil {
+		if w.telemetry, err = startTelemetry(ctx, o); err != nil {
 			return nil, err
 		}
 		config.Providers, config.PeerName, config.StepTrace = w.telemetry.of, w.telemetry.peerName, true
 	}
 	if o.debug != "" {
-		if w.debug, err = startDebug(o.debug, w.telemetry.registry, first, ranks); err != nil {
+		if w.debug, err = startDebug(o.debug, w.telemetry.registry, o.ranks); err != nil {
 			return nil, fmt.Errorf("-debug: %w", err)
 		}
 		fmt.Fprintf(stderr, "serve: -debug shows this run at %s\n", w.debug.url())
