@@ -72,8 +72,8 @@ func parseGroup(text string) (group, error) {
 	p, err := strconv.Atoi(processes)
 	n, err2 := strconv.Atoi(per)
 	if err != nil || err2 != nil || p < 2 || n < 1 || p > mostRanks || n > mostRanks/p {
-		return group{}, fmt.Errorf("%q is not a number from 2 to %d, and not PROCESSESxRANKS with at most so many ranks",
-			text, mostRanks)
+		return group{}, fmt.Errorf("%q is not a number from 2 to %d, "+
+			"and not PROCESSESxRANKS with at most so many ranks in all", text, mostRanks)
 	}
 	return group{p, n}, nil
 }
@@ -95,7 +95,7 @@ func parseFlags(args []string, stderr io.Writer) (o options, err error) {
 		}
 		return nil
 	})
-	flags.BoolVar(&o.goroutines, "goroutines", false, "ranks are goroutines of this process, each with a connection")
+	flags.BoolVar(&o.goroutines, "goroutines", false, "no processes: goroutines with a connection each")
 	flags.IntVar(&o.rounds, "rounds", 10_000, "`rounds` that each turn takes")
 	flags.IntVar(&o.turns, "turns", 5, "`turns` of natsdp and what it is compared with")
 	if err := flags.Parse(args); err != nil {

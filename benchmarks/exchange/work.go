@@ -121,7 +121,9 @@ func each(ctx context.Context, callers []roundFunc, do func(context.Context, int
 
 // take takes part in all rounds, and returns in ascending order how many µs they took. If it counts,
 // it also returns how many messages the server delivered meanwhile.
-func (j *job) take(ctx context.Context, round roundFunc, counts bool) (took []float64, messages int64, err error) {
+func (j *job) take(ctx context.Context, round roundFunc, counts bool) (
+	took []float64, messages int64, err error,
+) {
 	warm := j.Rounds/10 + 1
 	for i := range warm + j.Rounds {
 		if i == warm && counts {
