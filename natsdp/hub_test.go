@@ -141,6 +141,26 @@ func TestOneMessageForAProcess(t *testing.T) {
 	}
 }
 
+// Votes that come in any numbers at a time all go out, and bundles that wait together come in whole: no
+// rank has to ask for a vote.
+func TestNoVoteStaysBehind(t *testing.T) {
+	t.Parallel()
+	s := startServer(t, serverOptions())
+	var processes [][]int
+	for first := range 6 {
+		processes = append(processes, []int{first, first + 6, first + 12, first + 18})
+	}
+	group := joinByProcesses(t, s, 24, processes)
+	for step := uint64(1); step <= 200; step++ {
+		together(t, group, step)
+	}
+	for rank, c := range group {
+		if stats := c.Stats(); stats.Resent != 0 || stats.Malformed != 0 {
+			t.Errorf("rank %d: %+v", rank, stats)
+		}
+	}
+}
+
 // Ranks is for JoinRanks, and Rank for Join. What can't be is refused.
 func TestJoinRanksConfig(t *testing.T) {
 	t.Parallel()

@@ -364,6 +364,9 @@ func (m *member) goodbye() {
 		bye.epoch = epoch
 		m.publish(bye.encode())
 	}
+	if m.isHub() {
+		m.passGreetings() // nobody else does
+	}
 	m.die(ErrClosed)
 }
 

@@ -287,7 +287,8 @@ func (l *link) publish(before error) {
 			}
 			if !b.partOfVotes(len(l.members)) {
 				l.flush(&b)
-			} else if len(b.data) == 1 {
+			} else if !b.held {
+				b.held = true
 				hold.Reset(holdMost)
 			}
 		case <-hold.C:
@@ -313,6 +314,7 @@ type batch struct {
 	from *member // of the first
 	to   int
 	data [][]byte
+	held bool
 }
 
 // holdMost is how long the vote of a rank waits for those of others in its process.
@@ -368,12 +370,19 @@ func (l *link) flush(b *batch) {
 		address = strconv.Itoa(b.to)
 	}
 	subject := l.base + "." + address + "." + l.self.token
+	if len(b.data) > 1 { // a bundle holds no bundles
+		var flat [][]byte
+		for _, data := range b.data {
+			flat = slices.AppendSeq(flat, unbundle(data))
+		}
+		b.data = flat
+	}
 	for _, data := range b.from.pack(b.data) {
 		if !l.down.Load() {
 			l.noteRefused(l.conn.Publish(subject, data))
 		}
 	}
-	b.data = nil
+	b.data, b.held = nil, false
 }
 
 // noteRefused notes why a message could not be sent, if it is too large.

@@ -19,11 +19,14 @@ const (
 )
 
 // These say when the hub passes on what is not all that it waits for: so long after the last message
-// that came, so long after the first, and so many times a round.
+// that came, or after the first. Votes that are not all complete no round: they only say who is missing,
+// so they have time, and are passed on at most so many times a round.
 const (
-	passQuiet = 5 * time.Millisecond
-	passMost  = 50 * time.Millisecond
-	passParts = 2
+	greetQuiet = 5 * time.Millisecond
+	greetMost  = 50 * time.Millisecond
+	voteQuiet  = 100 * time.Millisecond
+	voteMost   = 500 * time.Millisecond
+	voteParts  = 2
 )
 
 // graceMost is how long a rank whose ctx has ended waits at most for the hub, which knows better who is
@@ -39,12 +42,48 @@ type relay struct {
 	passed    int      // of votes
 	parts     int      // how often votes were passed on that were not all
 
+	greet, vote pacer
+}
+
+// pacer says when it has been quiet for long enough.
+type pacer struct {
 	timer       *time.Timer // nil: nothing waits
 	first, last time.Time   // when something came that waits
 }
 
+// note notes that something has come, and lets fire look when it may be due.
+func (p *pacer) note(quiet time.Duration, fire func()) {
+	p.last = time.Now()
+	if p.timer == nil {
+		p.first, p.timer = p.last, time.AfterFunc(quiet, fire)
+	}
+}
+
+// due reports whether what waits is to be passed on now. If not, it looks again later.
+func (p *pacer) due(quiet, most time.Duration) bool {
+	if p.timer == nil {
+		return false
+	}
+	now := time.Now()
+	if rest := quiet - now.Sub(p.last); rest > 0 && now.Sub(p.first) < most {
+		p.timer.Reset(rest)
+		return false
+	}
+	return true
+}
+
+func (p *pacer) stop() {
+	if p.timer != nil {
+		p.timer.Stop()
+		p.timer = nil
+	}
+}
+
 // forget drops the votes of a round that is over.
-func (r *relay) forget() { r.votes, r.passed, r.parts = nil, 0, 0 }
+func (r *relay) forget() {
+	r.votes, r.passed, r.parts = nil, 0, 0
+	r.vote.stop()
+}
 
 // round returns the votes of the open round in messages.
 func (r *relay) round(m *member) [][]byte { return bundles(m.message(kindBundle), r.votes, m.most) }
@@ -59,8 +98,7 @@ func (m *member) publish(data []byte) {
 	case !m.hasHub() || !m.isHub() && m.peers[m.hub].gone:
 		m.send(toAll, data)
 	case m.isHub():
-		m.relay.greetings = append(m.relay.greetings, data)
-		m.passLater()
+		m.greetLater(data)
 	default:
 		m.send(m.hub, data)
 	}
@@ -69,8 +107,32 @@ func (m *member) publish(data []byte) {
 // passGreeting passes on what a rank that joins or leaves says to all.
 func (m *member) passGreeting(msg *message, direct bool) {
 	if p := &m.peers[msg.rank]; m.isHub() && direct && p.greetings.allow() && !m.greetedBefore(p, msg) {
-		m.relay.greetings = append(m.relay.greetings, msg.raw)
-		m.passLater()
+		m.greetLater(msg.raw)
+	}
+}
+
+// greetLater passes on a greeting with others that come.
+func (m *member) greetLater(data []byte) {
+	m.relay.greetings = append(m.relay.greetings, data)
+	m.relay.greet.note(greetQuiet, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.relay.greet.due(greetQuiet, greetMost) {
+			m.passGreetings()
+		}
+	})
+}
+
+func (m *member) passGreetings() {
+	m.pass(m.relay.greetings)
+	m.relay.greetings = nil
+	m.relay.greet.stop()
+}
+
+// pass sends messages of others to all.
+func (m *member) pass(messages [][]byte) {
+	for _, data := range bundles(m.message(kindBundle), messages, m.most) {
+		m.send(toAll, data)
 	}
 }
 
@@ -125,10 +187,26 @@ func (m *member) passVote(msg *message) {
 	}
 	m.relay.votes = append(m.relay.votes, msg.raw)
 	if g := &m.open; g.count == m.size && (g.full == 0 || g.full == m.size) {
-		m.passOn()
-	} else if m.relay.parts < passParts {
-		m.passLater()
+		m.passVotes()
+	} else if m.relay.parts < voteParts {
+		m.relay.vote.note(voteQuiet, m.passSomeVotes)
 	}
+}
+
+func (m *member) passSomeVotes() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.relay.vote.due(voteQuiet, voteMost) {
+		m.relay.parts++
+		m.passVotes()
+	}
+}
+
+func (m *member) passVotes() {
+	r := &m.relay
+	m.pass(r.votes[r.passed:])
+	r.passed = len(r.votes)
+	r.vote.stop()
 }
 
 // ownVotePassed notes that the hub has passed on this rank's own vote.
@@ -138,45 +216,6 @@ func (m *member) ownVotePassed(msg *message) {
 		msg.vote, msg.lives, msg.ending = m.vote, m.lives, m.ending
 		m.add(&m.open, msg)
 	}
-}
-
-func (m *member) passLater() {
-	r := &m.relay
-	r.last = time.Now()
-	if r.timer == nil {
-		r.first = r.last
-		r.timer = time.AfterFunc(passQuiet, m.passWhenQuiet)
-	}
-}
-
-func (m *member) passWhenQuiet() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	r := &m.relay
-	if r.timer == nil {
-		return
-	}
-	if now := time.Now(); m.dead == nil && now.Sub(r.last) < passQuiet && now.Sub(r.first) < passMost {
-		r.timer.Reset(passQuiet - now.Sub(r.last))
-		return
-	}
-	if r.passed < len(r.votes) {
-		r.parts++
-	}
-	m.passOn()
-}
-
-// passOn passes on everything that waits.
-func (m *member) passOn() {
-	r := &m.relay
-	if r.timer != nil {
-		r.timer.Stop()
-		r.timer = nil
-	}
-	for _, data := range bundles(m.message(kindBundle), append(r.greetings, r.votes[r.passed:]...), m.most) {
-		m.send(toAll, data)
-	}
-	r.greetings, r.passed = nil, len(r.votes)
 }
 
 // tellAll sends a rank that has lost votes all that are there in the open round, and asks for its own
@@ -227,12 +266,12 @@ func (m *member) hubHearsBroken(msg *message) {
 // silentMost is how long the hub may take to answer.
 const silentMost = graceMost / 4
 
-// lackingThroughHub returns which of the ranks that a rank lacks may be to blame. If nothing has come
-// from the hub, not even this rank's own vote or an answer, it is the hub.
+// lackingThroughHub returns which of the ranks that a rank lacks may be to blame. If the hub has not
+// answered, or lacks nothing but this rank's vote, it is the hub.
 func (m *member) lackingThroughHub(ranks []int) []int {
 	ranks = without(ranks, []int{m.rank})
 	silent := !m.asked.IsZero() && time.Since(m.asked) >= silentMost
-	if m.open.count == 0 || len(ranks) == 0 || silent {
+	if len(ranks) == 0 || silent {
 		return []int{m.hub}
 	}
 	return ranks
