@@ -29,6 +29,9 @@ func TestCoordinator(
 		if p.runners {
 			s = s.withRunners()
 		}
+		if !p.alone {
+			s = s.besideLarge()
+		}
 		t.Run(p.name, func(t *testing.T) { // returns when the part's parallel subtests have ended
 			for _, c := range p.checks {
 				t.Run(c.name, func(t *testing.T) {
@@ -234,10 +237,14 @@ func (s *suite) measure(t *testing.T) {
 			s.timings[size] = s.measured(t, size)
 		}
 	}
-	// Large groups keep the processors busy while small ones are checked.
+}
+
+// besideLarge returns the suite for groups that are checked while large ones keep the processors busy.
+func (s suite) besideLarge() suite {
 	for _, large := range s.timings {
 		s.settle = max(s.settle, large.settle)
 	}
+	return s
 }
 
 // measured lets a group take some rounds and notes how long they take. Nobody outside can see when a

@@ -70,17 +70,6 @@ func TestConformanceOfProcesses(t *testing.T) {
 	})
 }
 
-// Groups of 32 ranks pass the suite, and one of 128 a part of it.
-func TestConformanceOfLargeGroups(t *testing.T) {
-	if testing.Short() || raceDetector {
-		t.Skip("takes minutes")
-	}
-	s := startServer(t, serverOptions())
-	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
-		return coordinators(joinAll(t, newName(), size, at(s)))
-	}, fwdtest.WithSizes(2, 32), fwdtest.WithSmoke(128))
-}
-
 // The server delivers at most four messages a rank and step, and few when ranks join.
 func TestDeliveriesOfServer(t *testing.T) {
 	for _, size := range []int{16, 256} {
@@ -138,26 +127,6 @@ func TestOneMessageForAProcess(t *testing.T) {
 	together(t, alone, 1)
 	if n := delivered(t, s) - before; n != 0 {
 		t.Errorf("%d deliveries in a step of one process", n)
-	}
-}
-
-// Votes that come in any numbers at a time all go out, and bundles that wait together come in whole: no
-// rank has to ask for a vote.
-func TestNoVoteStaysBehind(t *testing.T) {
-	t.Parallel()
-	s := startServer(t, serverOptions())
-	var processes [][]int
-	for first := range 6 {
-		processes = append(processes, []int{first, first + 6, first + 12, first + 18})
-	}
-	group := joinByProcesses(t, s, 24, processes)
-	for step := uint64(1); step <= 200; step++ {
-		together(t, group, step)
-	}
-	for rank, c := range group {
-		if stats := c.Stats(); stats.Resent != 0 || stats.Malformed != 0 {
-			t.Errorf("rank %d: %+v", rank, stats)
-		}
 	}
 }
 

@@ -314,7 +314,7 @@ type batch struct {
 	from *member // of the first
 	to   int
 	data [][]byte
-	held bool
+	held bool // until holdMost is over
 }
 
 // holdMost is how long the vote of a rank waits for those of others in its process.
@@ -370,13 +370,6 @@ func (l *link) flush(b *batch) {
 		address = strconv.Itoa(b.to)
 	}
 	subject := l.base + "." + address + "." + l.self.token
-	if len(b.data) > 1 { // a bundle holds no bundles
-		var flat [][]byte
-		for _, data := range b.data {
-			flat = slices.AppendSeq(flat, unbundle(data))
-		}
-		b.data = flat
-	}
 	for _, data := range b.from.pack(b.data) {
 		if !l.down.Load() {
 			l.noteRefused(l.conn.Publish(subject, data))

@@ -1,5 +1,4 @@
-// This file tests losses in one direction at a real server, and what a rank is told that can't speak
-// or hear.
+// This file tests that coordinators over NATS pass the suite, also if messages get lost in one direction.
 
 package natsdp_test
 
@@ -17,6 +16,7 @@ import (
 	"github.com/forwardctx/fwd"
 	"github.com/forwardctx/fwd/fwdtest"
 	"github.com/forwardctx/fwd/natsdp"
+	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
 )
 
@@ -89,31 +89,57 @@ func (c *earConn) Read(p []byte) (int, error) {
 	return c.left.Read(p)
 }
 
-// Ranks that hear others and are not heard, or the other way round, don't run alone, with a hub and
-// without.
-func TestConformanceWithLoss(t *testing.T) {
-	s := startServer(t, serverOptions())
-	var mu sync.Mutex
-	ears := map[fwd.Coordinator]*ear{}
-	newGroup := func(t *testing.T, size int) []fwd.Coordinator {
-		own := make([]*ear, size)
-		for rank := range own {
-			own[rank] = newEar()
-		}
-		group := coordinators(joinAll(t, newName(), size, func(rank int) []natsdp.Option {
-			return at(s, nats.SetCustomDialer(own[rank]))(rank)
-		}))
-		mu.Lock()
-		defer mu.Unlock()
-		for rank, c := range group {
-			ears[c] = own[rank]
-		}
-		return group
+// ears makes groups whose ranks can be made deaf to others.
+type ears struct {
+	server *server.Server
+	mu     sync.Mutex
+	of     map[fwd.Coordinator]*ear
+}
+
+func newEars(t *testing.T) *ears {
+	return &ears{server: startServer(t, serverOptions()), of: map[fwd.Coordinator]*ear{}}
+}
+
+func (e *ears) newGroup(t *testing.T, size int) []fwd.Coordinator {
+	own := make([]*ear, size)
+	for rank := range own {
+		own[rank] = newEar()
 	}
-	lose := func(t *testing.T, group []fwd.Coordinator, from, to int) (end func()) {
-		mu.Lock()
-		defer mu.Unlock()
-		return ears[group[to]].lose(from)
+	group := coordinators(joinAll(t, newName(), size, func(rank int) []natsdp.Option {
+		return at(e.server, nats.SetCustomDialer(own[rank]))(rank)
+	}))
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for rank, c := range group {
+		e.of[c] = own[rank]
 	}
-	fwdtest.TestCoordinator(t, newGroup, fwdtest.WithLoss(lose), fwdtest.WithSizes(3, 17))
+	t.Cleanup(func() {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		for _, c := range group {
+			delete(e.of, c)
+		}
+	})
+	return group
+}
+
+func (e *ears) lose(_ *testing.T, group []fwd.Coordinator, from, to int) (end func()) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.of[group[to]].lose(from)
+}
+
+func TestConformance(t *testing.T) {
+	e := newEars(t)
+	fwdtest.TestCoordinator(t, e.newGroup, fwdtest.WithLoss(e.lose))
+}
+
+// Groups with a hub pass the suite, and one of 128 ranks passes a part of it.
+func TestConformanceOfLargeGroups(t *testing.T) {
+	if testing.Short() || raceDetector {
+		t.Skip("takes minutes")
+	}
+	e := newEars(t)
+	fwdtest.TestCoordinator(t, e.newGroup,
+		fwdtest.WithLoss(e.lose), fwdtest.WithSizes(2, 32), fwdtest.WithSmoke(128))
 }

@@ -443,9 +443,13 @@ func (m *member) pack(messages [][]byte) [][]byte {
 	if len(messages) == 1 {
 		return messages
 	}
+	var single [][]byte // a bundle holds no bundles
+	for _, data := range messages {
+		single = slices.AppendSeq(single, unbundle(data))
+	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return bundles(m.message(kindBundle), messages, m.most)
+	return bundles(m.message(kindBundle), single, m.most)
 }
 
 // isEpoch reports whether this life of the rank has or had an epoch.

@@ -1,5 +1,4 @@
-// This file tests that coordinators over NATS pass the suite. It has helpers that other files
-// share.
+// This file has helpers that other files share.
 
 package natsdp_test
 
@@ -13,7 +12,6 @@ import (
 	"time"
 
 	"github.com/forwardctx/fwd"
-	"github.com/forwardctx/fwd/fwdtest"
 	"github.com/forwardctx/fwd/natsdp"
 	"github.com/nats-io/nats-server/v2/server"
 	"github.com/nats-io/nats.go"
@@ -125,13 +123,6 @@ func coordinators(group []*natsdp.Coordinator) []fwd.Coordinator {
 		out[i] = c
 	}
 	return out
-}
-
-func TestConformance(t *testing.T) {
-	s := startServer(t, serverOptions())
-	fwdtest.TestCoordinator(t, func(t *testing.T, size int) []fwd.Coordinator {
-		return coordinators(joinAll(t, newName(), size, at(s)))
-	})
 }
 
 // The errors of the package have the word for error.type behind them.
