@@ -247,17 +247,21 @@ func (l *link) receive(to int, msg *nats.Msg) {
 	if ok && from == l.self && l.said(msg.Data) {
 		return // an echo
 	}
+	now, first := time.Now(), l.members[0]
 	for data := range unbundle(msg.Data) {
-		rank, known := sayer(data)
-		for _, m := range targets {
-			switch {
-			case !ok:
+		if !ok {
+			for _, m := range targets {
 				m.foreign()
-			case known && (from.has(rank) || m.hasHub() && from.has(m.hub)):
-				m.handle(rank, to != toAll, data)
-			default: // which does not believe it
-				m.handle(from.runs[0].first, to != toAll, data)
 			}
+			continue
+		}
+		rank, known := sayer(data)
+		if !known || !from.has(rank) && !(first.hasHub() && from.has(first.hub)) {
+			rank = from.runs[0].first // whose message it is not, so nobody believes it
+		}
+		parsed, err := parse(first.group, l.size, rank, data, now)
+		for _, m := range targets {
+			m.take(rank, to != toAll, parsed, err)
 		}
 	}
 }

@@ -814,11 +814,23 @@ func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 // handle takes a message that came in on the subject of rank from. It is for this rank alone if
 // direct, otherwise for all.
 func (m *member) handle(from int, direct bool, data []byte) {
+	msg, err := parse(m.group, m.size, from, data, time.Now())
+	m.take(from, direct, msg, err)
+}
+
+// parse reads a message that came in on the subject of rank from. What is of another group or size is
+// not read whole.
+func parse(group uint64, size, from int, data []byte, now time.Time) (message, error) {
 	msg, body, err := decodeHeader(data)
-	if err == nil && msg.group == m.group && msg.size == m.size && msg.rank == from {
+	if err == nil && msg.group == group && msg.size == size && msg.rank == from {
 		err = msg.decodeBody(body)
 	}
-	msg.raw = data
+	msg.raw, msg.at = data, now
+	return msg, err
+}
+
+// take takes a message that has been read, or could not be.
+func (m *member) take(from int, direct bool, msg message, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil || m.down {
@@ -861,9 +873,9 @@ func (m *member) handle(from int, direct bool, data []byte) {
 // since 1970, and whoever pushes it there leaves it one for each microsecond to come. Epochs are
 // nanoseconds since 1970. The clocks of hosts differ, by less than a day.
 func (m *member) credible(msg *message) bool {
-	return msg.round <= uint64(time.Now().Add(clocksDiffer).UnixMicro()) &&
-		max(msg.step, msg.vote.Step) <= m.mostStep() &&
-		max(msg.epoch, msg.holder) <= latestEpoch()
+	latest := msg.at.Add(clocksDiffer)
+	return msg.round <= uint64(latest.UnixMicro()) && max(msg.step, msg.vote.Step) <= m.mostStep() &&
+		max(msg.epoch, msg.holder) <= uint64(latest.UnixNano())
 }
 
 // handleImplausible counts a message that no honest rank can have sent, unless a clock is wrong:

@@ -7,6 +7,7 @@ import (
 	"iter"
 	"math"
 	"math/bits"
+	"time"
 
 	"github.com/forwardctx/fwd"
 	"go.opentelemetry.io/otel/trace"
@@ -126,8 +127,9 @@ type message struct {
 	rank  int
 	epoch uint64
 	round uint64
-	step  uint64 // the group's
-	raw   []byte // the message, in the bytes that came or go
+	step  uint64    // the group's
+	raw   []byte    // the message, in the bytes that came or go
+	at    time.Time // when it came
 
 	// Of a vote.
 	vote  fwd.Vote

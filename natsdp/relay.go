@@ -141,11 +141,9 @@ func (m *member) pass(messages [][]byte) {
 func (m *member) greetedBefore(p *peer, msg *message) bool {
 	switch {
 	case msg.kind == kindHello && m.meets():
-		known := p.asked == msg.epoch
-		if p.hello = msg.raw; known {
-			m.tellHellos(msg.rank)
-		}
-		return known
+		m.tellHellos(msg.rank) // it may have come too late to hear what was passed on
+		p.hello = msg.raw
+		return p.asked == msg.epoch
 	case msg.kind == kindReady && m.meets():
 		if p.hello == nil {
 			p.hello = msg.raw // which says who its rank is as well

@@ -19,7 +19,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -392,21 +391,20 @@ func TestQueueIsBounded(t *testing.T) {
 	name := newName()
 	group := joinAll(t, name, 2, at(s))
 	together(t, group, 1)
-	resume := sync.OnceFunc(natsdp.Pause(group[0]))
-	defer resume()
+	overrun(t, s, name, group[0])
+	together(t, group, 2)
+}
+
+// overrun keeps a rank from looking at its messages until some are dropped.
+func overrun(t *testing.T, s *server.Server, name string, c *natsdp.Coordinator) {
+	t.Helper()
+	defer natsdp.Pause(c)()
 	conn := connect(t, s)
-	const times = 64
-	for range times {
+	for range 64 {
 		_ = conn.Publish(natsdp.DefaultSubjectPrefix+"."+name+".all.1", make([]byte, 1<<19))
 	}
 	if err := conn.FlushTimeout(patience); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(patience); natsdp.Dropped(group[0]) == 0; time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("a rank keeps %d MB", times/2)
-		}
-	}
-	resume()
-	together(t, group, 2)
+	waitFor(t, "a message that is dropped", func() bool { return natsdp.Dropped(c) > 0 })
 }
