@@ -42,11 +42,17 @@ func through(links []link) func(rank int) string {
 	return func(rank int) string { return "nats://" + links[rank].Listen }
 }
 
-// poison makes a link bad in both directions, in one of toxiproxy's ways, until heal is called.
-func (l link) poison(toxic, attributes string) (heal func()) {
+// These are the directions of a link: what its rank says, and what it hears.
+const (
+	says  = "upstream"
+	hears = "downstream"
+)
+
+// poison makes a link bad in some directions, in one of toxiproxy's ways, until heal is called.
+func (l link) poison(toxic, attributes string, directions ...string) (heal func()) {
 	l.Helper()
 	var names []string
-	for _, stream := range []string{"upstream", "downstream"} {
+	for _, stream := range directions {
 		text := fmt.Sprintf(`{"type":%q,"stream":%q,"attributes":{%s}}`, toxic, stream, attributes)
 		added, err := l.Toxics.AddToxicJson(strings.NewReader(text))
 		if err != nil {
@@ -80,6 +86,24 @@ func TestLinkCut(t *testing.T) {
 	outages(t, 500*time.Millisecond, 2500*time.Millisecond, cut)
 }
 
+// TestLinkOneWay: if a rank hears the others and is not heard, or the other way round, for less time than
+// the ranks wait in a step, no step is lost. Otherwise steps are lost, no rank goes on alone, and all go on
+// afterwards. What gets lost is a part of a stream, so the connection breaks when the link is whole again.
+func TestLinkOneWay(t *testing.T) {
+	t.Parallel()
+	for what, direction := range map[string]string{"not heard": says, "deaf": hears} {
+		t.Run(what, func(t *testing.T) {
+			oneWay := func(t *testing.T, flags string) (g *group, down, up func(rank int)) {
+				links, heal := newLinks(t, 3), make([]func(), 3)
+				down = func(rank int) { heal[rank] = links[rank].poison("timeout", `"timeout":0`, direction) }
+				up = func(rank int) { heal[rank]() }
+				return newGroup(t, len(links), through(links), flags), down, up
+			}
+			outages(t, 500*time.Millisecond, 2500*time.Millisecond, oneWay)
+		})
+	}
+}
+
 // TestLinkReset: connections that are reset again and again, whenever something goes through them,
 // cost no step.
 func TestLinkReset(t *testing.T) {
@@ -89,7 +113,7 @@ func TestLinkReset(t *testing.T) {
 	g.startAll()
 	g.reach(0.1)
 	for i := range 6 {
-		heal := links[i%len(links)].poison("reset_peer", `"timeout":0`)
+		heal := links[i%len(links)].poison("reset_peer", `"timeout":0`, says, hears)
 		g.standStill(200 * time.Millisecond)
 		heal()
 		g.goOn()
@@ -113,7 +137,7 @@ func TestLinkSlow(t *testing.T) {
 			t.Parallel()
 			links := newLinks(t, 2)
 			for _, l := range links {
-				l.poison(tt.toxic, tt.attributes)
+				l.poison(tt.toxic, tt.attributes, says, hears)
 			}
 			g := newGroup(t, len(links), through(links), "-exchange-timeout 30s")
 			g.requests = tt.requests
