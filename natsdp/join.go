@@ -251,8 +251,12 @@ func (m *member) handleState(p *peer, msg *message) {
 // time when the other asked, and for a moment after such claims; the others listen to the later
 // epoch.
 func (m *member) handleOwnRank(msg *message) {
-	if msg.epoch == m.epoch && msg.kind == kindVote {
+	switch {
+	case msg.epoch == m.epoch && msg.kind == kindVote:
 		m.ownVotePassed(msg)
+		return
+	case msg.epoch == m.epoch && msg.kind == kindReady:
+		m.ownReadyPassed(msg)
 		return
 	}
 	if msg.epoch == m.epoch || slices.Contains(m.former, msg.epoch) {

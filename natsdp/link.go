@@ -248,6 +248,7 @@ func (l *link) receive(to int, msg *nats.Msg) {
 		return // an echo
 	}
 	now, first := time.Now(), l.members[0]
+	var read message // one for all, since the ranks keep none
 	for data := range unbundle(msg.Data) {
 		if !ok {
 			for _, m := range targets {
@@ -259,9 +260,10 @@ func (l *link) receive(to int, msg *nats.Msg) {
 		if !known || !from.has(rank) && !(first.hasHub() && from.has(first.hub)) {
 			rank = from.runs[0].first // whose message it is not, so nobody believes it
 		}
-		parsed, err := parse(first.group, l.size, rank, data, now)
+		read = message{raw: data, at: now}
+		err := read.read(first.group, l.size, rank)
 		for _, m := range targets {
-			m.take(rank, to != toAll, parsed, err)
+			m.take(rank, to != toAll, &read, err)
 		}
 	}
 }

@@ -88,6 +88,7 @@ type member struct {
 	waiting bool
 	vote    fwd.Vote
 	lives   uint64    // that its vote counts, see hashLives
+	said    []byte    // the message of it
 	full    bool      // it has said that it has the votes of all
 	asked   time.Time // when it has asked for votes, and not been answered by the hub since
 	gaveUp  bool      // it has told the hub that it can't wait any longer
@@ -410,7 +411,7 @@ func (m *member) enter(v fwd.Vote) {
 // giveVote gives this rank's vote to all. In a group with a hub the vote is there when the hub has
 // passed it on, so that all ranks know who was last.
 func (m *member) giveVote(msg *message) {
-	if !m.isHub() {
+	if m.said = msg.raw; !m.isHub() {
 		m.publish(msg.raw)
 	}
 	if m.isHub() || !m.hasHub() {
@@ -687,7 +688,7 @@ func (m *member) allVotes() [][]byte {
 	if m.isHub() {
 		return m.relay.round(m)
 	}
-	return [][]byte{m.voteMessage(false).raw}
+	return [][]byte{m.said}
 }
 
 // endRound makes round the last one that has ended.
@@ -814,23 +815,24 @@ func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 // handle takes a message that came in on the subject of rank from. It is for this rank alone if
 // direct, otherwise for all.
 func (m *member) handle(from int, direct bool, data []byte) {
-	msg, err := parse(m.group, m.size, from, data, time.Now())
-	m.take(from, direct, msg, err)
+	msg := message{raw: data, at: time.Now()}
+	err := msg.read(m.group, m.size, from)
+	m.take(from, direct, &msg, err)
 }
 
-// parse reads a message that came in on the subject of rank from. What is of another group or size is
+// read reads a message that came in on the subject of rank from. What is of another group or size is
 // not read whole.
-func parse(group uint64, size, from int, data []byte, now time.Time) (message, error) {
-	msg, body, err := decodeHeader(data)
-	if err == nil && msg.group == group && msg.size == size && msg.rank == from {
-		err = msg.decodeBody(body)
+func (m *message) read(group uint64, size, from int) error {
+	body, err := m.decodeHeader(m.raw)
+	if err == nil && m.group == group && m.size == size && m.rank == from {
+		err = m.decodeBody(body)
 	}
-	msg.raw, msg.at = data, now
-	return msg, err
+	return err
 }
 
-// take takes a message that has been read, or could not be.
-func (m *member) take(from int, direct bool, msg message, err error) {
+// take takes a message that has been read, or could not be. It keeps nothing of it but raw, which nobody
+// changes, and changes nothing in it, since other ranks of the process take it too.
+func (m *member) take(from int, direct bool, msg *message, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.dead != nil || m.down {
@@ -842,27 +844,27 @@ func (m *member) take(from int, direct bool, msg message, err error) {
 	case msg.group != m.group || msg.rank != from:
 		m.stats.Foreign++
 	case msg.size != m.size:
-		m.handleOtherSize(&msg)
-	case !m.credible(&msg):
-		m.handleImplausible(&msg)
+		m.handleOtherSize(msg)
+	case !m.credible(msg):
+		m.handleImplausible(msg)
 	case msg.rank == m.rank:
-		m.handleOwnRank(&msg)
+		m.handleOwnRank(msg)
 	case msg.kind == kindHello || msg.kind == kindClaim:
-		m.passGreeting(&msg, direct)
-		m.handleHello(&msg)
+		m.passGreeting(msg, direct)
+		m.handleHello(msg)
 	case msg.kind == kindReady:
-		m.passGreeting(&msg, direct)
-		m.handleReady(&msg)
+		m.passGreeting(msg, direct)
+		m.handleReady(msg)
 	case msg.kind == kindBye:
-		m.passGreeting(&msg, direct)
-		m.handleBye(&msg)
+		m.passGreeting(msg, direct)
+		m.handleBye(msg)
 	case msg.kind == kindState && !msg.holds: // its sender may still have to give way to another process
-		m.handleState(&m.peers[msg.rank], &msg)
+		m.handleState(&m.peers[msg.rank], msg)
 	case msg.epoch < m.peers[msg.rank].epoch:
 		m.stats.Stale++
-		m.tellStale(&msg)
+		m.tellStale(msg)
 	default:
-		m.handlePeer(&msg, direct)
+		m.handlePeer(msg, direct)
 	}
 }
 
@@ -1090,6 +1092,8 @@ func (m *member) answerLate(msg *message) {
 
 func (m *member) handleBroken(msg *message, direct bool) {
 	if m.isHub() && direct && m.phase != asking {
+		own := *msg
+		msg = &own
 		if m.hubHearsBroken(msg); msg.round <= m.round {
 			return
 		}

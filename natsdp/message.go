@@ -287,16 +287,16 @@ func flag(set bool, bit uint16) uint16 {
 	return 0
 }
 
-// decodeHeader reads the header of a message, and returns the body for decodeBody. Bodies of other
+// decodeHeader reads the header of a message into m, and returns the body for decodeBody. Bodies of other
 // groups, and of other sizes, are not worth the memory that they may need. It never panics: anyone
 // who may publish on the subject can send anything.
-func decodeHeader(b []byte) (m message, body []byte, err error) {
+func (m *message) decodeHeader(b []byte) (body []byte, err error) {
 	if len(b) < len(magic)+1 || string(b[:len(magic)]) != magic {
-		return m, nil, fmt.Errorf("%d bytes that are no message of a group", len(b))
+		return nil, fmt.Errorf("%d bytes that are no message of a group", len(b))
 	}
 	if v := b[len(magic)]; v != version {
 		asks := len(b) > 3 && (kind(b[3]) == kindHello || kind(b[3]) == kindClaim)
-		return m, nil, versionError{v, asks}
+		return nil, versionError{v, asks}
 	}
 	r := reader{rest: b[len(magic)+1:]}
 	m.kind = kind(r.uint8())
@@ -307,9 +307,9 @@ func decodeHeader(b []byte) (m message, body []byte, err error) {
 	least, most := m.bodySize()
 	r.require(len(r.rest) >= least && len(r.rest) <= most)
 	if r.bad {
-		return m, nil, m.damaged()
+		return nil, m.damaged()
 	}
-	return m, r.rest, nil
+	return r.rest, nil
 }
 
 // bodySize returns how many bytes a body of this kind has, or none that fit if there is no such

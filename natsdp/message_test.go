@@ -73,7 +73,8 @@ func samples() []message {
 
 // decode reads a whole message.
 func decode(b []byte) (message, error) {
-	m, body, err := decodeHeader(b)
+	var m message
+	body, err := m.decodeHeader(b)
 	if err == nil {
 		err = m.decodeBody(body)
 	}
@@ -170,10 +171,10 @@ func TestBomb(t *testing.T) {
 // read.
 func TestLengthIsChecked(t *testing.T) {
 	for _, m := range samples() {
-		if _, _, err := decodeHeader(append(m.encode(), make([]byte, 1<<13)...)); err == nil {
+		if _, err := new(message).decodeHeader(append(m.encode(), make([]byte, 1<<13)...)); err == nil {
 			t.Errorf("a header of kind %d is read with a body that is too long", m.kind)
 		}
-		if _, _, err := decodeHeader(m.encode()); err != nil {
+		if _, err := new(message).decodeHeader(m.encode()); err != nil {
 			t.Errorf("kind %d: %v", m.kind, err)
 		}
 	}

@@ -207,12 +207,20 @@ func (m *member) passVotes() {
 	r.vote.stop()
 }
 
+// ownReadyPassed notes that the hub has passed on that this rank is ready.
+func (m *member) ownReadyPassed(msg *message) {
+	if m.meeting.passed = msg.lives; m.meets() {
+		m.beginTogether()
+	}
+}
+
 // ownVotePassed notes that the hub has passed on this rank's own vote.
 func (m *member) ownVotePassed(msg *message) {
 	if m.hasHub() && !m.isHub() && m.waiting && msg.round == m.round+1 {
 		m.asked = time.Time{} // the hub has answered
-		msg.vote, msg.lives, msg.ending = m.vote, m.lives, m.ending
-		m.add(&m.open, msg)
+		own := *msg
+		own.vote, own.lives, own.ending = m.vote, m.lives, m.ending
+		m.add(&m.open, &own)
 	}
 }
 
@@ -282,6 +290,10 @@ type meeting struct {
 	over  bool // somebody is in the group already
 	asked int  // ranks, other than this one, whose processes have asked
 	same  int  // ranks, from 0, that are known to say what this one says
+
+	// passed is what the hub has passed on for this rank. A rank begins no earlier: so the hub has begun
+	// if any rank has, and can tell the others.
+	passed uint64
 }
 
 // noteAsked notes which process of another rank has asked last; 0: none.
@@ -351,6 +363,7 @@ func (m *member) handleReady(msg *message) {
 		p.ready, m.meeting.same = msg.lives, min(m.meeting.same, msg.rank)
 	}
 	if msg.full && msg.rank == m.hub {
+		m.meeting.passed = msg.lives
 		for rank := range m.peers {
 			if rank != m.rank {
 				m.peers[rank].ready = msg.lives
@@ -370,6 +383,9 @@ func (m *member) handleReady(msg *message) {
 // beginTogether makes this rank a part of the group when all say that they know the same processes.
 func (m *member) beginTogether() {
 	own := m.peers[m.rank].ready
+	if !m.isHub() && m.meeting.passed != own {
+		return
+	}
 	for same := &m.meeting.same; *same < m.size; *same++ {
 		if own == 0 || m.peers[*same].ready != own {
 			return
