@@ -22,9 +22,12 @@ var insideOf = map[string][]string{
 }
 
 // checkTrees checks that every span has ended, not before it began, that its parent is there, and
-// that it lies inside of its parent, as far as it should.
+// that it lies inside of its parent, as far as it should. If the system sets its clock by a little while
+// a step runs, a span moves: one in many may end so much too late.
 func checkTrees(t *testing.T, spans []Span) {
 	t.Helper()
+	const clockStep = time.Millisecond
+	moved := len(spans) < 100 // else one may
 	byID := map[string]*Span{}
 	for i := range spans {
 		byID[spans[i].SpanID] = &spans[i]
@@ -45,6 +48,11 @@ func checkTrees(t *testing.T, spans []Span) {
 		case insideOf[s.Operation()] == nil:
 		case !slices.Contains(insideOf[s.Operation()], parent.Operation()) ||
 			s.Start.Before(parent.Start) || s.End.After(parent.End):
+			if !moved && parent.Start.Sub(s.Start) < clockStep && s.End.Sub(parent.End) < clockStep {
+				moved = true
+				t.Logf("%s ends %v after %s: has the clock been set?", s.Name, s.End.Sub(parent.End), parent.Name)
+				continue
+			}
 			t.Errorf("%s from %v to %v is not inside of %s from %v to %v",
 				s.Name, s.Start, s.End, parent.Name, parent.Start, parent.End)
 		}
