@@ -48,6 +48,9 @@ func TestLocalGroup(t *testing.T) {
 
 // All checks pass in groups of the sizes of common deployments, and a few in larger ones.
 func TestSizes(t *testing.T) {
+	if testing.Short() || raceDetector {
+		t.Skip("takes a minute, and many with the race detector")
+	}
 	var a asked
 	fwdtest.TestCoordinator(t, a.localGroup, fwdtest.WithSizes(2, 3, 8, 32), fwdtest.WithSmoke(128))
 	for size, most := range map[int]int{2: 1000, 3: 1000, 8: 1000, 32: 1000, 128: 20} {
