@@ -136,7 +136,7 @@ func TestConformance(t *testing.T) {
 
 // Groups with a hub pass the suite, and one of 128 ranks passes a part of it.
 func TestConformanceOfLargeGroups(t *testing.T) {
-	if testing.Short() || raceDetector {
+	if testing.Short() || natsdp.RaceDetector {
 		t.Skip("takes minutes")
 	}
 	e := newEars(t)

@@ -2,6 +2,6 @@
 
 //go:build race
 
-package natsdp_test
+package natsdp
 
-const raceDetector = true
+const RaceDetector = true
