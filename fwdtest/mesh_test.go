@@ -304,7 +304,7 @@ func (r *meshRank) handleConfirmation(from int, round uint64) {
 	}
 }
 
-// finish ends the open round, of which all ballots are there.
+// finish ends the open round, whose ballots are all there.
 func (r *meshRank) finish() {
 	votes := make([]fwd.Vote, len(r.ranks))
 	step := uint64(0)

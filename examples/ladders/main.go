@@ -94,7 +94,7 @@ func readTrace(path string) ([]trace.Row, error) {
 	return rows, err
 }
 
-// halves cuts requests into two runs, of which the second begins at 0 too.
+// halves cuts requests into two runs. The second begins at 0 too.
 func halves(all []engine.Request) (first, second []engine.Request) {
 	first, second = all[:len(all)/2], slices.Clone(all[len(all)/2:])
 	for i := range second {
