@@ -11,8 +11,7 @@ import (
 	"github.com/forwardctx/fwd"
 )
 
-// These are how long a rank waits before it asks again, or sends its vote again: at first, and
-// after some times.
+// These are how long a rank that joins waits before it asks again: at first, and after some times.
 const (
 	resendFirst = 50 * time.Millisecond
 	resendMost  = time.Second
@@ -122,7 +121,7 @@ func (m *member) unheard() (missing []int, contested bool, err error) {
 			missing = append(missing, rank)
 		}
 	}
-	if m.hasHub() && !m.isHub() && !m.peers[m.hub].heard && m.peers[m.hub].asked == 0 {
+	if m.speaksThroughHub() && !m.peers[m.hub].heard && m.peers[m.hub].asked == 0 {
 		missing = []int{m.hub} // without which nobody can be heard
 	}
 	return missing, m.contested, m.dead
@@ -401,7 +400,7 @@ func (m *member) linger() {
 func (m *member) needed(help bool) (needed bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if m.dead != nil || m.phase != joined || !m.ending.complete || m.hasHub() && !m.isHub() {
+	if m.dead != nil || m.phase != joined || !m.ending.complete || m.speaksThroughHub() {
 		return false
 	}
 	for rank := range m.peers {

@@ -147,7 +147,7 @@ func (l *link) claimConn() error {
 }
 
 // queueRoom returns how many messages a queue holds: those of several rounds. What does not fit is
-// dropped, and sent again.
+// dropped, and asked for again.
 func queueRoom(size int) int { return min(1024+16*size, 1<<16) }
 
 // queueBytes is how many bytes a queue of messages that have come in holds, since anyone who may

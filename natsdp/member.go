@@ -414,7 +414,7 @@ func (m *member) giveVote(msg *message) {
 	if m.said = msg.raw; !m.isHub() {
 		m.publish(msg.raw)
 	}
-	if m.isHub() || !m.hasHub() {
+	if !m.speaksThroughHub() {
 		m.add(&m.open, msg)
 	}
 }
@@ -508,7 +508,7 @@ func (m *member) missingVotes() []int {
 	if !m.waiting {
 		return nil
 	}
-	if m.hasHub() && !m.isHub() && time.Since(m.lastAsked) >= askInterval {
+	if m.speaksThroughHub() && time.Since(m.lastAsked) >= askInterval {
 		m.askForVotes() // the hub may know more by now, and the next call too
 	}
 	return m.lacking()
@@ -525,7 +525,7 @@ func (m *member) lacking() []int {
 	if len(ranks) == 0 {
 		ranks = m.open.unsure()
 	}
-	if m.hasHub() && !m.isHub() {
+	if m.speaksThroughHub() {
 		return m.lackingThroughHub(ranks)
 	}
 	return ranks
@@ -573,7 +573,7 @@ func (m *member) askForVotes() {
 	m.lastAsked = time.Now()
 	ask := m.message(kindAsk)
 	ask.round = m.round + 1
-	if m.hasHub() && !m.isHub() {
+	if m.speaksThroughHub() {
 		if m.asked.IsZero() {
 			m.asked = m.lastAsked
 		}

@@ -200,7 +200,7 @@ func WithLogger(logger *slog.Logger) Option {
 // Connect connects to a NATS server in the way that suits a group: it waits for a server until ctx
 // ends, also for one that is starting or full. A lost connection is made again, as often as
 // necessary, unless a server refuses the credentials. Meanwhile no votes are kept for later, since
-// they are sent again anyway. TLS and credentials are options of nats: [nats.RootCAs],
+// they are asked for anyway. TLS and credentials are options of nats: [nats.RootCAs],
 // [nats.ClientCert], [nats.Secure], [nats.UserCredentials], [nats.UserInfo] and others. opts override
 // what Connect would choose.
 //

@@ -92,6 +92,8 @@ func (m *member) hasHub() bool { return m.hub != noHub }
 
 func (m *member) isHub() bool { return m.rank == m.hub }
 
+func (m *member) speaksThroughHub() bool { return m.hasHub() && !m.isHub() }
+
 // publish sends a message to all, itself or through the hub.
 func (m *member) publish(data []byte) {
 	switch {
@@ -216,7 +218,7 @@ func (m *member) ownReadyPassed(msg *message) {
 
 // ownVotePassed notes that the hub has passed on this rank's own vote.
 func (m *member) ownVotePassed(msg *message) {
-	if m.hasHub() && !m.isHub() && m.waiting && msg.round == m.round+1 {
+	if m.speaksThroughHub() && m.waiting && msg.round == m.round+1 {
 		m.asked = time.Time{} // the hub has answered
 		own := *msg
 		own.vote, own.lives, own.ending = m.vote, m.lives, m.ending
