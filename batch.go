@@ -10,6 +10,7 @@ import (
 	"runtime/debug"
 	"slices"
 	"sync"
+	"time"
 )
 
 // Schedule is what the scheduler decided for one step, before any padding.
@@ -123,9 +124,8 @@ func (e *exchange) waitPass() (Pass, error) {
 // draft is a pass before the ranks have agreed: this rank's batch, and its vote.
 type draft struct {
 	lengths []int // scheduled tokens of the requests, the caller's slice; only of a batch worth splitting
-	query   DispatchQuery
-	reason  Reason // of the vote's mode
 	vote    Vote
+	reason  Reason // of the vote's mode
 }
 
 // draft checks a schedule and dispatches its batch. d is that of a new exchange.
@@ -193,15 +193,19 @@ func (r *Runner) dispatch(d *draft) {
 		}
 	}
 	tokens, _ := r.parallel.roundUp(v.NumTokens) // checked before
-	d.query = DispatchQuery{
-		NumTokens: tokens, NumReqs: v.NumReqs, UniformDecode: v.Uniform,
-		NumActiveLoRAs: v.NumActiveLoRAs, ExcludeFull: v.ExcludeFull,
-	}
 	v.GraphMode, v.NumTokensPadded, d.reason = GraphNone, tokens, ReasonDisabled
 	if r.dispatcher != nil && !v.Eager {
 		var batch BatchDescriptor
-		v.GraphMode, batch, d.reason = r.dispatcher.Dispatch(d.query)
+		v.GraphMode, batch, d.reason = r.dispatcher.Dispatch(v.query(tokens))
 		v.NumTokensPadded = batch.NumTokens
+	}
+}
+
+// query asks for the graph of a vote's batch when it is padded to that many tokens.
+func (v *Vote) query(tokens int) DispatchQuery {
+	return DispatchQuery{
+		NumTokens: tokens, NumReqs: v.NumReqs, UniformDecode: v.Uniform,
+		NumActiveLoRAs: v.NumActiveLoRAs, ExcludeFull: v.ExcludeFull,
 	}
 }
 
@@ -219,9 +223,9 @@ func (r *Runner) planUnasked(ctx context.Context, s *Schedule) (Pass, error) {
 
 // planAlone plans the pass of a rank that nobody depends on: it agrees with itself.
 func (r *Runner) planAlone(ctx context.Context, d *draft) (Pass, error) {
-	var began instant
+	var began time.Time
 	if r.stepTrace {
-		began = r.now()
+		began = r.telemetry.now()
 	}
 	a, err := Agree([]Vote{d.vote}, r.parallel.NumUBatches)
 	if err != nil {
@@ -353,7 +357,7 @@ func (r *Runner) applyGraph(pass *Pass, d *draft, a *Agreement) error {
 	if err := r.checkFollow(a); err != nil {
 		return err
 	}
-	_, batch, reason := r.follow(d.query, a, pass.NumTokens)
+	_, batch, reason := r.follow(&d.vote, a, pass.NumTokens)
 	if d.vote.Idle {
 		pass.Reason = reason // it has no batch of its own that could have a reason
 	}
@@ -361,9 +365,9 @@ func (r *Runner) applyGraph(pass *Pass, d *draft, a *Agreement) error {
 	return nil
 }
 
-// follow dispatches a batch again, as the ranks have agreed.
-func (r *Runner) follow(q DispatchQuery, a *Agreement, tokens int) (GraphMode, BatchDescriptor, Reason) {
-	q.NumTokens = tokens
+// follow dispatches the batch of a vote again, as the ranks have agreed.
+func (r *Runner) follow(v *Vote, a *Agreement, tokens int) (GraphMode, BatchDescriptor, Reason) {
+	q := v.query(tokens)
 	q.ExcludeFull = q.ExcludeFull || a.GraphMode < GraphFull
 	return r.dispatcher.Dispatch(q)
 }
@@ -381,7 +385,7 @@ func (r *Runner) checkFollow(a *Agreement) error {
 		r.dispatch(&d)
 		mode, batch, reason := GraphNone, BatchDescriptor{NumTokens: tokens}, ReasonDisabled
 		if r.dispatcher != nil {
-			mode, batch, reason = r.follow(d.query, a, tokens)
+			mode, batch, reason = r.follow(&d.vote, a, tokens)
 		}
 		if mode != a.GraphMode || batch.NumTokens != tokens {
 			return &RankError{fmt.Errorf("%w: the ranks agreed on %v with %d tokens, for which rank %d's batch "+
@@ -461,7 +465,7 @@ func (r *Runner) planCapture(ctx context.Context, c Capture) (Pass, error) {
 		pass.Reason = ReasonExact
 	}
 	if !r.parallel.coordinated() {
-		r.stepAlone(ctx, &pass, c.Mode, r.now())
+		r.stepAlone(ctx, &pass, c.Mode, r.telemetry.now())
 		return pass, nil
 	}
 	e := &exchange{draft: draft{vote: Vote{
@@ -663,7 +667,7 @@ func UBatch(ctx context.Context) (i, n int, ok bool) {
 	if c == nil || c.ubatches == 0 {
 		return 0, 0, false
 	}
-	return c.ubatch, c.ubatches, true
+	return int(c.ubatch), int(c.ubatches), true
 }
 
 // RunUBatches calls fn for every microbatch of the pass in ctx, all concurrently, and returns when all
@@ -701,6 +705,9 @@ func (c *passContext) runUBatches(ctx context.Context, fn func(ctx context.Conte
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	g := &ubatchGroup{pass: c, ctx: ctx, fn: fn, cancel: cancel, parts: make([]ubatchPart, len(c.fc.UBatches))}
+	if c.fc.DP != nil {
+		g.dp = make([]DPMetadata, len(g.parts))
+	}
 	g.wg.Add(len(g.parts))
 	for i := 1; i < len(g.parts); i++ {
 		go g.run(i)
@@ -724,6 +731,7 @@ type ubatchGroup struct {
 	ctx    context.Context
 	fn     func(ctx context.Context, i int) error
 	parts  []ubatchPart
+	dp     []DPMetadata // of the parts; nil: the pass has none
 	wg     sync.WaitGroup
 	cancel context.CancelCauseFunc
 
@@ -737,7 +745,6 @@ type ubatchGroup struct {
 type ubatchPart struct {
 	passContext
 	value ForwardContext
-	dp    DPMetadata
 }
 
 // run runs microbatch i to whatever end it has.
@@ -780,9 +787,10 @@ var errUBatchExited = errors.New("the goroutine exited")
 // call calls the function of microbatch i in its context, and inside its span if there is one.
 func (g *ubatchGroup) call(i int) error {
 	x := &g.parts[i]
-	g.pass.fc.fillUBatch(x, i)
+	g.fill(&x.value, i)
 	x.passContext = passContext{
-		Context: g.ctx, fc: &x.value, ubatch: i, ubatches: len(g.parts), run: g.pass.run, inner: g.pass.inner,
+		Context: g.ctx, fc: &x.value, run: g.pass.run, inner: g.pass.inner,
+		ubatch: uint16(i), ubatches: uint32(len(g.parts)),
 	}
 	x.readMetadata()
 	t := g.pass.traced()
@@ -814,10 +822,11 @@ func (fc *ForwardContext) checkSplit() error {
 	return p.err()
 }
 
-// fillUBatch fills in the forward context of microbatch i. The ranks have agreed on the same padded
-// total, so each splits at the same tokens and has as many in this microbatch.
-func (fc *ForwardContext) fillUBatch(x *ubatchPart, i int) {
-	u, part := &x.value, fc.UBatches[i]
+// fill fills in the forward context of microbatch i. The ranks have agreed on the same padded total, so
+// each splits at the same tokens and has as many in this microbatch.
+func (g *ubatchGroup) fill(u *ForwardContext, i int) {
+	fc := g.pass.fc
+	part := fc.UBatches[i]
 	*u = *fc
 	u.NumTokens = part.NumTokens()
 	u.NumTokensUnpadded = min(max(fc.NumTokensUnpadded-part.Tokens.Start, 0), u.NumTokens)
@@ -831,8 +840,8 @@ func (fc *ForwardContext) fillUBatch(x *ubatchPart, i int) {
 		u.SlotMapping = fc.SlotMapping[i : i+1 : i+1]
 	}
 	if fc.DP != nil {
-		x.dp = fc.DP.equal(u.NumTokens)
-		u.DP = &x.dp
+		g.dp[i] = fc.DP.equal(u.NumTokens)
+		u.DP = &g.dp[i]
 	}
 }
 

@@ -425,9 +425,12 @@ func rows(ctx context.Context, sp int) (*passContext, DPMetadata, error) {
 
 // withSizes returns a context derived from ctx, which c is in, in which sizes are the local sizes.
 func (c *passContext) withSizes(ctx context.Context, sizes []int) context.Context {
-	derived := *c
-	derived.Context, derived.sizes = ctx, sizes
-	return &derived
+	derived := &struct {
+		passContext
+		list []int
+	}{*c, sizes}
+	derived.Context, derived.sizes = ctx, &derived.list
+	return &derived.passContext
 }
 
 // WithSPLocalSizes returns a context in which [LocalSizes] returns the SP local sizes of the pass in
@@ -466,7 +469,7 @@ func LocalSizes(ctx context.Context) (sizes []int, ok bool) {
 	if c == nil || c.sizes == nil {
 		return nil, false
 	}
-	return c.sizes, true
+	return *c.sizes, true
 }
 
 // Chunk is one round in which the ranks of a mixture-of-experts layer exchange a bounded number of
@@ -929,14 +932,16 @@ type localRank struct {
 // begun is what a rank that does not wait in Exchange needs, so that its round ends all the same.
 type begun struct {
 	ctx      context.Context
-	over     bool          // it ended when it began: this rank came last, or was refused
-	err      error         // of a rank whose exchange was over
-	waits    bool          // its round is open
+	refused  error         // how its exchange ended if it was over when it began; nil: complete
+	waits    bool          // its round is open,
+	blocked  bool          // and it sleeps until the end
+	unheard  bool          // its round has ended, and it has not asked how
+	broken   *RankError    // how its round ended; nil: complete
+	ended    time.Duration // when its round ended; 0: when it began
 	stop     func() bool   // of what follows the end of ctx; nil: ctx never ends
 	deadline time.Duration // 0: none
 	cause    error         // of the deadline
 	expired  bool
-	ended    time.Duration // when the round ended
 }
 
 // Rank implements [Coordinator].
@@ -997,11 +1002,10 @@ func (c *localRank) begin(ctx context.Context, v *Vote, deadline time.Duration, 
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	_, complete, err := g.join(c, v)
-	c.begun = begun{ctx: ctx, cause: cause, over: complete || err != nil, err: err}
-	if c.begun.over {
+	c.begun = begun{ctx: ctx, cause: cause, refused: err, waits: !complete && err == nil}
+	if !c.begun.waits {
 		return
 	}
-	c.begun.waits = true
 	if deadline != 0 {
 		c.begun.deadline = deadline
 		g.arm(deadline)
@@ -1019,36 +1023,38 @@ func (c *localRank) open() bool {
 	return c.here
 }
 
-// await is the second half of a begun Exchange. It reads what begin has written on this rank's behalf,
-// and what has been written before the rank was woken.
+// await is the second half of a begun Exchange. It reads what has been written on this rank's behalf until
+// its round has ended.
 func (c *localRank) await() ([]Vote, error) {
 	b := &c.begun
-	if b.over {
-		if b.err != nil {
-			return nil, b.err
-		}
-		return c.votes, nil
+	c.group.mu.Lock()
+	b.blocked, b.unheard = b.waits, false
+	c.group.mu.Unlock()
+	if b.blocked {
+		<-c.wake
 	}
-	err := <-c.wake // who has sent it has set expired before
 	if b.stop != nil {
 		b.stop()
 	}
-	switch {
+	switch err := b.broken; {
+	case b.refused != nil:
+		return nil, b.refused
 	case err == nil:
 		return c.votes, nil
 	case b.expired:
 		err.Err = fmt.Errorf("%w: %w", err.Err, b.cause)
+		return nil, err
 	default:
 		err.addCause(b.ctx)
+		return nil, err
 	}
-	return nil, err
 }
 
 // endedAt returns when the round of the latest Exchange, which began then, ended.
 func (c *localRank) endedAt(began time.Duration) time.Duration {
 	c.group.mu.Lock()
 	defer c.group.mu.Unlock()
-	if c.begun.over {
+	if c.begun.ended == 0 {
 		return began
 	}
 	return c.begun.ended
@@ -1114,7 +1120,7 @@ func twice(rank int, step uint64) error {
 // join adds rank c's vote to the open round. The last to join ends the round. join returns where the
 // votes will be. It wants the group locked.
 func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, err error) {
-	waits := c.here || len(c.wake) > 0 // the latter has yet to hear that its round has ended
+	waits := c.here || c.begun.unheard || len(c.wake) > 0 // these two have yet to hear how their round ended
 	if waits || c.voted && v.Step == c.last {
 		return nil, false, twice(c.rank, v.Step)
 	}
@@ -1165,13 +1171,14 @@ func (g *localGroup) end(self *localRank, last int, step uint64, err *RankError)
 			continue
 		}
 		c.here, c.last, c.lastRank = false, step, last
-		if c.begun.waits { // it may ask later than the round ends
+		b := &c.begun
+		if b.waits { // it may ask later than the round ends
 			if ended == 0 {
 				ended = now()
 			}
-			c.begun.waits, c.begun.deadline, c.begun.ended = false, 0, ended
+			b.waits, b.unheard, b.broken, b.ended, b.deadline = false, !b.blocked, err.clone(), ended, 0
 		}
-		if c != self {
+		if c != self && !b.unheard {
 			c.wake <- err.clone() // never blocks: a rank waits once a round, and the buffer holds one
 		}
 	}

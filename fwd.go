@@ -42,7 +42,9 @@ type ForwardContext struct {
 	DP *DPMetadata
 
 	// GraphMode is a runtime mode. In a split pass and its microbatches it is GraphNone.
-	GraphMode GraphMode
+	GraphMode    GraphMode
+	SkipCompiled bool // run the model's eager code even if a compiled one exists
+	Dummy        bool // a warm-up pass, or an idle rank that keeps step
 
 	// Batch is the key of the batch's graph; the zero value is none. A microbatch has that of its pass.
 	Batch BatchDescriptor
@@ -54,46 +56,52 @@ type ForwardContext struct {
 	// Part says which requests and tokens of the batch this context covers, padding included: those of
 	// the whole pass, or those of the microbatch.
 	Part UBatchSlice
-
-	SkipCompiled bool // run the model's eager code even if a compiled one exists
-	Dummy        bool // a warm-up pass, or an idle rank that keeps step
 }
 
 // contextKey is the key of the one value that this package has in a context, a *passContext.
 type contextKey struct{}
 
 // passContext is a context inside a pass. It overrides Value alone, so cancellation below it costs no
-// goroutine. A passContext is never changed: one that differs in one thing is a copy.
+// goroutine. A passContext is never changed: one that differs in one thing is a copy. It is small,
+// since every pass and every microbatch allocates one.
 type passContext struct {
 	context.Context
-	fc               *ForwardContext // never nil
-	sizes            []int           // local sizes; nil: none
-	ubatch, ubatches int             // index and count of the microbatch; count 0: in none
-	run              *run            // nil: not in a Runner's pass
-	inner            bool            // the forward function has been called with it, inside all middleware
-	attn, slots      metadata        // what fc has for this context
+	fc          *ForwardContext // never nil
+	run         *run            // nil: not in a Runner's pass
+	sizes       *[]int          // local sizes; nil: none
+	attn, slots metadata        // what fc has for this context
+	ubatches    uint32          // how many microbatches there are; 0: it is in none
+	ubatch      uint16          // the index of the microbatch, below maxUBatches
+	inner       bool            // the forward function has been called with it, inside all middleware
 }
 
 // metadata is the metadata of a pass, or a microbatch, by layer, ready to be read fast.
 type metadata struct {
-	byLayer map[string]any // nil: there is none here
-	all     any            // the entry of every layer without its own
+	byLayer [1]map[string]any // nil: there is none here
+	all     any               // the entry of every layer without its own
 }
 
 // readMetadata finds the metadata for a context of a pass, which has none if the pass is split.
 func (c *passContext) readMetadata() {
-	if len(c.fc.UBatches) > 0 {
-		c.attn, c.slots = metadata{}, metadata{}
-		return
-	}
-	c.attn.read(c.fc.AttnMetadata)
-	c.slots.read(c.fc.SlotMapping)
+	c.attn.read(c.fc, c.fc.AttnMetadata)
+	c.slots.read(c.fc, c.fc.SlotMapping)
 }
 
-func (m *metadata) read(maps []map[string]any) {
-	if len(maps) == 1 {
-		m.byLayer, m.all = maps[0], maps[0][""]
+// read reads the maps of fc.
+func (m *metadata) read(fc *ForwardContext, maps []map[string]any) {
+	if len(maps) != 1 || len(fc.UBatches) > 0 {
+		*m = metadata{}
+		return
 	}
+	m.byLayer[0], m.all = maps[0], maps[0][""]
+}
+
+// keep is read, and returns a copy of the maps. That of a single one lies in m.
+func (m *metadata) keep(fc *ForwardContext, maps []map[string]any) []map[string]any {
+	if m.read(fc, maps); m.byLayer[0] != nil {
+		return m.byLayer[:]
+	}
+	return slices.Clone(maps)
 }
 
 // Value returns c itself for the package's key, and leaves every other key to the parent.
@@ -216,7 +224,7 @@ func MustFromContext(ctx context.Context) *ForwardContext {
 func AttnMetadata[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
 	if c != nil {
-		entry, ok := c.attn.byLayer[layer]
+		entry, ok := c.attn.byLayer[0][layer]
 		if !ok {
 			entry = c.attn.all
 		}
@@ -241,7 +249,7 @@ func MustAttnMetadata[T any](ctx context.Context, layer string) T {
 func SlotMapping[T any](ctx context.Context, layer string) (T, error) {
 	c := lookup(ctx)
 	if c != nil {
-		entry, ok := c.slots.byLayer[layer]
+		entry, ok := c.slots.byLayer[0][layer]
 		if !ok {
 			entry = c.slots.all
 		}
@@ -803,41 +811,55 @@ func (r *Runner) String() string {
 type run struct {
 	passContext
 	value   ForwardContext
-	maps    [2]map[string]any // the metadata of a pass that is not split
 	runner  *Runner
-	forward ForwardFunc // nil: begun by Start
-	within  *passContext
 	began   instant
+	wrapped *wrapped // nil: there is no middleware
+	traced  *traced  // nil: nobody listens
 	ended   atomic.Bool
-	traced  *traced // nil: nobody listens
 }
 
-// wrappedRun is a run with middleware around the forward function, and tracedRun one that somebody
-// listens to.
+// wrapped is what a run needs to get through the middleware.
+type wrapped struct {
+	forward ForwardFunc // nil: begun by Start
+	within  passContext
+}
+
+// What a run points to lies beside it, as much as it needs. The less memory a pass takes, the faster
+// it is.
 type (
 	wrappedRun struct {
 		run
-		within passContext
+		wrapped wrapped
 	}
 	tracedRun struct {
-		wrappedRun
+		run
 		traced traced
+	}
+	fullRun struct {
+		run
+		wrapped wrapped
+		traced  traced
+		record  Record
 	}
 )
 
 // newRun allocates a run with what it needs beside it.
 func (r *Runner) newRun(listening listeners) *run {
 	switch {
-	case listening != 0:
-		x := new(tracedRun)
-		x.run.within, x.run.traced = &x.wrappedRun.within, &x.traced
-		return &x.run
-	case r.handler != nil:
+	case listening == 0 && r.handler == nil:
+		return new(run)
+	case listening == 0:
 		x := new(wrappedRun)
-		x.run.within = &x.within
+		x.run.wrapped = &x.wrapped
+		return &x.run
+	case listening&listenRecords == 0 && r.handler == nil:
+		x := new(tracedRun)
+		x.run.traced = &x.traced
 		return &x.run
 	}
-	return new(run)
+	x := new(fullRun)
+	x.run.wrapped, x.run.traced, x.traced.record = &x.wrapped, &x.traced, &x.record
+	return &x.run
 }
 
 // begin does everything up to the forward function: checks, DP metadata, span, context. It wants a pass
@@ -859,8 +881,6 @@ func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
 	x.Context, x.fc, x.run = ctx, &x.value, x
 	v := &x.value // set field by field: a literal would be built elsewhere and copied
 	v.Layers = r.layers
-	v.AttnMetadata = copyMaps(p.AttnMetadata, x.maps[0:1])
-	v.SlotMapping = copyMaps(p.SlotMapping, x.maps[1:2])
 	v.NumTokens, v.NumTokensUnpadded = p.NumTokens, p.NumTokensUnpadded
 	v.VirtualEngine = p.VirtualEngine
 	v.DP = dp
@@ -870,27 +890,17 @@ func (r *Runner) begin(ctx context.Context, p *Pass) (*run, error) {
 	}
 	v.Part = p.whole()
 	v.SkipCompiled, v.Dummy = p.SkipCompiled, p.Dummy
-	x.readMetadata()
-	x.began = r.now()
+	v.AttnMetadata = x.attn.keep(v, p.AttnMetadata)
+	v.SlotMapping = x.slots.keep(v, p.SlotMapping)
+	var clock time.Time
+	x.began, clock = r.now()
 	if listening != 0 {
-		r.telemetry.startForward(x, p, listening)
+		r.telemetry.startForward(x, p, listening, clock)
 	}
 	if r != nilRunner {
 		r.state.activity.add(x)
 	}
 	return x, nil
-}
-
-// copyMaps copies a slice of maps, into room if that is enough.
-func copyMaps(maps, room []map[string]any) []map[string]any {
-	switch len(maps) {
-	case 0:
-		return nil
-	case 1:
-		room[0] = maps[0]
-		return room[:1:1]
-	}
-	return slices.Clone(maps)
 }
 
 // dpMetadata returns the DP metadata of a pass: from its own counts, from its agreement, or from the
@@ -984,11 +994,10 @@ func (r *Runner) Run(ctx context.Context, p Pass, forward ForwardFunc) error {
 	if err != nil {
 		return err
 	}
-	x.forward = forward
 	if x.traced == nil {
-		return x.do()
+		return x.do(forward)
 	}
-	return x.doTraced()
+	return x.doTraced(forward)
 }
 
 // accept completes a pass and refuses one that r can't run.
@@ -1000,31 +1009,32 @@ func (r *Runner) accept(p *Pass) error {
 }
 
 // do runs the forward function and ends the pass, whichever way that goes.
-func (x *run) do() (err error) {
+func (x *run) do(forward ForwardFunc) (err error) {
 	err = errPanic
 	defer func() { err = x.end(err) }()
-	return x.call()
+	return x.call(forward)
 }
 
 // doTraced is do for a pass that somebody listens to. The span ends before the observers are told. It is
 // ended directly by defer, so that the SDK notes a panic.
-func (x *run) doTraced() (err error) {
+func (x *run) doTraced(forward ForwardFunc) (err error) {
 	t := x.traced
 	defer t.observe(x)
 	defer t.span.End(t.span.options...)
 	err = errPanic
 	defer func() { err = x.end(err) }()
-	return x.call()
+	return x.call(forward)
 }
 
 // call calls the forward function, inside the middleware.
-func (x *run) call() error {
+func (x *run) call(forward ForwardFunc) error {
 	handler := x.runner.handler
 	if handler == nil {
-		return x.forward(&x.passContext)
+		return forward(&x.passContext)
 	}
-	*x.within = x.passContext
-	x.within.inner = true
+	w := x.wrapped
+	w.forward, w.within = forward, x.passContext
+	w.within.inner = true
 	return handler(&x.passContext)
 }
 
@@ -1032,7 +1042,7 @@ func (x *run) call() error {
 func (r *Runner) runInnermost(ctx context.Context) error {
 	innermost := lookup(ctx)
 	c := innermost
-	for c != nil && (c.run == nil || c.run.runner.state != r.state || c.run.forward == nil) {
+	for c != nil && !c.run.wraps(r) {
 		c = lookup(c.Context) // a middleware may have put another Runner's pass around the rest
 	}
 	switch {
@@ -1042,14 +1052,19 @@ func (r *Runner) runInnermost(ctx context.Context) error {
 		return invalidf("a middleware ran another pass of the same Runner around next; " +
 			"run it before or after, or with a Runner of its own")
 	case ctx == context.Context(&c.run.passContext):
-		return c.run.forward(c.run.within)
+		return c.run.wrapped.forward(&c.run.wrapped.within)
 	}
 	within := c.over(ctx)
 	within.inner = true
 	if c != innermost {
 		within = innermost.over(within) // the forward function is in that pass
 	}
-	return c.run.forward(within)
+	return c.run.wrapped.forward(within)
+}
+
+// wraps reports whether x is a pass that r runs inside its middleware.
+func (x *run) wraps(r *Runner) bool {
+	return x != nil && x.runner.state == r.state && x.wrapped != nil && x.wrapped.forward != nil
 }
 
 // end waits for the device and notes how the pass ended. It does not end the span. Whatever happens in
@@ -1186,17 +1201,16 @@ func (r *Runner) checkReported(p *Pass) error {
 
 // exchange is one exchange of a Runner, from its vote to its outcome, with what its passes share.
 type exchange struct {
-	plan           // of the passes
-	draft    draft // of the pass, with the vote
-	ctx      context.Context
-	span     *coordinateSpan // nil: nobody listens
-	began    instant
-	over     atomic.Bool   // the outcome is there
-	joined   atomic.Bool   // of a local one: its vote is in
-	local    bool          // begun at a rank of a local group, which waits without a goroutine
-	mu       sync.Mutex    // held while the outcome is fetched
-	done     chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
-	panicked any           // by Exchange or an observer, in the goroutine
+	plan         // of the passes
+	draft  draft // of the pass, with the vote
+	ctx    context.Context
+	span   *coordinateSpan // nil: nobody listens
+	began  instant
+	over   atomic.Bool   // the outcome is there
+	joined atomic.Bool   // of a local one: its vote is in
+	local  bool          // begun at a rank of a local group, which waits without a goroutine
+	mu     sync.Mutex    // held while the outcome is fetched
+	done   chan struct{} // closed when the goroutine that exchanges has the outcome; nil: there is none
 
 	agreement *Agreement
 	err       error
@@ -1210,7 +1224,9 @@ func (r *Runner) open(ctx context.Context, e *exchange, begun bool) error {
 			r.parallel.DataParallelRank, r.parallel.DataParallelSize)
 	}
 	e.runner, e.lastRank = r, -1
-	e.ctx, e.began = ctx, r.now()
+	var clock time.Time
+	e.ctx = ctx
+	e.began, clock = r.now()
 	e.draft.vote.Config = r.fingerprint
 	if e.local = begun && r.local != nil; begun && !e.local {
 		e.done = make(chan struct{})
@@ -1221,7 +1237,7 @@ func (r *Runner) open(ctx context.Context, e *exchange, begun bool) error {
 		}
 		other.settle() // it is over, but nobody has asked for the outcome
 	}
-	e.span = r.telemetry.startCoordinate(ctx, e)
+	e.span = r.telemetry.startCoordinate(ctx, e, clock)
 	return nil
 }
 
@@ -1280,14 +1296,16 @@ func (e *exchange) begin() {
 	}
 	go func() {
 		defer close(e.done)
-		e.panicked = "fwd: the coordinator's Exchange ended its goroutine"
+		returned := false
 		defer func() {
 			if value := recover(); value != nil {
-				e.panicked = value
+				e.err = &panicked{value}
+			} else if !returned {
+				e.err = &panicked{"fwd: the coordinator's Exchange ended its goroutine"}
 			}
 		}()
 		e.resolve()
-		e.panicked = nil
+		returned = true
 	}()
 }
 
@@ -1299,7 +1317,7 @@ func (e *exchange) deadline() time.Duration {
 	case r.clock != nil:
 		return now() + r.timeout
 	default:
-		return e.began.mono + r.timeout // the clock need not be read a second time
+		return time.Duration(e.began) + r.timeout // the clock need not be read a second time
 	}
 }
 
@@ -1322,11 +1340,18 @@ func (e *exchange) settle() error {
 		return e.err
 	}
 	<-e.done
-	if e.panicked != nil {
-		panic(e.panicked)
+	if p, ok := e.err.(*panicked); ok {
+		panic(p.value)
 	}
 	return e.err
 }
+
+// panicked is in the place of the error of an exchange that panicked in its goroutine, in the coordinator
+// or in an observer.
+type panicked struct{ value any }
+
+// Error implements error. Nobody reads it.
+func (*panicked) Error() string { return errPanic.Error() }
 
 // resolve fetches the votes, agrees, and notes what came out.
 func (e *exchange) resolve() {
@@ -1431,9 +1456,9 @@ func (e *exchange) finish(step uint64, a *Agreement, err error) {
 		e.over.Store(true)
 		return
 	}
-	ended := r.now()
+	ended, _ := r.now()
 	if e.local && r.clock == nil {
-		ended.mono = r.local.endedAt(e.began.mono)
+		ended = instant(r.local.endedAt(time.Duration(e.began)))
 	}
 	e.wait = max(e.began.until(ended), 0)
 	r.state.closeExchange(e, step)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/bits"
 	"reflect"
 	"runtime"
@@ -678,42 +679,48 @@ func recordable(ctx context.Context) context.Context {
 	return ctx
 }
 
-// instant is a point in time, on the clock of a Runner if it has one, otherwise on the process's
-// monotonic clock, which is cheaper to read than the time of day.
-type instant struct {
-	mono  time.Duration
-	clock time.Time
-}
+// instant is a point in time on the clock of a Runner: nanoseconds since 1970 if it has one of its own, or
+// else since the start of the process, which is cheaper to read than the time of day. It wraps around, since
+// a clock may begin at any time; so only differences count.
+type instant int64
 
 var processStart = time.Now()
 
 // now returns the time on the process's monotonic clock.
 func now() time.Duration { return time.Since(processStart) }
 
-func (r *Runner) now() instant {
-	if r.clock != nil {
-		return instant{clock: r.clock()}
+// now returns the time, also as the clock of the Runner says it, if it has one.
+func (r *Runner) now() (instant, time.Time) {
+	if r.clock == nil {
+		return instant(now()), time.Time{}
 	}
-	return instant{mono: now()}
+	t := r.clock()
+	return nanoseconds(t), t
+}
+
+// nanoseconds returns those since 1970.
+func nanoseconds(t time.Time) instant {
+	return instant(t.Unix()*int64(time.Second) + int64(t.Nanosecond()))
 }
 
 // until returns the time from i to j, which is negative if j is earlier.
-func (i instant) until(j instant) time.Duration {
-	return j.mono - i.mono + j.clock.Sub(i.clock)
-}
+func (i instant) until(j instant) time.Duration { return time.Duration(j - i) }
 
-// onClock returns i with a time of day in place of the monotonic one, for comparison with instants that
-// callers have given. Those of one process compare exactly.
-func (i instant) onClock() instant {
-	if i.mono == 0 {
-		return i
+// instantOf returns a time that a caller has given, for comparison with those that the Runner has read.
+func (r *Runner) instantOf(t time.Time) instant {
+	if r.clock != nil {
+		return nanoseconds(t)
 	}
-	return instant{clock: processStart.Add(i.mono)}
+	d := t.Sub(processStart) // exact, also if the system's clock was set in the meantime
+	if d == math.MinInt64 || d == math.MaxInt64 {
+		return nanoseconds(t) - nanoseconds(processStart)
+	}
+	return instant(d)
 }
 
 // now returns the time on the Runner's clock, for spans.
 func (t *telemetry) now() time.Time {
-	if t.clock != nil {
+	if t != nil && t.clock != nil {
 		return t.clock()
 	}
 	return time.Now()
@@ -722,39 +729,42 @@ func (t *telemetry) now() time.Time {
 // timeOf returns the time of day.
 func (r *Runner) timeOf(i instant) time.Time {
 	if r.clock != nil {
-		return i.clock
+		t := r.clock()
+		return t.Add(nanoseconds(t).until(i))
 	}
-	return time.Now().Add(i.mono - now())
+	return time.Now().Add(time.Duration(i) - now())
 }
 
 // traced is what a pass reports about itself.
 type traced struct {
 	telemetry *telemetry
-	spans     bool
-	metrics   bool
-	planned   bool
+	record    *Record // nil: nobody wants it
+	plan      *plan   // of a pass in a step whose span is in this process; else nil
 	span      timedSpan
-	bucket    int64
-	record    Record
-	plan      *plan        // of a pass in a step whose span is in this process; else nil
 	waited    atomic.Int64 // ns
 	waits     atomic.Int64 // spans of them
+
+	// What the metrics need of the pass.
+	tokens, unpadded, graph int // as in Pass
+	bucket                  int64
+	phase                   string
+	mode                    GraphMode
+	reason                  Reason
+	dummy                   bool
+
+	planned, spans, metrics bool
 }
 
 // startForward starts the span of a pass, with the forward context's values, and puts it into the pass's
-// context.
-func (t *telemetry) startForward(x *run, p *Pass, l listeners) {
-	var began time.Time // spans without a clock take the real time themselves
-	if t.clock != nil {
-		began = x.began.clock
-	}
+// context. Without a clock there is no began: spans take the real time themselves.
+func (t *telemetry) startForward(x *run, p *Pass, l listeners, began time.Time) {
 	maxTokens := -1
 	if x.value.DP != nil {
 		maxTokens = x.value.DP.MaxTokensAcrossDP()
 	}
 	x.Context = x.traced.start(x.Context, t, x.runner, p, l, began, t.clock != nil, maxTokens)
-	if t.clock == nil && l&listenRecords != 0 {
-		x.traced.record.Began = x.runner.timeOf(x.began)
+	if rec := x.traced.record; rec != nil && t.clock == nil {
+		rec.Began = x.runner.timeOf(x.began)
 	}
 }
 
@@ -763,9 +773,13 @@ func (x *traced) start(ctx context.Context, t *telemetry, r *Runner, p *Pass, l 
 	began time.Time, timed bool, maxTokens int) context.Context {
 	x.telemetry, x.spans, x.metrics = t, l&listenSpans != 0, l&listenMetrics != 0
 	x.planned = p.plan != nil && !p.plan.byHand
-	x.bucket = r.bucket(p)
-	x.record.fill(r, p)
-	x.record.Began = began
+	x.tokens, x.unpadded, x.graph = p.NumTokens, p.NumTokensUnpadded, p.NumTokensGraph
+	x.bucket, x.phase = r.bucket(p), p.Phase
+	x.mode, x.reason, x.dummy = p.GraphMode, p.Reason, p.Dummy
+	if x.record != nil {
+		x.record.fill(r, p)
+		x.record.Began = began
+	}
 	x.span = noSpan
 	if !x.spans {
 		return ctx
@@ -820,9 +834,15 @@ func (t *telemetry) stepParent(ctx context.Context, step trace.SpanContext) (con
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	most := 16 // of a pass without the others
+	most := 13 // of a pass that is alone
+	if p.VirtualEngine > 0 || len(p.UBatches) > 0 || p.Batch.HasLoRA {
+		most += 3
+	}
+	if t.parallel.DataParallelSize != 1 {
+		most += 3
+	}
 	if a != nil {
-		most += 8
+		most += 5
 	}
 	attrs := append(make([]attribute.KeyValue, 0, len(t.common)+most), t.common...)
 	attrs = append(attrs,
@@ -946,48 +966,48 @@ func (r *Runner) bucket(p *Pass) int64 {
 // endForward notes the end of a pass. It does not end the span.
 func (x *traced) endForward(run *run, err error) {
 	r := run.runner
-	ended := r.now()
+	ended, clock := r.now()
 	duration := max(run.began.until(ended), 0)
 	if r.queue != nil {
-		duration = r.queue.duration(run.began.onClock(), ended.onClock())
+		duration = r.queue.duration(run.began, ended)
 	}
-	x.end(recordable(&run.passContext), ended.clock, duration, err)
+	x.end(recordable(&run.passContext), clock, duration, err)
 }
 
 // end notes the end of a pass that took so long. ended is for a timed span.
 func (x *traced) end(ctx context.Context, ended time.Time, duration time.Duration, err error) {
-	t, rec := x.telemetry, &x.record
-	word := t.errorType(err)
-	rec.Duration, rec.Err, rec.Waited = duration, err, time.Duration(x.waited.Load())
+	waited, word := time.Duration(x.waited.Load()), x.telemetry.errorType(err)
+	if x.record != nil {
+		x.record.Duration, x.record.Err, x.record.Waited = duration, err, waited
+	}
 	if x.spans {
-		if rec.Waited > 0 && x.span.IsRecording() {
-			x.span.SetAttributes(keyWaitTime.Float64(rec.Waited.Seconds()))
+		if waited > 0 && x.span.IsRecording() {
+			x.span.SetAttributes(keyWaitTime.Float64(waited.Seconds()))
 		}
 		x.span.finish(ended, err, word)
 	}
 	if x.metrics {
-		x.measure(ctx, word)
+		x.measure(ctx, duration, word)
 	}
 }
 
 // measure records the metrics of a pass.
-func (x *traced) measure(ctx context.Context, errorType string) {
-	t, rec := x.telemetry, &x.record
-	dummy := toInt(rec.Dummy)
+func (x *traced) measure(ctx context.Context, duration time.Duration, errorType string) {
+	t, dummy := x.telemetry, toInt(x.dummy)
 	if t.duration.Enabled(ctx) {
-		key := durationKey{t.phase(rec.Phase), rec.GraphMode, rec.Reason, rec.Dummy, x.bucket, errorType}
-		t.duration.Record(ctx, rec.Duration.Seconds(), t.durations.get(key, key.coarse()).record...)
+		key := durationKey{t.phase(x.phase), x.mode, x.reason, x.dummy, x.bucket, errorType}
+		t.duration.Record(ctx, duration.Seconds(), t.durations.get(key, key.coarse()).record...)
 	}
 	if t.tokens.Enabled(ctx) {
-		t.tokens.Record(ctx, int64(rec.NumTokensUnpadded), t.tokenOptions[rec.GraphMode][dummy]...)
+		t.tokens.Record(ctx, int64(x.unpadded), t.tokenOptions[x.mode][dummy]...)
 	}
-	if n := rec.NumTokensGraph - rec.NumTokensUnpadded; n > 0 {
+	if n := x.graph - x.unpadded; n > 0 {
 		t.padding.Add(ctx, int64(n), t.paddingOptions[0][dummy]...)
 	}
-	if n := rec.NumTokens - rec.NumTokensGraph; n > 0 {
+	if n := x.tokens - x.graph; n > 0 {
 		t.padding.Add(ctx, int64(n), t.paddingOptions[1][dummy]...)
 	}
-	if rec.GraphMode == GraphNone {
+	if x.mode == GraphNone {
 		x.event(ctx, eventEager)
 	}
 }
@@ -1001,7 +1021,7 @@ func (x *traced) event(ctx context.Context, event int) {
 
 // captureRefused logs that a pass would have captured after warm-up.
 func (x *traced) captureRefused(ctx context.Context, err error) {
-	if x != nil && x.telemetry.logger != nil {
+	if x != nil && x.record != nil && x.telemetry.logger != nil {
 		x.telemetry.logger.LogAttrs(ctx, slog.LevelWarn, "capture after warm-up refused",
 			slog.String("error", err.Error()), slog.Attr{Value: x.record.LogValue()})
 	}
@@ -1017,7 +1037,9 @@ func (x *traced) observe(run *run) {
 
 // tell tells the observers and the log how the pass ended.
 func (x *traced) tell(ctx context.Context) {
-	x.telemetry.tell(ctx, &x.record, "forward pass", "forward pass failed")
+	if x.record != nil {
+		x.telemetry.tell(ctx, x.record, "forward pass", "forward pass failed")
+	}
 }
 
 // tell tells the observers and the log.
@@ -1045,6 +1067,9 @@ func (t *telemetry) report(
 	ctx context.Context, r *Runner, p Pass, began, ended time.Time, err error, l listeners,
 ) {
 	x := new(traced)
+	if l&listenRecords != 0 {
+		x.record = new(Record)
+	}
 	maxTokens := -1
 	if r.parallel.coordinated() && p.across() != nil {
 		maxTokens = int(mat.Max(p.across()))
@@ -1052,7 +1077,7 @@ func (t *telemetry) report(
 	ctx = x.start(ctx, t, r, &p, l, began, true, maxTokens)
 	duration := max(ended.Sub(began), 0)
 	if r.queue != nil {
-		duration = r.queue.duration(instant{clock: began}, instant{clock: ended})
+		duration = r.queue.duration(r.instantOf(began), r.instantOf(ended))
 	}
 	x.end(recordable(ctx), ended, duration, err)
 	x.span.End(x.span.options...)
@@ -1090,6 +1115,7 @@ func (t *telemetry) endUBatch(span *timedSpan, err error) {
 type coordinateSpan struct {
 	telemetry *telemetry
 	listeners listeners
+	began     time.Time
 	caller    context.Context
 	ctx       context.Context // the exchange's
 	span      timedSpan       // zero: not open yet
@@ -1097,7 +1123,7 @@ type coordinateSpan struct {
 
 // startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0 starts
 // that of the step, whose context is in its vote.
-func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinateSpan {
+func (t *telemetry) startCoordinate(ctx context.Context, e *exchange, began time.Time) *coordinateSpan {
 	l := t.listening(ctx)
 	if t != nil && t.stepTrace && e.runner.local != nil {
 		e.runner.local.inSteps.Store(l&listenSpans != 0)
@@ -1105,13 +1131,16 @@ func (t *telemetry) startCoordinate(ctx context.Context, e *exchange) *coordinat
 	if l == 0 {
 		return nil
 	}
-	s := &coordinateSpan{telemetry: t, listeners: l, caller: ctx, ctx: ctx}
+	if e.runner.clock == nil {
+		began = e.runner.timeOf(e.began)
+	}
+	s := &coordinateSpan{telemetry: t, listeners: l, began: began, caller: ctx, ctx: ctx}
 	switch {
 	case l&listenSpans == 0:
 	case !t.stepTrace:
-		s.ctx, s.span = t.start(ctx, "fwd.coordinate", e.runner.timeOf(e.began), true, clientKind)
+		s.ctx, s.span = t.start(ctx, "fwd.coordinate", began, true, clientKind)
 	case t.parallel.DataParallelRank == 0:
-		s.ctx, e.step = t.startStep(ctx, e.runner, e.began)
+		s.ctx, e.step = t.startStep(ctx, e.runner, began)
 		e.draft.vote.SpanContext = e.step.span.SpanContext()
 	}
 	return s
@@ -1143,7 +1172,7 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	t := s.telemetry
 	if s.span.Span == nil {
 		var step trace.SpanContext
-		began := e.runner.timeOf(e.began)
+		began := s.began
 		if e.agreement != nil {
 			step = e.agreement.SpanContext
 		}
@@ -1193,7 +1222,7 @@ type stepSpan struct {
 const maxOpenSteps = 16
 
 // startStep starts the span of a step. All ranks of a group in this process belong to it.
-func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (context.Context, *stepSpan) {
+func (t *telemetry) startStep(ctx context.Context, r *Runner, began time.Time) (context.Context, *stepSpan) {
 	var options []trace.SpanStartOption
 	if t.stepRoot {
 		options = append(options, trace.WithNewRoot())
@@ -1202,7 +1231,7 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (co
 		}
 	}
 	s := &stepSpan{telemetry: t, waiting: 1}
-	ctx, s.span = t.start(ctx, "fwd.step", r.timeOf(began), true, options...)
+	ctx, s.span = t.start(ctx, "fwd.step", began, true, options...)
 	if s.span.IsRecording() {
 		attrs := slices.Clone(t.common)
 		if t.name != "" {
@@ -1219,7 +1248,7 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began instant) (co
 
 // stepAlone makes a planned pass of a rank that nobody depends on a step of its own, if there is a step
 // trace. A pass that is planned inside another one, as a draft model's, belongs to that one.
-func (r *Runner) stepAlone(ctx context.Context, p *Pass, mode GraphMode, began instant) {
+func (r *Runner) stepAlone(ctx context.Context, p *Pass, mode GraphMode, began time.Time) {
 	t := r.telemetry
 	if t == nil || !t.stepTrace || t.listening(ctx)&listenSpans == 0 || lookup(ctx) != nil {
 		return
@@ -1424,7 +1453,7 @@ func (s *coordinateSpan) tell(e *exchange) {
 	if e.err != nil {
 		rec := Record{
 			Name: t.name, Rank: t.parallel.DataParallelRank, Size: t.parallel.DataParallelSize,
-			Step: e.stepNumber(), Began: e.runner.timeOf(e.began), Wait: e.wait, LastRank: -1, Err: e.err,
+			Step: e.stepNumber(), Began: s.began, Wait: e.wait, LastRank: -1, Err: e.err,
 		}
 		t.tell(s.ctx, &rec, "", "exchange of votes failed")
 	} else if t.logger != nil && e.agreement.Step > e.draft.vote.Step {
