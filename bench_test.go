@@ -104,7 +104,8 @@ func BenchmarkAttnMetadata(b *testing.B) {
 	})
 }
 
-// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue and a bare span.
+// BenchmarkRun runs passes that do nothing, beside a bare context.WithValue, one that holds a new
+// forward context, which is the least that a pass can take, and a bare span.
 func BenchmarkRun(b *testing.B) {
 	ctx, pass := context.Background(), decodePass()
 	forward := func(ctx context.Context) error {
@@ -116,6 +117,14 @@ func BenchmarkRun(b *testing.B) {
 		for b.Loop() {
 			sinkContext = context.WithValue(ctx, benchKey{}, &pass)
 			_ = sinkContext.Value(benchKey{})
+		}
+	})
+	b.Run("by=fresh", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			fc := &fwd.ForwardContext{NumTokens: pass.NumTokens, GraphMode: pass.GraphMode, Batch: pass.Batch}
+			sinkContext = context.WithValue(ctx, benchKey{}, fc)
+			sinkForward, _ = sinkContext.Value(benchKey{}).(*fwd.ForwardContext)
 		}
 	})
 	tracers := map[string]trace.TracerProvider{

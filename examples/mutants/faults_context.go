@@ -36,8 +36,8 @@ var contextFaults = []fault{
 	{
 		name: "context-late", kind: inContext, file: "fwd.go",
 		what: "the forward context is installed after the forward function has started",
-		old:  "func (x *run) call() error {\n",
-		new: `func (x *run) call() error {
+		old:  "func (x *run) call(forward ForwardFunc) error {\n",
+		new: `func (x *run) call(forward ForwardFunc) error {
 	x.fc = &ForwardContext{}
 	defer func() { x.fc = &x.value }()
 `,
@@ -45,8 +45,8 @@ var contextFaults = []fault{
 	{
 		name: "sizes-leak", kind: inContext, file: "dp.go",
 		what: "local sizes change the context that they were derived from",
-		old:  "\tderived.Context, derived.sizes = ctx, sizes\n",
-		new:  "\tderived.Context, derived.sizes, c.sizes = ctx, sizes, sizes\n",
+		old:  "\tderived.Context, derived.sizes = ctx, &derived.list\n",
+		new:  "\tderived.Context, derived.sizes, c.sizes = ctx, &derived.list, &derived.list\n",
 	},
 	{
 		name: "token-mismatch-accepted", kind: inContext, file: "dp.go",
@@ -87,7 +87,7 @@ var contextFaults = []fault{
 	{
 		name: "layers-of-all-lost", kind: inContext, file: "fwd.go",
 		what: "metadata that serves every layer serves none",
-		old:  "m.byLayer, m.all = maps[0], maps[0][\"\"]",
-		new:  "m.byLayer = maps[0]",
+		old:  "m.byLayer[0], m.all = maps[0], maps[0][\"\"]",
+		new:  "m.byLayer[0], m.all = maps[0], nil",
 	},
 }

@@ -17,7 +17,7 @@ var microbatchFaults = []fault{
 	{
 		name: "dp-metadata-left", kind: microbatch, file: "batch.go",
 		what: "a microbatch has the token counts of the whole pass across ranks",
-		old:  "\t\tx.dp = fc.DP.equal(u.NumTokens)\n\t\tu.DP = &x.dp\n",
+		old:  "\t\tu.DP = &g.dp[i]\n",
 		new:  "\t\tu.DP = fc.DP\n",
 	},
 	{
@@ -53,8 +53,8 @@ var microbatchFaults = []fault{
 	{
 		name: "ubatch-index-zero", kind: microbatch, file: "batch.go",
 		what: "every microbatch says that it is the first",
-		old:  "fc: &x.value, ubatch: i, ubatches:",
-		new:  "fc: &x.value, ubatches:",
+		old:  "ubatch: uint16(i), ubatches:",
+		new:  "ubatches:",
 	},
 	{
 		name: "ubatches-in-turn", kind: microbatch, file: "batch.go",

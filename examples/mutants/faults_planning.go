@@ -129,7 +129,7 @@ var planningFaults = []fault{
 	{
 		name: "begin-swallows-a-panic", kind: planning, file: "fwd.go",
 		what: "a panic of the coordinator does not come out of Begin's wait",
-		old:  "\tif e.panicked != nil {\n\t\tpanic(e.panicked)\n\t}\n",
+		old:  "\tif p, ok := e.err.(*panicked); ok {\n\t\tpanic(p.value)\n\t}\n",
 		new:  "",
 	},
 	{

@@ -5,12 +5,14 @@ var runningFaults = []fault{
 	{
 		name: "agreed-pass-cancelled", kind: running, file: "fwd.go",
 		what: "a pass that the other ranks count on does not run once its context has ended",
-		old:  "\tx.forward = forward\n",
+		old:  "\tif x.traced == nil {\n\t\treturn x.do(forward)\n\t}\n",
 		new: `	if err := ctx.Err(); err != nil {
 		r.state.activity.remove(x)
 		return err
 	}
-	x.forward = forward
+	if x.traced == nil {
+		return x.do(forward)
+	}
 `,
 	},
 	{

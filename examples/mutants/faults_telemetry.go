@@ -23,14 +23,14 @@ var telemetryFaults = []fault{
 	{
 		name: "padding-all-graph", kind: telemetry, file: "logging.go",
 		what: "all padding is put down to the graph",
-		old:  "if n := rec.NumTokensGraph - rec.NumTokensUnpadded; n > 0 {",
-		new:  "if n := rec.NumTokens - rec.NumTokensUnpadded; n > 0 {",
+		old:  "if n := x.graph - x.unpadded; n > 0 {",
+		new:  "if n := x.tokens - x.unpadded; n > 0 {",
 	},
 	{
 		name: "padded-tokens-measured", kind: telemetry, file: "logging.go",
 		what: "the histogram of tokens counts padding",
-		old:  "t.tokens.Record(ctx, int64(rec.NumTokensUnpadded),",
-		new:  "t.tokens.Record(ctx, int64(rec.NumTokens),",
+		old:  "t.tokens.Record(ctx, int64(x.unpadded),",
+		new:  "t.tokens.Record(ctx, int64(x.tokens),",
 	},
 	{
 		name: "dummies-inverted", kind: telemetry, file: "logging.go",
@@ -41,8 +41,8 @@ var telemetryFaults = []fault{
 	{
 		name: "eager-passes-uncounted", kind: telemetry, file: "logging.go",
 		what: "passes with graphs are counted as eager, those without are not",
-		old:  "if rec.GraphMode == GraphNone {",
-		new:  "if rec.GraphMode != GraphNone {",
+		old:  "if x.mode == GraphNone {",
+		new:  "if x.mode != GraphNone {",
 	},
 	{
 		name: "bucket-of-padding", kind: telemetry, file: "logging.go",
