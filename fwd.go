@@ -858,7 +858,10 @@ func (r *Runner) newRun(listening listeners) *run {
 		return &x.run
 	}
 	x := new(fullRun)
-	x.run.wrapped, x.run.traced, x.traced.record = &x.wrapped, &x.traced, &x.record
+	x.run.wrapped, x.run.traced = &x.wrapped, &x.traced
+	if listening&listenRecords != 0 {
+		x.traced.record = &x.record
+	}
 	return &x.run
 }
 

@@ -527,3 +527,30 @@ func TestQueueOfRunAndReport(t *testing.T) {
 		}
 	})
 }
+
+// Reported passes may lie in any time, with a clock and without: only what is between them counts.
+func TestQueueOfReportsInAnyTime(t *testing.T) {
+	t.Parallel()
+	for _, began := range []time.Time{
+		{}, time.Unix(0, 0), time.Now(), time.Date(9999, 1, 1, 0, 0, 0, 0, time.UTC),
+	} {
+		for name, opts := range map[string][]fwd.Option{
+			"no clock": nil, "clock": {fwd.WithClock(func() time.Time { return began })},
+		} {
+			records := recordsOf(t, fwd.Config{}, func(r *fwd.Runner) {
+				for k := range 3 { // each begins a second after the one before, and takes two
+					start := began.Add(time.Duration(k) * time.Second)
+					err := r.Report(t.Context(), fwd.Pass{NumTokens: 1}, start, began.Add(time.Duration(2*k+2)*time.Second), nil)
+					if err != nil {
+						t.Error(err)
+					}
+				}
+			}, append(opts, fwd.WithQueue(new(fwd.Queue)))...)
+			for _, rec := range records {
+				if rec.Duration != 2*time.Second {
+					t.Errorf("%s, from %v: pass of %v took %v, want 2 s", name, began, rec.Began, rec.Duration)
+				}
+			}
+		}
+	}
+}
