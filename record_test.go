@@ -539,9 +539,8 @@ func TestQueueOfReportsInAnyTime(t *testing.T) {
 		} {
 			records := recordsOf(t, fwd.Config{}, func(r *fwd.Runner) {
 				for k := range 3 { // each begins a second after the one before, and takes two
-					start := began.Add(time.Duration(k) * time.Second)
-					err := r.Report(t.Context(), fwd.Pass{NumTokens: 1}, start, began.Add(time.Duration(2*k+2)*time.Second), nil)
-					if err != nil {
+					start, end := began.Add(time.Duration(k)*time.Second), began.Add(time.Duration(2*k+2)*time.Second)
+					if err := r.Report(t.Context(), fwd.Pass{NumTokens: 1}, start, end, nil); err != nil {
 						t.Error(err)
 					}
 				}
