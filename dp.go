@@ -1124,27 +1124,29 @@ func (g *localGroup) join(c *localRank, v *Vote) (votes []Vote, complete bool, e
 	if waits || c.voted && v.Step == c.last {
 		return nil, false, twice(c.rank, v.Step)
 	}
-	if c.late && v.Step >= c.lateFrom && v.Step <= g.step {
-		v.Step = g.step + 1
+	step := v.Step
+	if c.late && step >= c.lateFrom && step <= g.step {
+		step = g.step + 1
 	}
 	if g.votes == nil {
 		g.votes = g.takeRoom()
 	}
-	c.here, c.voted, c.last, c.late = true, true, v.Step, false
+	c.here, c.voted, c.last, c.late = true, true, step, false
 	c.round++
 	c.votes = g.votes
 	c.votes[c.rank] = *v
+	c.votes[c.rank].Step = step
 	if g.here++; g.here < len(g.ranks) {
 		return c.votes, false, nil
 	}
 	for i := range c.votes {
-		if c.votes[i].Step != v.Step {
+		if c.votes[i].Step != step {
 			lockstep := lockstepError(c.votes)
 			g.end(c, c.rank, lockstep.Step, lockstep)
 			return nil, true, lockstep
 		}
 	}
-	g.end(c, c.rank, v.Step, nil)
+	g.end(c, c.rank, step, nil)
 	g.votes = nil // they belong to those who were in the round
 	return c.votes, true, nil
 }

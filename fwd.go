@@ -1292,8 +1292,7 @@ func (r *Runner) exchange(ctx context.Context, e *exchange) error {
 func (e *exchange) begin() {
 	r := e.runner
 	if e.local {
-		vote := e.draft.vote // a copy, since a late rank votes for another step
-		r.local.begin(e.askCtx(), &vote, e.deadline(), r.timeoutCause)
+		r.local.begin(e.askCtx(), &e.draft.vote, e.deadline(), r.timeoutCause)
 		e.joined.Store(true)
 		return
 	}
