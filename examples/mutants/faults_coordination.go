@@ -271,8 +271,8 @@ var coordinationFaults = []fault{
 	{
 		name: "last-is-rank-0", kind: protocol, file: "dp.go",
 		what: "rank 0 is said to have come last, whoever did",
-		old:  "\tg.end(c, c.rank, v.Step, nil)\n",
-		new:  "\tg.end(c, 0, v.Step, nil)\n",
+		old:  "\tg.end(c, c.rank, step, nil)\n",
+		new:  "\tg.end(c, 0, step, nil)\n",
 	},
 	{
 		name: "last-survives-a-broken-step", kind: protocol, file: "dp.go",
