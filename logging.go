@@ -235,6 +235,7 @@ type telemetry struct {
 	observers []func(context.Context, *Record)
 	logger    *slog.Logger
 	common    []attribute.KeyValue // on all spans
+	own       []attribute.KeyValue // those, and which model and which rank it is
 
 	tracer trace.Tracer // nil: none
 	meters bool         // there are instruments
@@ -266,6 +267,11 @@ func newTelemetry(r *Runner, cfg *config) (*telemetry, error) {
 		stepTrace: cfg.stepTrace, stepRoot: cfg.stepRoot,
 		observers: cfg.observers, logger: cfg.logger, common: cfg.attributes, peerName: cfg.peerName,
 	}
+	t.own = slices.Clone(t.common)
+	if t.name != "" {
+		t.own = append(t.own, keyName.String(t.name))
+	}
+	t.own = t.parallel.appendAttributes(t.own)
 	t.errorTypes.most, t.phases.most = maxErrorTypes, maxPhases
 	t.makeNames()
 	if t.peerName == nil {
@@ -834,27 +840,22 @@ func (t *telemetry) stepParent(ctx context.Context, step trace.SpanContext) (con
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	most := 13 // of a pass that is alone
+	most := 12 // of a pass that is alone
 	if p.VirtualEngine > 0 || len(p.UBatches) > 0 || p.Batch.HasLoRA {
 		most += 3
 	}
-	if t.parallel.DataParallelSize != 1 {
-		most += 3
+	if maxTokens >= 0 {
+		most++
 	}
 	if a != nil {
 		most += 5
 	}
-	attrs := append(make([]attribute.KeyValue, 0, len(t.common)+most), t.common...)
-	attrs = append(attrs,
-		keyNumTokens.Int(p.NumTokens),
-		keyUnpadded.Int(p.NumTokensUnpadded),
-		keyGraphMode.String(p.GraphMode.String()),
-		keyGraphReason.String(p.Reason.String()),
-		keyDummy.Bool(p.Dummy),
-	)
-	if t.name != "" {
-		attrs = append(attrs, keyName.String(t.name))
-	}
+	attrs := append(make([]attribute.KeyValue, 0, len(t.own)+most), t.own...)
+	attrs = append(attrs, keyNumTokens.Int(p.NumTokens)) // one by one, which is faster than several
+	attrs = append(attrs, keyUnpadded.Int(p.NumTokensUnpadded))
+	attrs = append(attrs, keyGraphMode.String(p.GraphMode.String()))
+	attrs = append(attrs, keyGraphReason.String(p.Reason.String()))
+	attrs = append(attrs, keyDummy.Bool(p.Dummy))
 	if p.Phase != "" {
 		attrs = append(attrs, keyPhase.String(p.Phase))
 	}
@@ -869,12 +870,11 @@ func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 		attrs = append(attrs, keyUBatches.Int(n))
 	}
 	if x.planned || p.NumTokens > p.NumTokensUnpadded {
-		attrs = append(attrs,
-			keyPaddingGraph.Int(p.NumTokensGraph-p.NumTokensUnpadded),
-			keyPaddingDP.Int(p.NumTokens-p.NumTokensGraph),
-			keyPaddingRatio.Float64(float64(p.NumTokens-p.NumTokensUnpadded)/float64(max(p.NumTokens, 1))))
+		ratio := float64(p.NumTokens-p.NumTokensUnpadded) / float64(max(p.NumTokens, 1))
+		attrs = append(attrs, keyPaddingGraph.Int(p.NumTokensGraph-p.NumTokensUnpadded))
+		attrs = append(attrs, keyPaddingDP.Int(p.NumTokens-p.NumTokensGraph))
+		attrs = append(attrs, keyPaddingRatio.Float64(ratio))
 	}
-	attrs = t.parallel.appendAttributes(attrs)
 	if maxTokens >= 0 {
 		attrs = append(attrs, keyMaxTokens.Int(maxTokens))
 	}
@@ -1233,11 +1233,7 @@ func (t *telemetry) startStep(ctx context.Context, r *Runner, began time.Time) (
 	s := &stepSpan{telemetry: t, waiting: 1}
 	ctx, s.span = t.start(ctx, "fwd.step", began, true, options...)
 	if s.span.IsRecording() {
-		attrs := slices.Clone(t.common)
-		if t.name != "" {
-			attrs = append(attrs, keyName.String(t.name))
-		}
-		s.span.SetAttributes(t.parallel.appendAttributes(attrs)...)
+		s.span.SetAttributes(t.own...)
 	}
 	if r.local != nil && r.parallel.coordinated() && s.span.SpanContext().IsValid() {
 		s.waiting = r.parallel.DataParallelSize
