@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
-	"iter"
 	"math"
 	"math/bits"
 	"time"
@@ -173,10 +172,10 @@ func hashGroup(name string) uint64 {
 
 // hashLives returns the number that stands for the lives of all ranks that a rank counts: the FNV-1a
 // hash of their epochs, in rank order.
-func hashLives(epochs iter.Seq[uint64]) uint64 {
+func hashLives(epochs []uint64) uint64 {
 	h := fnv.New64a()
 	var b [8]byte
-	for epoch := range epochs {
+	for _, epoch := range epochs {
 		binary.BigEndian.PutUint64(b[:], epoch)
 		h.Write(b[:])
 	}
@@ -405,57 +404,6 @@ func (m *message) decodeEnding(r *reader) {
 	}
 	r.require(m.by >= 0 && m.by < m.size && m.round > 0 && len(m.missing) > 0)
 	r.require(len(m.missing) == 0 || m.missing[len(m.missing)-1] < m.size)
-}
-
-// bundles packs messages into bundles of at most so many bytes, and leaves a message alone that would
-// be the only one.
-func bundles(head message, messages [][]byte, most int) (packed [][]byte) {
-	head.kind = kindBundle
-	for len(messages) > 0 {
-		n, size := 0, headerSize
-		for n < len(messages) && (n == 0 || size+4+len(messages[n]) <= most) {
-			size += 4 + len(messages[n])
-			n++
-		}
-		if n == 1 {
-			packed = append(packed, messages[0])
-		} else {
-			b := append(make([]byte, 0, size), head.encode()...)
-			for _, msg := range messages[:n] {
-				b = append(binary.BigEndian.AppendUint32(b, uint32(len(msg))), msg...)
-			}
-			packed = append(packed, b)
-		}
-		messages = messages[n:]
-	}
-	return packed
-}
-
-// unbundle returns the messages of a bundle, or the only one that there is. What is damaged is one
-// too, so that its receiver counts it.
-func unbundle(data []byte) iter.Seq[[]byte] {
-	return func(yield func([]byte) bool) {
-		if !isBundle(data) {
-			yield(data)
-			return
-		}
-		for rest := data[headerSize:]; len(rest) > 0; {
-			if len(rest) < 4 || uint64(binary.BigEndian.Uint32(rest)) > uint64(len(rest)-4) {
-				yield(rest)
-				return
-			}
-			n := 4 + int(binary.BigEndian.Uint32(rest))
-			if !yield(rest[4:n]) {
-				return
-			}
-			rest = rest[n:]
-		}
-	}
-}
-
-func isBundle(data []byte) bool {
-	return len(data) > headerSize && string(data[:len(magic)]) == magic && data[2] == version &&
-		kind(data[3]) == kindBundle
 }
 
 // sayer returns the rank that a message says it comes from.

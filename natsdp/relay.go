@@ -152,7 +152,7 @@ func (m *member) greetedBefore(p *peer, msg *message) bool {
 		}
 		return p.ready == msg.lives
 	case msg.kind == kindReady:
-		if p.epoch == msg.epoch && m.peers[m.rank].ready == msg.lives {
+		if m.epochs[msg.rank] == msg.epoch && m.peers[m.rank].ready == msg.lives {
 			together := m.message(kindReady)
 			together.lives, together.full = msg.lives, true
 			m.sendMessage(msg.rank, together)
@@ -315,17 +315,12 @@ func (m *member) meets() bool {
 
 // livesAsking returns the number that stands for the processes that have asked, and this one.
 func (m *member) livesAsking() uint64 {
-	return hashLives(func(yield func(uint64) bool) {
-		for rank := range m.peers {
-			epoch := m.peers[rank].asked
-			if rank == m.rank {
-				epoch = m.epoch
-			}
-			if !yield(epoch) {
-				return
-			}
-		}
-	})
+	lives := make([]uint64, m.size)
+	for rank := range m.peers {
+		lives[rank] = m.peers[rank].asked
+	}
+	lives[m.rank] = m.epoch
+	return hashLives(lives)
 }
 
 // getReady says which processes this rank knows, if it knows one of each rank.
@@ -398,7 +393,8 @@ func (m *member) beginTogether() {
 	}
 	for rank := range m.peers {
 		if p := &m.peers[rank]; rank != m.rank {
-			p.epoch, p.heard = p.asked, true
+			p.heard = true
+			m.setEpoch(rank, p.asked)
 		}
 	}
 	for rank := range m.peers {

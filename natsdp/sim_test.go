@@ -119,15 +119,8 @@ func (b *bus) send(from *station, to int, data []byte) {
 func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	b.delivered.Add(1)
 	b.longest.Store(max(b.longest.Load(), int64(len(data))))
-	arrive := func() {
-		for data := range unbundle(data) {
-			if rank, ok := sayer(data); ok && from == s.hub {
-				s.handle(rank, direct, data) // the hub speaks for all
-			} else {
-				s.handle(from, direct, data)
-			}
-		}
-	}
+	speaker := newSpeaker([]int{from})
+	arrive := func() { hear([]*member{s.member}, speaker, direct, data) }
 	if s.frozen {
 		s.held = append(s.held, arrive)
 		return

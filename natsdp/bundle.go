@@ -1,0 +1,173 @@
+package natsdp
+
+import (
+	"bytes"
+	"encoding/binary"
+	"iter"
+	"slices"
+	"time"
+
+	"github.com/forwardctx/fwd"
+)
+
+// bundles packs messages into bundles of at most so many bytes, and leaves a message alone that would
+// be the only one.
+func bundles(head message, messages [][]byte, most int) (packed [][]byte) {
+	head.kind = kindBundle
+	for len(messages) > 0 {
+		n, size := 0, headerSize
+		for n < len(messages) && (n == 0 || size+4+len(messages[n]) <= most) {
+			size += 4 + len(messages[n])
+			n++
+		}
+		if n == 1 {
+			packed = append(packed, messages[0])
+		} else {
+			b := append(make([]byte, 0, size), head.encode()...)
+			for _, msg := range messages[:n] {
+				b = append(binary.BigEndian.AppendUint32(b, uint32(len(msg))), msg...)
+			}
+			packed = append(packed, b)
+		}
+		messages = messages[n:]
+	}
+	return packed
+}
+
+// unbundle returns the messages of a bundle, or the only one that there is. What is damaged is one
+// too, so that its receiver counts it.
+func unbundle(data []byte) iter.Seq[[]byte] {
+	return func(yield func([]byte) bool) {
+		if !isBundle(data) {
+			yield(data)
+			return
+		}
+		for rest := data[headerSize:]; len(rest) > 0; {
+			if len(rest) < 4 || uint64(binary.BigEndian.Uint32(rest)) > uint64(len(rest)-4) {
+				yield(rest)
+				return
+			}
+			n := 4 + int(binary.BigEndian.Uint32(rest))
+			if !yield(rest[4:n]) {
+				return
+			}
+			rest = rest[n:]
+		}
+	}
+}
+
+func isBundle(data []byte) bool {
+	return len(data) > headerSize && string(data[:len(magic)]) == magic && data[2] == version &&
+		kind(data[3]) == kindBundle
+}
+
+// hear hands what a speaker has said to those members of this process that it is for.
+func hear(members []*member, from *speaker, direct bool, data []byte) {
+	at, first := time.Now(), members[0]
+	throughHub := first.hasHub() && from.has(first.hub)
+	if throughHub {
+		if t := readTable(data, first.group, first.size, at); t != nil {
+			members = slices.DeleteFunc(slices.Clone(members), func(m *member) bool { return m.takeTable(t) })
+		}
+	}
+	if len(members) == 0 {
+		return
+	}
+	var read message // one for all, since the members keep none
+	for data := range unbundle(data) {
+		rank, known := sayer(data)
+		if !known || !throughHub && !from.has(rank) {
+			rank = from.runs[0].first // whose message it is not, so nobody believes it
+		}
+		read = message{raw: data, at: at}
+		err := read.read(first.group, first.size, rank)
+		for _, m := range members {
+			m.take(rank, direct, &read, err)
+		}
+	}
+}
+
+// table is the votes of all ranks in a round, in one bundle, which agree: as the hub passes them on if
+// nothing has gone wrong. A rank sees with a glance at it whether they complete its round. Nobody
+// changes it, since all ranks of a process share it.
+type table struct {
+	votes  []fwd.Vote // by rank
+	epochs []uint64   // by rank
+	raw    [][]byte   // the messages, by rank
+	last   int        // the rank whose vote came last
+	most   message    // what all say, and the highest of the numbers that may differ
+}
+
+// readTable reads a bundle. It returns nil if that is no table, and must be taken vote by vote.
+func readTable(data []byte, group uint64, size int, at time.Time) *table {
+	if !isBundle(data) || len(data) < headerSize+size*(4+headerSize+voteSize) {
+		return nil
+	}
+	t := &table{
+		votes: make([]fwd.Vote, size), epochs: make([]uint64, size), raw: make([][]byte, size), last: -1,
+	}
+	count := 0
+	var vote message
+	for raw := range unbundle(data) {
+		vote = message{raw: raw, at: at}
+		body, err := vote.decodeHeader(raw)
+		if err != nil || vote.kind != kindVote || vote.group != group || vote.size != size ||
+			vote.decodeBody(body) != nil || !t.add(&vote) {
+			return nil
+		}
+		count++
+	}
+	if count < size {
+		return nil
+	}
+	return t
+}
+
+// add adds a vote. It reports whether the table has one of each rank and all agree so far.
+func (t *table) add(vote *message) bool {
+	if t.last < 0 {
+		t.most = *vote
+	}
+	most, rank := &t.most, vote.rank
+	if t.epochs[rank] != 0 || vote.epoch == 0 || vote.full || vote.asks || vote.broken ||
+		vote.round != most.round || vote.lives != most.lives || vote.vote.Step != most.vote.Step {
+		return false
+	}
+	t.votes[rank], t.epochs[rank], t.raw[rank], t.last = vote.vote, vote.epoch, vote.raw, rank
+	most.step, most.epoch = max(most.step, vote.step), max(most.epoch, vote.epoch)
+	return true
+}
+
+// takeTable takes the votes of all ranks together if they complete the open round. Otherwise it does nothing,
+// and returns false: they must be taken one by one.
+func (m *member) takeTable(t *table) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.completedBy(t) {
+		return false
+	}
+	votes := t.votes
+	if hasSpan(m.vote.SpanContext) { // which is remote in the table, and may lack its trace state
+		votes = slices.Clone(votes)
+		votes[m.rank] = m.vote
+	}
+	m.open.last = t.last
+	m.end(ending{complete: true}, m.last, outcome{votes: votes})
+	m.signal()
+	return true
+}
+
+// completedBy reports whether the votes of a table, taken one by one, would complete the open round
+// and change nothing else.
+func (m *member) completedBy(t *table) bool {
+	return m.waiting && !m.down && m.speaksThroughHub() && m.open.count == 0 && !m.ending.broken &&
+		t.most.round == m.round+1 && t.most.vote.Step == m.last && t.most.lives == m.lives &&
+		m.credible(&t.most) && bytes.Equal(t.raw[m.rank], m.said) && m.countsLives(t.epochs)
+}
+
+// countsLives reports whether these are the lives of all ranks that count.
+func (m *member) countsLives(epochs []uint64) bool {
+	before, after := m.rank, m.rank+1
+	return epochs[m.rank] == m.epoch && slices.Equal(epochs[:before], m.epochs[:before]) &&
+		slices.Equal(epochs[after:], m.epochs[after:])
+}
