@@ -2,7 +2,6 @@ package natsdp
 
 import (
 	"bytes"
-	"encoding/binary"
 	"iter"
 	"slices"
 	"time"
@@ -25,7 +24,7 @@ func bundles(head message, messages [][]byte, most int) (packed [][]byte) {
 		} else {
 			b := append(make([]byte, 0, size), head.encode()...)
 			for _, msg := range messages[:n] {
-				b = append(binary.BigEndian.AppendUint32(b, uint32(len(msg))), msg...)
+				b = append(be.AppendUint32(b, uint32(len(msg))), msg...)
 			}
 			packed = append(packed, b)
 		}
@@ -43,17 +42,21 @@ func unbundle(data []byte) iter.Seq[[]byte] {
 			return
 		}
 		for rest := data[headerSize:]; len(rest) > 0; {
-			if len(rest) < 4 || uint64(binary.BigEndian.Uint32(rest)) > uint64(len(rest)-4) {
-				yield(rest)
+			var msg []byte
+			if msg, rest = cutMessage(rest); !yield(msg) {
 				return
 			}
-			n := 4 + int(binary.BigEndian.Uint32(rest))
-			if !yield(rest[4:n]) {
-				return
-			}
-			rest = rest[n:]
 		}
 	}
+}
+
+// cutMessage cuts the first message off the rest of a bundle, or all of it if that is damaged.
+func cutMessage(rest []byte) (msg, after []byte) {
+	if len(rest) < 4 || uint64(be.Uint32(rest)) > uint64(len(rest)-4) {
+		return rest, nil
+	}
+	n := 4 + int(be.Uint32(rest))
+	return rest[4:n], rest[n:]
 }
 
 func isBundle(data []byte) bool {
@@ -93,7 +96,8 @@ func hear(members []*member, from *speaker, direct bool, data []byte) {
 type table struct {
 	votes  []fwd.Vote // by rank
 	epochs []uint64   // by rank
-	raw    [][]byte   // the messages, by rank
+	data   []byte     // the bundle
+	starts []int      // of the votes in data, by rank
 	last   int        // the rank whose vote came last
 	most   message    // what all say, and the highest of the numbers that may differ
 }
@@ -104,18 +108,20 @@ func readTable(data []byte, group uint64, size int, at time.Time) *table {
 		return nil
 	}
 	t := &table{
-		votes: make([]fwd.Vote, size), epochs: make([]uint64, size), raw: make([][]byte, size), last: -1,
+		votes: make([]fwd.Vote, size), epochs: make([]uint64, size), data: data, starts: make([]int, size), last: -1,
 	}
 	count := 0
 	var vote message
-	for raw := range unbundle(data) {
-		vote = message{raw: raw, at: at}
+	for rest := data[headerSize:]; len(rest) > 0; count++ {
+		start := len(data) - len(rest) + 4
+		var raw []byte
+		raw, rest = cutMessage(rest)
+		vote = message{at: at}
 		body, err := vote.decodeHeader(raw)
 		if err != nil || vote.kind != kindVote || vote.group != group || vote.size != size ||
-			vote.decodeBody(body) != nil || !t.add(&vote) {
+			vote.decodeBody(body) != nil || !t.add(&vote, start) {
 			return nil
 		}
-		count++
 	}
 	if count < size {
 		return nil
@@ -124,7 +130,7 @@ func readTable(data []byte, group uint64, size int, at time.Time) *table {
 }
 
 // add adds a vote. It reports whether the table has one of each rank and all agree so far.
-func (t *table) add(vote *message) bool {
+func (t *table) add(vote *message, start int) bool {
 	if t.last < 0 {
 		t.most = *vote
 	}
@@ -133,7 +139,7 @@ func (t *table) add(vote *message) bool {
 		vote.round != most.round || vote.lives != most.lives || vote.vote.Step != most.vote.Step {
 		return false
 	}
-	t.votes[rank], t.epochs[rank], t.raw[rank], t.last = vote.vote, vote.epoch, vote.raw, rank
+	t.votes[rank], t.epochs[rank], t.starts[rank], t.last = vote.vote, vote.epoch, start, rank
 	most.step, most.epoch = max(most.step, vote.step), max(most.epoch, vote.epoch)
 	return true
 }
@@ -162,7 +168,7 @@ func (m *member) takeTable(t *table) bool {
 func (m *member) completedBy(t *table) bool {
 	return m.waiting && !m.down && m.speaksThroughHub() && m.open.count == 0 && !m.ending.broken &&
 		t.most.round == m.round+1 && t.most.vote.Step == m.last && t.most.lives == m.lives &&
-		m.credible(&t.most) && bytes.Equal(t.raw[m.rank], m.said) && m.countsLives(t.epochs)
+		m.credible(&t.most) && bytes.HasPrefix(t.data[t.starts[m.rank]:], m.said) && m.countsLives(t.epochs)
 }
 
 // countsLives reports whether these are the lives of all ranks that count.
