@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -278,11 +279,16 @@ func (l *link) publish(before error) {
 		select {
 		case o := <-l.out:
 			l.take(&b, o)
+			part := b.partOfVotes(len(l.members))
+			if part && len(l.out) == 0 {
+				runtime.Gosched() // ranks whose round has ended together vote together
+			}
 			if len(l.out) > 0 {
 				continue
 			}
-			if !b.partOfVotes(len(l.members)) {
+			if !part {
 				l.flush(&b)
+				hold.Stop()
 			} else if !b.held {
 				b.held = true
 				hold.Reset(holdMost)
