@@ -129,14 +129,15 @@ func readTable(data []byte, group uint64, size int, at time.Time) *table {
 	return t
 }
 
-// add adds a vote. It reports whether the table has one of each rank and all agree so far.
+// add adds a vote. It returns false if that does not agree with those before, or does more than complete
+// a round.
 func (t *table) add(vote *message, start int) bool {
 	if t.last < 0 {
 		t.most = *vote
 	}
 	most, rank := &t.most, vote.rank
-	if t.epochs[rank] != 0 || vote.epoch == 0 || vote.full || vote.asks || vote.broken ||
-		vote.round != most.round || vote.lives != most.lives || vote.vote.Step != most.vote.Step {
+	if vote.asks || vote.broken || vote.epoch == 0 || t.epochs[rank] != 0 ||
+		vote.round != most.round || vote.vote.Step != most.vote.Step || vote.lives != most.lives {
 		return false
 	}
 	t.votes[rank], t.epochs[rank], t.starts[rank], t.last = vote.vote, vote.epoch, start, rank
@@ -144,8 +145,8 @@ func (t *table) add(vote *message, start int) bool {
 	return true
 }
 
-// takeTable takes the votes of all ranks together if they complete the open round. Otherwise it does nothing,
-// and returns false: they must be taken one by one.
+// takeTable takes the votes of all ranks together if they complete the open round. Otherwise it does
+// nothing, and returns false: they must be taken one by one.
 func (m *member) takeTable(t *table) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -164,16 +165,15 @@ func (m *member) takeTable(t *table) bool {
 }
 
 // completedBy reports whether the votes of a table, taken one by one, would complete the open round
-// and change nothing else.
+// and do nothing else. If this rank's vote is there as it was said, all are for its round and step, and
+// count the lives that it counts. The hub has votes already.
 func (m *member) completedBy(t *table) bool {
-	return m.waiting && !m.down && m.speaksThroughHub() && m.open.count == 0 && !m.ending.broken &&
-		t.most.round == m.round+1 && t.most.vote.Step == m.last && t.most.lives == m.lives &&
-		m.credible(&t.most) && bytes.HasPrefix(t.data[t.starts[m.rank]:], m.said) && m.countsLives(t.epochs)
+	return m.waiting && !m.down && m.open.count == 0 && bytes.HasPrefix(t.data[t.starts[m.rank]:], m.said) &&
+		m.knows(t.epochs) && m.credible(&t.most)
 }
 
-// countsLives reports whether these are the lives of all ranks that count.
-func (m *member) countsLives(epochs []uint64) bool {
+// knows reports whether the lives of the other ranks that count are these.
+func (m *member) knows(epochs []uint64) bool {
 	before, after := m.rank, m.rank+1
-	return epochs[m.rank] == m.epoch && slices.Equal(epochs[:before], m.epochs[:before]) &&
-		slices.Equal(epochs[after:], m.epochs[after:])
+	return slices.Equal(epochs[:before], m.epochs[:before]) && slices.Equal(epochs[after:], m.epochs[after:])
 }

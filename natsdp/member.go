@@ -820,14 +820,6 @@ func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 	}
 }
 
-// handle takes a message that came in on the subject of rank from. It is for this rank alone if
-// direct, otherwise for all.
-func (m *member) handle(from int, direct bool, data []byte) {
-	msg := message{raw: data, at: time.Now()}
-	err := msg.read(m.group, m.size, from)
-	m.take(from, direct, &msg, err)
-}
-
 // read reads a message that came in on the subject of rank from. What is of another group or size is
 // not read whole.
 func (m *message) read(group uint64, size, from int) error {
@@ -838,7 +830,8 @@ func (m *message) read(group uint64, size, from int) error {
 	return err
 }
 
-// take takes a message that has been read, or could not be. It keeps nothing of it but raw, which nobody
+// take takes a message that came in on the subject of rank from and has been read, or could not be. It
+// is for this rank alone if direct, otherwise for all. It keeps nothing of it but raw, which nobody
 // changes, and changes nothing in it, since other ranks of the process take it too.
 func (m *member) take(from int, direct bool, msg *message, err error) {
 	m.mu.Lock()

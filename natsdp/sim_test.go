@@ -132,6 +132,13 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	time.AfterFunc(delay, arrive)
 }
 
+// handle gives a member one message that has come from a rank.
+func (m *member) handle(from int, direct bool, data []byte) {
+	msg := message{raw: data, at: time.Now()}
+	err := msg.read(m.group, m.size, from)
+	m.take(from, direct, &msg, err)
+}
+
 // lose makes messages get lost on a way, as often as loss says.
 func (b *bus) lose(from, to int, loss float64) {
 	b.mu.Lock()
