@@ -6,12 +6,14 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/forwardctx/fwd"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // asOneProcess lets all ranks but the hub hear what the hub says to all as ranks of one process do.
@@ -102,6 +104,11 @@ func TestOwnSpanIsNotRemote(t *testing.T) {
 func TestWhatIsNoTable(t *testing.T) {
 	t.Parallel()
 	const size, lives = 3, 7
+	state, err := trace.ParseTraceState("a=" + strings.Repeat("b", 100))
+	if err != nil {
+		t.Fatal(err)
+	}
+	span := sampleSpan().WithTraceState(state) // so long that it makes up for a vote that is not there
 	for what, spoil := range map[string]func(votes []message) []message{
 		"":                    func(votes []message) []message { return votes },
 		"of one rank twice":   func(votes []message) []message { return append(votes, votes[1]) },
@@ -125,7 +132,7 @@ func TestWhatIsNoTable(t *testing.T) {
 		for rank := range size {
 			votes = append(votes, message{
 				kind: kindVote, group: 1, size: size, rank: rank, epoch: 5, round: 1, lives: lives,
-				vote: fwd.Vote{SpanContext: sampleSpan()}, // which makes up for a vote that is not there
+				vote: fwd.Vote{SpanContext: span},
 			})
 		}
 		for _, msg := range spoil(votes) {
