@@ -72,9 +72,9 @@ func hear(members []*member, from *speaker, direct bool, data []byte) {
 		if t := readTable(data, first.group, first.size, at); t != nil {
 			members = slices.DeleteFunc(slices.Clone(members), func(m *member) bool { return m.takeTable(t) })
 		}
-	}
-	if len(members) == 0 {
-		return
+		if len(members) == 0 {
+			return
+		}
 	}
 	var read message // one for all, since the members keep none
 	for data := range unbundle(data) {
@@ -108,14 +108,15 @@ func readTable(data []byte, group uint64, size int, at time.Time) *table {
 		return nil
 	}
 	t := &table{
-		votes: make([]fwd.Vote, size), epochs: make([]uint64, size), data: data, starts: make([]int, size), last: -1,
+		votes: make([]fwd.Vote, size), epochs: make([]uint64, size),
+		data: data, starts: make([]int, size), last: -1,
 	}
 	count := 0
 	var vote message
 	for rest := data[headerSize:]; len(rest) > 0; count++ {
 		start := len(data) - len(rest) + 4
-		var raw []byte
-		raw, rest = cutMessage(rest)
+		raw, after := cutMessage(rest)
+		rest = after
 		vote = message{at: at}
 		body, err := vote.decodeHeader(raw)
 		if err != nil || vote.kind != kindVote || vote.group != group || vote.size != size ||
@@ -166,7 +167,8 @@ func (m *member) takeTable(t *table) bool {
 
 // completedBy reports whether the votes of a table, taken one by one, would complete the open round
 // and do nothing else. If this rank's vote is there as it was said, all are for its round and step, and
-// count the lives that it counts. The hub has votes already.
+// count the lives that it counts. A vote that begins as it was said is the same, since it says how long
+// it is. The hub has votes already.
 func (m *member) completedBy(t *table) bool {
 	return m.waiting && !m.down && m.open.count == 0 && bytes.HasPrefix(t.data[t.starts[m.rank]:], m.said) &&
 		m.knows(t.epochs) && m.credible(&t.most)

@@ -165,7 +165,9 @@ func newTwins(t *testing.T, seed uint64) *twins {
 	if w.chance(5) {
 		vote.SpanContext = sampleSpan().WithRemote(false)
 	}
-	before := []ending{{complete: true}, {complete: true}, {}, {broken: true, by: 1, missing: []int{2}}}[random.IntN(4)]
+	before := []ending{
+		{complete: true}, {complete: true}, {}, {broken: true, by: 1, missing: []int{2}},
+	}[random.IntN(4)]
 	for i := range w.sent {
 		m := newMember("sim", rank, size, func(to int, data []byte) {
 			w.sent[i] = append(w.sent[i], fmt.Sprintf("%d: %x", to, data))
@@ -184,8 +186,9 @@ func newTwins(t *testing.T, seed uint64) *twins {
 	}
 	for other := range size {
 		msg := message{
-			kind: kindVote, group: w.each.group, size: size, rank: other, epoch: epoch + uint64(other), round: round + 1,
-			step: step, vote: vote, lives: w.each.livesKnown(), ending: ending{complete: before.complete},
+			kind: kindVote, group: w.each.group, size: size, rank: other, epoch: epoch + uint64(other),
+			round: round + 1, step: step, vote: vote, lives: w.each.livesKnown(),
+			ending: ending{complete: before.complete},
 		}
 		msg.vote.NumTokens, msg.vote.SpanContext = other, vote.SpanContext
 		if other == rank {

@@ -245,18 +245,18 @@ func (l *link) receive(to int, msg *nats.Msg) {
 	if to != toAll {
 		targets = []*member{l.byRank[to]}
 	}
-	if ok && from == l.self && l.said(msg.Data) {
-		return // an echo
-	}
-	if ok {
-		hear(targets, from, to != toAll, msg.Data)
+	if !ok {
+		for range unbundle(msg.Data) {
+			for _, m := range targets {
+				m.foreign()
+			}
+		}
 		return
 	}
-	for range unbundle(msg.Data) {
-		for _, m := range targets {
-			m.foreign()
-		}
+	if from == l.self && l.said(msg.Data) {
+		return // an echo
 	}
+	hear(targets, from, to != toAll, msg.Data)
 }
 
 // said reports whether a message is one of this process.
@@ -281,7 +281,7 @@ func (l *link) publish(before error) {
 			l.take(&b, o)
 			part := b.partOfVotes(len(l.members))
 			if part && len(l.out) == 0 {
-				runtime.Gosched() // ranks whose round has ended together vote together
+				runtime.Gosched() // ranks whose round ended together vote together, if they are let
 			}
 			if len(l.out) > 0 {
 				continue
