@@ -8,7 +8,8 @@ import (
 // In a group of hubFrom ranks or more, each rank sends its vote to one of them, the hub, which passes
 // them on in bundles. So a round costs a number of messages that grows with the ranks, not with their
 // square; its bytes still do, since each rank gets the votes of all. The protocol stays what it is:
-// the hub carries messages of others and says nothing in their names.
+// the hub carries messages of others and says nothing in their names. A bundle with the votes of all is
+// taken as a whole, see table.
 //
 // The hub is no new single point of failure, since no round is complete without each rank. It passes
 // on what it has while its own rank runs a pass. If it knows nothing of a rank, that rank has not
