@@ -850,6 +850,7 @@ func (m *member) take(from int, direct bool, msg *message, err error) {
 		m.handleImplausible(msg)
 	case msg.rank == m.rank:
 		m.handleOwnRank(msg)
+	case direct && m.isOldHello(msg): // which needs no answer
 	case msg.kind == kindHello || msg.kind == kindClaim:
 		m.passGreeting(msg, direct)
 		m.handleHello(msg)

@@ -176,6 +176,14 @@ func (m *member) tellHellos(to int) {
 	}
 }
 
+// isOldHello reports whether a hello that has come to this rank alone is one of those that the hub of a
+// group that begins has told it. The group may have begun meanwhile, since what the hub says to all
+// comes on another way. An answer would only tell others that have not begun yet that they are late.
+func (m *member) isOldHello(msg *message) bool {
+	return msg.kind == kindHello && m.phase == joined && m.speaksThroughHub() && msg.rank != m.hub &&
+		msg.epoch == m.epochs[msg.rank]
+}
+
 func (m *member) greeting() []byte {
 	hello := m.message(kindHello)
 	return hello.encode()
