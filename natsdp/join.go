@@ -177,11 +177,12 @@ func (m *member) handleHello(msg *message) {
 	p := &m.peers[msg.rank]
 	state := m.state()
 	state.claimed, state.asker = msg.kind == kindClaim, msg.epoch
-	held := p.epoch != 0 && p.epoch != msg.epoch && !p.gone
+	epoch := m.epochs[msg.rank]
+	held := epoch != 0 && epoch != msg.epoch && !p.gone
 	wanted, heardBefore := p.asked != 0 && p.asked != msg.epoch, p.asked == msg.epoch
-	state.contested, state.holder = held || wanted, p.epoch
+	state.contested, state.holder = held || wanted, epoch
 	m.noteAsked(p, msg.epoch)
-	if msg.kind == kindClaim && msg.epoch > p.epoch {
+	if msg.kind == kindClaim && msg.epoch > epoch {
 		m.newLife(msg)
 	}
 	if p.taken > state.round {
@@ -234,6 +235,7 @@ func (m *member) handleState(p *peer, msg *message) {
 	case msg.holder > m.epoch: // the clock of its host was ahead
 		m.former = append(m.former, m.epoch)
 		m.epoch = msg.holder + 1 + rand.Uint64N(1<<32) // another process that does the same gets another one
+		m.knownLives = 0
 	}
 	p.heard = true
 	if msg.round > m.round {

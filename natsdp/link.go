@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -244,28 +245,18 @@ func (l *link) receive(to int, msg *nats.Msg) {
 	if to != toAll {
 		targets = []*member{l.byRank[to]}
 	}
-	if ok && from == l.self && l.said(msg.Data) {
-		return // an echo
-	}
-	now, first := time.Now(), l.members[0]
-	var read message // one for all, since the ranks keep none
-	for data := range unbundle(msg.Data) {
-		if !ok {
+	if !ok {
+		for range unbundle(msg.Data) {
 			for _, m := range targets {
 				m.foreign()
 			}
-			continue
 		}
-		rank, known := sayer(data)
-		if !known || !from.has(rank) && !(first.hasHub() && from.has(first.hub)) {
-			rank = from.runs[0].first // whose message it is not, so nobody believes it
-		}
-		read = message{raw: data, at: now}
-		err := read.read(first.group, l.size, rank)
-		for _, m := range targets {
-			m.take(rank, to != toAll, &read, err)
-		}
+		return
 	}
+	if from == l.self && l.said(msg.Data) {
+		return // an echo
+	}
+	hear(targets, from, to != toAll, msg.Data)
 }
 
 // said reports whether a message is one of this process.
@@ -288,11 +279,16 @@ func (l *link) publish(before error) {
 		select {
 		case o := <-l.out:
 			l.take(&b, o)
+			part := b.partOfVotes(len(l.members))
+			if part && len(l.out) == 0 {
+				runtime.Gosched() // ranks whose round ended together vote together, if they are let
+			}
 			if len(l.out) > 0 {
 				continue
 			}
-			if !b.partOfVotes(len(l.members)) {
+			if !part {
 				l.flush(&b)
+				hold.Stop()
 			} else if !b.held {
 				b.held = true
 				hold.Reset(holdMost)
@@ -335,14 +331,12 @@ func (b *batch) partOfVotes(ranks int) bool {
 // take hands a message to the ranks of this process that it is for, and keeps it for the others.
 func (l *link) take(b *batch, o outgoing) {
 	if local := l.byRank[o.to]; local != nil && local != o.from {
-		l.hand(local, o, true)
+		hear([]*member{local}, l.self, true, o.data)
 		return
 	}
 	if o.to == toAll {
-		for _, m := range l.members {
-			if m != o.from {
-				l.hand(m, o, false)
-			}
+		if others := l.others(o.from); len(others) > 0 {
+			hear(others, l.self, false, o.data)
 		}
 		if len(l.members) == l.size && kind(o.data[3]) == kindVote {
 			return // nobody else votes
@@ -357,13 +351,9 @@ func (l *link) take(b *batch, o outgoing) {
 	b.data = append(b.data, o.data)
 }
 
-// hand gives a message to a rank of this process.
-func (l *link) hand(m *member, o outgoing, direct bool) {
-	for data := range unbundle(o.data) {
-		if rank, ok := sayer(data); ok {
-			m.handle(rank, direct, data)
-		}
-	}
+// others returns the other ranks of this process.
+func (l *link) others(m *member) []*member {
+	return slices.DeleteFunc(slices.Clone(l.members), func(other *member) bool { return other == m })
 }
 
 // flush publishes a batch.

@@ -70,6 +70,11 @@ type member struct {
 	stats Stats
 	peers []peer // by rank
 
+	// epochs are those of the lives that count, by rank; 0: none. There is none for this rank itself.
+	// knownLives is what livesKnown has returned for them; 0: they have changed since.
+	epochs     []uint64
+	knownLives uint64
+
 	// The last round that has ended, as far as this rank knows.
 	round  uint64
 	step   uint64 // the group's
@@ -120,7 +125,6 @@ const toAll = -1
 
 // peer is what is known of another rank.
 type peer struct {
-	epoch uint64 // of the life that counts; 0: none
 	asked uint64 // epoch of the life that has asked last
 	heard bool   // it has answered, see join
 	gone  bool   // it has left
@@ -159,7 +163,7 @@ func (l *limit) allow() bool {
 
 // gathering is the votes of one round.
 type gathering struct {
-	votes  []fwd.Vote
+	votes  []fwd.Vote // nil: none has come
 	voters []voter
 	count  int // of votes that are here
 	full   int // of voters that have the votes of all
@@ -175,10 +179,13 @@ type voter struct {
 }
 
 func newGathering(size int) gathering {
-	return gathering{votes: make([]fwd.Vote, size), voters: make([]voter, size)}
+	return gathering{voters: make([]voter, size)}
 }
 
 func (g *gathering) add(rank int, v fwd.Vote, by voter) {
+	if g.votes == nil {
+		g.votes = make([]fwd.Vote, len(g.voters))
+	}
 	by.here = true
 	g.votes[rank], g.voters[rank], g.last = v, by, rank
 	if g.count++; by.full {
@@ -236,10 +243,12 @@ func (g *gathering) highest() (step uint64) {
 	return step
 }
 
-// reset empties a gathering. It takes a new slice, since a caller may have been given the old one.
+// reset empties a gathering. It lets go of the votes, since a caller may have been given them.
 func (g *gathering) reset() {
-	clear(g.voters)
-	g.votes, g.count, g.full = make([]fwd.Vote, len(g.voters)), 0, 0
+	if g.votes != nil {
+		clear(g.voters)
+		g.votes, g.count, g.full = nil, 0, 0
+	}
 }
 
 // outcome is how a round ended for the rank that waits.
@@ -253,6 +262,7 @@ func newMember(group string, rank, size int, send func(to int, message []byte)) 
 		group: hashGroup(group), rank: rank, size: size, send: send,
 		epoch:   newEpoch(),
 		peers:   make([]peer, size),
+		epochs:  make([]uint64, size),
 		open:    newGathering(size),
 		next:    newGathering(size),
 		outcome: make(chan outcome, 1),
@@ -488,18 +498,16 @@ func (m *member) interrupted(back bool) {
 
 // livesKnown returns the number that stands for the lives that count for this rank.
 func (m *member) livesKnown() uint64 {
-	return hashLives(func(yield func(uint64) bool) {
-		for rank := range m.peers {
-			epoch := m.peers[rank].epoch
-			if rank == m.rank {
-				epoch = m.epoch
-			}
-			if !yield(epoch) {
-				return
-			}
-		}
-	})
+	if m.knownLives == 0 {
+		lives := slices.Clone(m.epochs)
+		lives[m.rank] = m.epoch
+		m.knownLives = hashLives(lives)
+	}
+	return m.knownLives
 }
+
+// setEpoch notes which life of another rank counts.
+func (m *member) setEpoch(rank int, epoch uint64) { m.epochs[rank], m.knownLives = epoch, 0 }
 
 // missingVotes returns the ranks whose votes the open exchange waits for, or nil if none is open.
 func (m *member) missingVotes() []int {
@@ -812,14 +820,6 @@ func (m *member) leftBehind(how ending, round, step, lowest uint64) {
 	}
 }
 
-// handle takes a message that came in on the subject of rank from. It is for this rank alone if
-// direct, otherwise for all.
-func (m *member) handle(from int, direct bool, data []byte) {
-	msg := message{raw: data, at: time.Now()}
-	err := msg.read(m.group, m.size, from)
-	m.take(from, direct, &msg, err)
-}
-
 // read reads a message that came in on the subject of rank from. What is of another group or size is
 // not read whole.
 func (m *message) read(group uint64, size, from int) error {
@@ -830,7 +830,8 @@ func (m *message) read(group uint64, size, from int) error {
 	return err
 }
 
-// take takes a message that has been read, or could not be. It keeps nothing of it but raw, which nobody
+// take takes a message that came in on the subject of rank from and has been read, or could not be. It
+// is for this rank alone if direct, otherwise for all. It keeps nothing of it but raw, which nobody
 // changes, and changes nothing in it, since other ranks of the process take it too.
 func (m *member) take(from int, direct bool, msg *message, err error) {
 	m.mu.Lock()
@@ -849,6 +850,7 @@ func (m *member) take(from int, direct bool, msg *message, err error) {
 		m.handleImplausible(msg)
 	case msg.rank == m.rank:
 		m.handleOwnRank(msg)
+	case direct && m.isOldHello(msg): // which needs no answer
 	case msg.kind == kindHello || msg.kind == kindClaim:
 		m.passGreeting(msg, direct)
 		m.handleHello(msg)
@@ -860,7 +862,7 @@ func (m *member) take(from int, direct bool, msg *message, err error) {
 		m.handleBye(msg)
 	case msg.kind == kindState && !msg.holds: // its sender may still have to give way to another process
 		m.handleState(&m.peers[msg.rank], msg)
-	case msg.epoch < m.peers[msg.rank].epoch:
+	case msg.epoch < m.epochs[msg.rank]:
 		m.stats.Stale++
 		m.tellStale(msg)
 	default:
@@ -950,7 +952,7 @@ func (m *member) handleBad(from int, err error) {
 // handlePeer takes a message of another rank.
 func (m *member) handlePeer(msg *message, direct bool) {
 	p := &m.peers[msg.rank]
-	if msg.epoch > p.epoch {
+	if msg.epoch > m.epochs[msg.rank] {
 		m.newLife(msg)
 	}
 	switch msg.kind {
@@ -974,9 +976,9 @@ func (m *member) handleBye(msg *message) {
 	p := &m.peers[msg.rank]
 	if p.asked == msg.epoch {
 		m.noteAsked(p, 0)
-		p.heard = p.heard && p.epoch != 0 // from the process that has the rank
+		p.heard = p.heard && m.epochs[msg.rank] != 0 // from the process that has the rank
 	}
-	if p.epoch == msg.epoch {
+	if m.epochs[msg.rank] == msg.epoch {
 		p.gone, p.heard = true, false
 		m.log.Info("a rank has left", "other", msg.rank)
 	}
@@ -990,7 +992,7 @@ func (m *member) tellStale(msg *message) {
 		return
 	}
 	state := m.state()
-	state.asker, state.holder = msg.epoch, m.peers[msg.rank].epoch
+	state.asker, state.holder = msg.epoch, m.epochs[msg.rank]
 	m.sendMessage(msg.rank, state)
 }
 
@@ -999,14 +1001,13 @@ func (m *member) tellStale(msg *message) {
 // rank waits: its last life may have had the votes of all there, with a vote of its own that came
 // to nobody. So this rank gives that round up.
 func (m *member) newLife(msg *message) {
-	old := m.peers[msg.rank]
+	old, again := m.peers[msg.rank], m.epochs[msg.rank] != 0
 	life := peer{
-		epoch: msg.epoch, asked: old.asked, taken: old.taken, step: old.step,
-		answers: old.answers, greetings: old.greetings,
+		asked: old.asked, taken: old.taken, step: old.step, answers: old.answers, greetings: old.greetings,
 	}
 	for i, g := range []*gathering{&m.open, &m.next} {
 		voter := msg.rank
-		if !g.voters[voter].here && old.epoch != 0 {
+		if !g.voters[voter].here && again {
 			voter = m.rank
 		}
 		if g.voters[voter].here {
@@ -1015,7 +1016,8 @@ func (m *member) newLife(msg *message) {
 		g.remove(msg.rank)
 	}
 	m.peers[msg.rank], m.meeting.over = life, true
-	m.log.Info("a rank is there", "other", msg.rank, "again", old.epoch != 0)
+	m.setEpoch(msg.rank, msg.epoch)
+	m.log.Info("a rank is there", "other", msg.rank, "again", again)
 	if m.waiting {
 		m.leftBehind(ending{}, m.round+1, max(m.open.highest(), m.vote.Step), m.last)
 	}

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"hash/fnv"
-	"iter"
 	"math"
 	"math/bits"
 	"time"
@@ -109,6 +108,8 @@ const (
 	maxTraceState = 4096
 )
 
+var be = binary.BigEndian
+
 // These are the sizes of bodies in bytes.
 const (
 	headerSize = 44
@@ -173,11 +174,11 @@ func hashGroup(name string) uint64 {
 
 // hashLives returns the number that stands for the lives of all ranks that a rank counts: the FNV-1a
 // hash of their epochs, in rank order.
-func hashLives(epochs iter.Seq[uint64]) uint64 {
+func hashLives(epochs []uint64) uint64 {
 	h := fnv.New64a()
 	var b [8]byte
-	for epoch := range epochs {
-		binary.BigEndian.PutUint64(b[:], epoch)
+	for _, epoch := range epochs {
+		be.PutUint64(b[:], epoch)
 		h.Write(b[:])
 	}
 	return h.Sum64()
@@ -188,26 +189,26 @@ func (m *message) encode() []byte {
 	b := make([]byte, 0, 96) // enough for a vote without a span
 	b = append(b, magic...)
 	b = append(b, version, byte(m.kind))
-	b = binary.BigEndian.AppendUint64(b, m.group)
-	b = binary.BigEndian.AppendUint32(b, uint32(m.size))
-	b = binary.BigEndian.AppendUint32(b, uint32(m.rank))
+	b = be.AppendUint64(b, m.group)
+	b = be.AppendUint32(b, uint32(m.size))
+	b = be.AppendUint32(b, uint32(m.rank))
 	for _, n := range [...]uint64{m.epoch, m.round, m.step} {
-		b = binary.BigEndian.AppendUint64(b, n)
+		b = be.AppendUint64(b, n)
 	}
 	switch m.kind {
 	case kindVote:
 		b = m.appendVote(b)
 	case kindBroken:
-		b = binary.BigEndian.AppendUint64(b, m.lowest)
+		b = be.AppendUint64(b, m.lowest)
 		b = append(b, byte(flag(m.full, 1)))
 		b = m.ending.append(b, m.size)
 	case kindState:
 		b = append(b, byte(flag(m.holds, flagHolds)|flag(m.claimed, flagClaimed)|
 			flag(m.contested, flagContested)|flag(m.ahead, flagAhead)))
-		b = binary.BigEndian.AppendUint64(b, m.asker)
-		b = binary.BigEndian.AppendUint64(b, m.holder)
+		b = be.AppendUint64(b, m.asker)
+		b = be.AppendUint64(b, m.holder)
 	case kindReady:
-		b = binary.BigEndian.AppendUint64(b, m.lives)
+		b = be.AppendUint64(b, m.lives)
 		b = append(b, byte(flag(m.full, 1)))
 	}
 	return b
@@ -215,7 +216,7 @@ func (m *message) encode() []byte {
 
 // append appends who broke a round (4 bytes), and a bit for each rank that was missing.
 func (e *ending) append(b []byte, size int) []byte {
-	b = binary.BigEndian.AppendUint32(b, uint32(e.by))
+	b = be.AppendUint32(b, uint32(e.by))
 	bits := len(b)
 	b = append(b, make([]byte, (size+7)/8)...)
 	for _, rank := range e.missing {
@@ -236,16 +237,16 @@ func (e *ending) append(b []byte, size int) []byte {
 //	..  span context, see appendSpan
 func (m *message) appendVote(b []byte) []byte {
 	v := &m.vote
-	b = binary.BigEndian.AppendUint64(b, v.Step)
+	b = be.AppendUint64(b, v.Step)
 	for _, n := range [...]int{v.NumTokens, v.NumTokensPadded, v.NumReqs, v.NumActiveLoRAs} {
-		b = binary.BigEndian.AppendUint32(b, uint32(n))
+		b = be.AppendUint32(b, uint32(n))
 	}
-	b = binary.BigEndian.AppendUint64(b, v.Note)
-	b = binary.BigEndian.AppendUint64(b, v.Config)
-	b = binary.BigEndian.AppendUint64(b, m.lives)
+	b = be.AppendUint64(b, v.Note)
+	b = be.AppendUint64(b, v.Config)
+	b = be.AppendUint64(b, m.lives)
 	b = append(b, byte(v.GraphMode))
 	span := hasSpan(v.SpanContext)
-	b = binary.BigEndian.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
+	b = be.AppendUint16(b, flag(v.Uniform, flagUniform)|flag(v.ExcludeFull, flagExcludeFull)|
 		flag(v.Eager, flagEager)|flag(v.UBatch, flagUBatch)|flag(v.Idle, flagIdle)|flag(v.WarmUp, flagWarmUp)|
 		flag(span, flagSpan)|flag(m.complete, flagComplete)|flag(m.broken, flagBroken)|flag(m.full, flagFull)|
 		flag(m.asks, flagAsks))
@@ -271,7 +272,7 @@ func appendSpan(b []byte, sc trace.SpanContext) []byte {
 			state = ""
 		}
 	}
-	b = binary.BigEndian.AppendUint16(b, uint16(len(state)))
+	b = be.AppendUint16(b, uint16(len(state)))
 	return append(b, state...)
 }
 
@@ -298,18 +299,21 @@ func (m *message) decodeHeader(b []byte) (body []byte, err error) {
 		asks := len(b) > 3 && (kind(b[3]) == kindHello || kind(b[3]) == kindClaim)
 		return nil, versionError{v, asks}
 	}
-	r := reader{rest: b[len(magic)+1:]}
-	m.kind = kind(r.uint8())
-	m.group = r.uint64()
-	m.size, m.rank = int(r.uint32()), int(r.uint32())
-	m.epoch, m.round, m.step = r.counter(), r.counter(), r.counter()
-	r.require(m.size >= 1 && m.size <= maxRanks && m.rank >= 0 && m.rank < m.size)
-	least, most := m.bodySize()
-	r.require(len(r.rest) >= least && len(r.rest) <= most)
-	if r.bad {
+	if len(b) > len(magic)+1 {
+		m.kind = kind(b[len(magic)+1])
+	}
+	if len(b) < headerSize {
 		return nil, m.damaged()
 	}
-	return r.rest, nil
+	m.group, m.size, m.rank = be.Uint64(b[4:]), int(be.Uint32(b[12:])), int(be.Uint32(b[16:]))
+	m.epoch, m.round, m.step = be.Uint64(b[20:]), be.Uint64(b[28:]), be.Uint64(b[36:])
+	body = b[headerSize:]
+	least, most := m.bodySize()
+	if m.size < 1 || m.size > maxRanks || m.rank < 0 || m.rank >= m.size ||
+		max(m.epoch, m.round, m.step) > maxCounter || len(body) < least || len(body) > most {
+		return nil, m.damaged()
+	}
+	return body, nil
 }
 
 // bodySize returns how many bytes a body of this kind has, or none that fit if there is no such
@@ -366,19 +370,22 @@ func (m *message) decodeState(r *reader) {
 }
 
 func (m *message) decodeVote(r *reader) {
-	v := &m.vote
-	v.Step = r.counter()
-	for _, n := range [...]*int{&v.NumTokens, &v.NumTokensPadded, &v.NumReqs, &v.NumActiveLoRAs} {
-		*n = int(r.uint32())
+	b := r.bytes(voteSize)
+	if b == nil {
+		return
 	}
-	v.Note, v.Config, m.lives = r.uint64(), r.uint64(), r.uint64()
-	v.GraphMode = fwd.GraphMode(r.uint8())
-	flags := r.uint16()
+	v := &m.vote
+	v.Step = be.Uint64(b[0:])
+	v.NumTokens, v.NumTokensPadded = int(be.Uint32(b[8:])), int(be.Uint32(b[12:]))
+	v.NumReqs, v.NumActiveLoRAs = int(be.Uint32(b[16:])), int(be.Uint32(b[20:]))
+	v.Note, v.Config, m.lives = be.Uint64(b[24:]), be.Uint64(b[32:]), be.Uint64(b[40:])
+	v.GraphMode = fwd.GraphMode(b[48])
+	flags := be.Uint16(b[49:])
 	v.Uniform, v.ExcludeFull, v.Eager = flags&flagUniform != 0, flags&flagExcludeFull != 0, flags&flagEager != 0
 	v.UBatch, v.Idle, v.WarmUp = flags&flagUBatch != 0, flags&flagIdle != 0, flags&flagWarmUp != 0
 	m.complete, m.broken = flags&flagComplete != 0, flags&flagBroken != 0
 	m.full, m.asks = flags&flagFull != 0, flags&flagAsks != 0
-	r.require(flags&^flagsOfVote == 0 && m.round > 0 && !(m.complete && m.broken))
+	r.require(flags&^flagsOfVote == 0 && m.round > 0 && !(m.complete && m.broken) && v.Step <= maxCounter)
 	r.require(v.Validate(m.rank) == nil)
 	if m.broken {
 		m.decodeEnding(r)
@@ -407,63 +414,12 @@ func (m *message) decodeEnding(r *reader) {
 	r.require(len(m.missing) == 0 || m.missing[len(m.missing)-1] < m.size)
 }
 
-// bundles packs messages into bundles of at most so many bytes, and leaves a message alone that would
-// be the only one.
-func bundles(head message, messages [][]byte, most int) (packed [][]byte) {
-	head.kind = kindBundle
-	for len(messages) > 0 {
-		n, size := 0, headerSize
-		for n < len(messages) && (n == 0 || size+4+len(messages[n]) <= most) {
-			size += 4 + len(messages[n])
-			n++
-		}
-		if n == 1 {
-			packed = append(packed, messages[0])
-		} else {
-			b := append(make([]byte, 0, size), head.encode()...)
-			for _, msg := range messages[:n] {
-				b = append(binary.BigEndian.AppendUint32(b, uint32(len(msg))), msg...)
-			}
-			packed = append(packed, b)
-		}
-		messages = messages[n:]
-	}
-	return packed
-}
-
-// unbundle returns the messages of a bundle, or the only one that there is. What is damaged is one
-// too, so that its receiver counts it.
-func unbundle(data []byte) iter.Seq[[]byte] {
-	return func(yield func([]byte) bool) {
-		if !isBundle(data) {
-			yield(data)
-			return
-		}
-		for rest := data[headerSize:]; len(rest) > 0; {
-			if len(rest) < 4 || uint64(binary.BigEndian.Uint32(rest)) > uint64(len(rest)-4) {
-				yield(rest)
-				return
-			}
-			n := 4 + int(binary.BigEndian.Uint32(rest))
-			if !yield(rest[4:n]) {
-				return
-			}
-			rest = rest[n:]
-		}
-	}
-}
-
-func isBundle(data []byte) bool {
-	return len(data) > headerSize && string(data[:len(magic)]) == magic && data[2] == version &&
-		kind(data[3]) == kindBundle
-}
-
 // sayer returns the rank that a message says it comes from.
 func sayer(data []byte) (rank int, ok bool) {
 	if len(data) < 20 {
 		return 0, false
 	}
-	return int(binary.BigEndian.Uint32(data[16:])), true
+	return int(be.Uint32(data[16:])), true
 }
 
 // sayerEpoch returns the epoch in a message whose sayer is known.
@@ -471,7 +427,7 @@ func sayerEpoch(data []byte) uint64 {
 	if len(data) < 28 {
 		return 0
 	}
-	return binary.BigEndian.Uint64(data[20:])
+	return be.Uint64(data[20:])
 }
 
 // versionError is about a message of a version that this package can't read.
@@ -520,21 +476,21 @@ func (r *reader) bool() bool {
 
 func (r *reader) uint16() uint16 {
 	if b := r.bytes(2); b != nil {
-		return binary.BigEndian.Uint16(b)
+		return be.Uint16(b)
 	}
 	return 0
 }
 
 func (r *reader) uint32() uint32 {
 	if b := r.bytes(4); b != nil {
-		return binary.BigEndian.Uint32(b)
+		return be.Uint32(b)
 	}
 	return 0
 }
 
 func (r *reader) uint64() uint64 {
 	if b := r.bytes(8); b != nil {
-		return binary.BigEndian.Uint64(b)
+		return be.Uint64(b)
 	}
 	return 0
 }

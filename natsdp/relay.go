@@ -8,7 +8,8 @@ import (
 // In a group of hubFrom ranks or more, each rank sends its vote to one of them, the hub, which passes
 // them on in bundles. So a round costs a number of messages that grows with the ranks, not with their
 // square; its bytes still do, since each rank gets the votes of all. The protocol stays what it is:
-// the hub carries messages of others and says nothing in their names.
+// the hub carries messages of others and says nothing in their names. A bundle with the votes of all is
+// taken as a whole, see table.
 //
 // The hub is no new single point of failure, since no round is complete without each rank. It passes
 // on what it has while its own rank runs a pass. If it knows nothing of a rank, that rank has not
@@ -152,7 +153,7 @@ func (m *member) greetedBefore(p *peer, msg *message) bool {
 		}
 		return p.ready == msg.lives
 	case msg.kind == kindReady:
-		if p.epoch == msg.epoch && m.peers[m.rank].ready == msg.lives {
+		if m.epochs[msg.rank] == msg.epoch && m.peers[m.rank].ready == msg.lives {
 			together := m.message(kindReady)
 			together.lives, together.full = msg.lives, true
 			m.sendMessage(msg.rank, together)
@@ -173,6 +174,14 @@ func (m *member) tellHellos(to int) {
 	for _, data := range bundles(m.message(kindBundle), hellos, m.most) {
 		m.send(to, data)
 	}
+}
+
+// isOldHello reports whether a hello that has come to this rank alone is one of those that the hub of a
+// group that begins has told it. The group may have begun meanwhile, since what the hub says to all
+// comes on another way. An answer would only tell others that have not begun yet that they are late.
+func (m *member) isOldHello(msg *message) bool {
+	return msg.kind == kindHello && m.phase == joined && m.speaksThroughHub() && msg.rank != m.hub &&
+		msg.epoch == m.epochs[msg.rank]
 }
 
 func (m *member) greeting() []byte {
@@ -315,17 +324,12 @@ func (m *member) meets() bool {
 
 // livesAsking returns the number that stands for the processes that have asked, and this one.
 func (m *member) livesAsking() uint64 {
-	return hashLives(func(yield func(uint64) bool) {
-		for rank := range m.peers {
-			epoch := m.peers[rank].asked
-			if rank == m.rank {
-				epoch = m.epoch
-			}
-			if !yield(epoch) {
-				return
-			}
-		}
-	})
+	lives := make([]uint64, m.size)
+	for rank := range m.peers {
+		lives[rank] = m.peers[rank].asked
+	}
+	lives[m.rank] = m.epoch
+	return hashLives(lives)
 }
 
 // getReady says which processes this rank knows, if it knows one of each rank.
@@ -398,7 +402,8 @@ func (m *member) beginTogether() {
 	}
 	for rank := range m.peers {
 		if p := &m.peers[rank]; rank != m.rank {
-			p.epoch, p.heard = p.asked, true
+			p.heard = true
+			m.setEpoch(rank, p.asked)
 		}
 	}
 	for rank := range m.peers {

@@ -86,6 +86,32 @@ func TestDeliveriesGrowWithTheRanks(t *testing.T) {
 	}
 }
 
+// The hellos that the hub tells a rank while the group begins may come after the group has begun. They are
+// not answered, unlike the hub's own, which may ask before it leaves.
+func TestHelloComesLate(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const size, rank = 20, 5
+		b := newBus(size, 1)
+		defer b.killAll()
+		group := b.joinAll(t)
+		time.Sleep(time.Second)
+		var hellos [][]byte
+		for other, s := range group {
+			if other != rank {
+				hellos = append(hellos, s.greeting())
+			}
+		}
+		before := b.delivered.Load()
+		told := bundles(group[0].message(kindBundle), hellos, defaultPayload)[0]
+		hear([]*member{group[rank].member}, newSpeaker([]int{0}), true, told)
+		time.Sleep(time.Second)
+		if n := b.delivered.Load() - before; n != 1 {
+			t.Errorf("%d deliveries after the hellos of all, want an answer to the hub", n)
+		}
+	})
+}
+
 // All ranks name the vote that came last to the hub, and those that are missing.
 func TestHubTellsWhoIsLast(t *testing.T) {
 	t.Parallel()

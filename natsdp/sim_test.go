@@ -119,15 +119,8 @@ func (b *bus) send(from *station, to int, data []byte) {
 func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 	b.delivered.Add(1)
 	b.longest.Store(max(b.longest.Load(), int64(len(data))))
-	arrive := func() {
-		for data := range unbundle(data) {
-			if rank, ok := sayer(data); ok && from == s.hub {
-				s.handle(rank, direct, data) // the hub speaks for all
-			} else {
-				s.handle(from, direct, data)
-			}
-		}
-	}
+	speaker := newSpeaker([]int{from})
+	arrive := func() { hear([]*member{s.member}, speaker, direct, data) }
 	if s.frozen {
 		s.held = append(s.held, arrive)
 		return
@@ -137,6 +130,13 @@ func (b *bus) deliver(from int, s *station, direct bool, data []byte) {
 		delay += time.Duration(b.random.Int64N(int64(b.delay)))
 	}
 	time.AfterFunc(delay, arrive)
+}
+
+// handle gives a member one message that has come from a rank.
+func (m *member) handle(from int, direct bool, data []byte) {
+	msg := message{raw: data, at: time.Now()}
+	err := msg.read(m.group, m.size, from)
+	m.take(from, direct, &msg, err)
 }
 
 // lose makes messages get lost on a way, as often as loss says.
