@@ -802,7 +802,7 @@ func (g *ubatchGroup) call(i int) error {
 
 func (g *ubatchGroup) callTraced(t *traced, x *ubatchPart, i int) error {
 	ctx, span := t.telemetry.startUBatch(g.ctx, i, x.value.NumTokens)
-	defer span.End(span.options...) // directly, so that the SDK notes a panic
+	defer span.End(span.endOptions()...) // directly, so that the SDK notes a panic
 	outcome := errPanic
 	defer func() { t.telemetry.endUBatch(&span, outcome) }()
 	x.Context = ctx

@@ -1023,7 +1023,7 @@ func (x *run) do(forward ForwardFunc) (err error) {
 func (x *run) doTraced(forward ForwardFunc) (err error) {
 	t := x.traced
 	defer t.observe(x)
-	defer t.span.End(t.span.options...)
+	defer t.span.End(t.span.endOptions()...)
 	err = errPanic
 	defer func() { err = x.end(err) }()
 	return x.call(forward)
@@ -1137,7 +1137,7 @@ func (x *run) endStarted(err error) {
 	}
 	if t := x.traced; t != nil {
 		defer t.observe(x)
-		defer t.span.End(t.span.options...)
+		defer t.span.End(t.span.endOptions()...)
 	}
 	x.end(err)
 }

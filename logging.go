@@ -509,19 +509,30 @@ func errorTypeAttributes(word string) []attribute.KeyValue {
 type optionCache[K comparable] struct {
 	make func(K) metric.MeasurementOption
 
+	last    atomic.Pointer[measurementOptions[K]] // asked for last; nil: none
 	mu      sync.RWMutex
-	options map[K]measurementOptions
+	options map[K]*measurementOptions[K]
 }
 
 // measurementOptions are the same attribute set as an option of both kinds of instruments.
-type measurementOptions struct {
+type measurementOptions[K comparable] struct {
+	key    K
 	record []metric.RecordOption
 	add    []metric.AddOption
 }
 
 // get returns the options of a key. If there are too many keys, it returns those of coarse, a key of a
 // small set.
-func (c *optionCache[K]) get(key, coarse K) measurementOptions {
+func (c *optionCache[K]) get(key, coarse K) *measurementOptions[K] {
+	if last := c.last.Load(); last != nil && last.key == key {
+		return last
+	}
+	options := c.find(key, coarse)
+	c.last.Store(options)
+	return options
+}
+
+func (c *optionCache[K]) find(key, coarse K) *measurementOptions[K] {
 	c.mu.RLock()
 	options, ok := c.options[key]
 	full := len(c.options) >= maxOptions
@@ -536,11 +547,11 @@ func (c *optionCache[K]) get(key, coarse K) measurementOptions {
 		key = coarse
 	}
 	option := c.make(key)
-	options = measurementOptions{[]metric.RecordOption{option}, []metric.AddOption{option}}
+	options = &measurementOptions[K]{key, []metric.RecordOption{option}, []metric.AddOption{option}}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.options == nil {
-		c.options = make(map[K]measurementOptions)
+		c.options = make(map[K]*measurementOptions[K])
 	}
 	c.options[key] = options
 	return options
@@ -628,12 +639,24 @@ func (t *telemetry) phase(word string) string {
 	return t.phases.bound(word)
 }
 
-// timedSpan is a span whose times may be given. It is ended by span.End(span.options...), deferred
+// timedSpan is a span whose times may be given. It is ended by span.End(span.endOptions()...), deferred
 // directly, since the SDK sees a panic only there.
 type timedSpan struct {
 	trace.Span
-	options []trace.SpanEndOption // nil: the span takes the real time; else one, set by finish
-	began   time.Time             // with options
+	times *spanTimes // nil: the span takes the real time
+}
+
+type spanTimes struct {
+	began   time.Time
+	options [1]trace.SpanEndOption // the end, which finish sets
+}
+
+// endOptions returns the options of the span's end, which may be set later.
+func (s *timedSpan) endOptions() []trace.SpanEndOption {
+	if s.times == nil {
+		return nil
+	}
+	return s.times.options[:]
 }
 
 // noSpan stands for a span that nobody wants.
@@ -645,7 +668,7 @@ func (t *telemetry) start(ctx context.Context, name string, began time.Time, tim
 	options ...trace.SpanStartOption) (context.Context, timedSpan) {
 	var span timedSpan
 	if timed {
-		span.options, span.began = []trace.SpanEndOption{at(began)}, began
+		span.times = &spanTimes{began, [1]trace.SpanEndOption{at(began)}}
 		options = append(options, at(began))
 	}
 	ctx, span.Span = t.tracer.Start(ctx, name, options...)
@@ -664,11 +687,11 @@ func at(now time.Time) trace.SpanEventOption {
 // finish sets the end time, if the span is timed, and shows the outcome; word is err's error.type. If the
 // clock has gone back, the span ends when it began.
 func (s *timedSpan) finish(ended time.Time, err error, word string) {
-	if s.options != nil {
-		if ended.Before(s.began) {
-			ended = s.began
+	if s.times != nil {
+		if ended.Before(s.times.began) {
+			ended = s.times.began
 		}
-		s.options[0] = at(ended)
+		s.times.options[0] = at(ended)
 	}
 	if err != nil && s.IsRecording() {
 		s.SetAttributes(keyErrorType.String(word))
@@ -840,7 +863,7 @@ func (t *telemetry) stepParent(ctx context.Context, step trace.SpanContext) (con
 // attributes returns those of the fwd.forward span. What does not apply is left out.
 func (x *traced) attributes(p *Pass, maxTokens int) []attribute.KeyValue {
 	t, a := x.telemetry, p.Agreement
-	most := 12 // of a pass that is alone
+	most := 11 + toInt(p.Phase != "") // of a pass that is alone
 	if p.VirtualEngine > 0 || len(p.UBatches) > 0 || p.Batch.HasLoRA {
 		most += 3
 	}
@@ -1080,7 +1103,7 @@ func (t *telemetry) report(
 		duration = r.queue.duration(r.instantOf(began), r.instantOf(ended))
 	}
 	x.end(recordable(ctx), ended, duration, err)
-	x.span.End(x.span.options...)
+	x.span.End(x.span.endOptions()...)
 	if x.plan != nil {
 		r.state.endStep(x.plan, ended)
 	}
@@ -1154,7 +1177,7 @@ func (s *coordinateSpan) end(e *exchange) {
 	word := t.errorType(e.err)
 	if s.listeners&listenSpans != 0 {
 		s.endSpan(e, word)
-		e.joinStep(s.span.began.Add(e.wait), word)
+		e.joinStep(s.span.times.began.Add(e.wait), word)
 	}
 	if s.listeners&listenMetrics != 0 {
 		ctx := recordable(s.ctx)
@@ -1177,13 +1200,13 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 			step = e.agreement.SpanContext
 		}
 		if e.step != nil { // this rank has opened it, at that time
-			step, began = e.step.span.SpanContext(), e.step.span.began
+			step, began = e.step.span.SpanContext(), e.step.span.times.began
 		}
 		ctx, links := t.stepParent(s.caller, step) // without a step: the caller's
 		s.ctx, s.span = t.start(ctx, "fwd.coordinate", began, true, clientKind, trace.WithLinks(links...))
 	}
-	defer func() { s.span.End(s.span.options...) }()
-	s.span.finish(s.span.began.Add(e.wait), e.err, word) // not by another look at the time of day
+	defer func() { s.span.End(s.span.endOptions()...) }()
+	s.span.finish(s.span.times.began.Add(e.wait), e.err, word) // not by another look at the time of day
 	if !s.span.IsRecording() {
 		return
 	}
@@ -1349,7 +1372,7 @@ func (s *stepSpan) end(ended time.Time, err error, word string) {
 	}
 	s.ended = true
 	s.span.finish(ended, err, word)
-	s.span.End(s.span.options...)
+	s.span.End(s.span.endOptions()...)
 }
 
 // addStep lets the ranks of the group find a step. One that is still open many steps later, since a rank
@@ -1494,7 +1517,7 @@ func Waited(ctx context.Context, rank int, began time.Time) {
 	span.SetAttributes(t.common...)
 	span.SetAttributes(keyPeerService.String(t.peerName(rank)), keyPeerRank.Int(rank))
 	span.finish(now, nil, "")
-	span.End(span.options...)
+	span.End(span.endOptions()...)
 }
 
 // Record is one pass, or one failed exchange, for logs, statistics and planners that want no collector.

@@ -53,7 +53,7 @@ var telemetryFaults = []fault{
 	{
 		name: "forward-span-open", kind: telemetry, file: "fwd.go",
 		what: "the span of a pass is never ended",
-		old:  "\tdefer t.span.End(t.span.options...)\n\terr = errPanic\n",
+		old:  "\tdefer t.span.End(t.span.endOptions()...)\n\terr = errPanic\n",
 		new:  "\terr = errPanic\n",
 	},
 	{
@@ -119,19 +119,19 @@ var telemetryFaults = []fault{
 	{
 		name: "observers-before-the-end", kind: telemetry, file: "fwd.go",
 		what: "observers see a pass whose span is still open",
-		old:  "\tdefer t.observe(x)\n\tdefer t.span.End(t.span.options...)\n\terr = errPanic\n",
-		new:  "\tdefer t.span.End(t.span.options...)\n\tdefer t.observe(x)\n\terr = errPanic\n",
+		old:  "\tdefer t.observe(x)\n\tdefer t.span.End(t.span.endOptions()...)\n\terr = errPanic\n",
+		new:  "\tdefer t.span.End(t.span.endOptions()...)\n\tdefer t.observe(x)\n\terr = errPanic\n",
 	},
 	{
 		name: "observers-miss-a-panic", kind: telemetry, file: "fwd.go",
 		what: "observers do not see a pass that panicked",
-		old:  "\tdefer t.observe(x)\n\tdefer t.span.End(t.span.options...)\n\terr = errPanic\n",
+		old:  "\tdefer t.observe(x)\n\tdefer t.span.End(t.span.endOptions()...)\n\terr = errPanic\n",
 		new: `	defer func() {
 		if t.record.Err != errPanic {
 			t.observe(x)
 		}
 	}()
-	defer t.span.End(t.span.options...)
+	defer t.span.End(t.span.endOptions()...)
 	err = errPanic
 `,
 	},
