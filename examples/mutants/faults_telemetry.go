@@ -282,7 +282,7 @@ var telemetryFaults = []fault{
 	{
 		name: "failed-step-ends-late", kind: telemetry, file: "logging.go",
 		what: "a step that failed unseen ends when somebody asks",
-		old:  "e.joinStep(s.span.began.Add(e.wait), word)",
+		old:  "e.joinStep(s.span.times.began.Add(e.wait), word)",
 		new:  "e.joinStep(t.now(), word)",
 	},
 	{
