@@ -1138,7 +1138,7 @@ func (t *telemetry) endUBatch(span *timedSpan, err error) {
 type coordinateSpan struct {
 	telemetry *telemetry
 	listeners listeners
-	began     time.Time
+	clock     time.Time // when the exchange began, on the Runner's clock if it has one
 	caller    context.Context
 	ctx       context.Context // the exchange's
 	span      timedSpan       // zero: not open yet
@@ -1146,7 +1146,7 @@ type coordinateSpan struct {
 
 // startCoordinate starts the span of an exchange, if anybody listens. With the step trace, rank 0 starts
 // that of the step, whose context is in its vote.
-func (t *telemetry) startCoordinate(ctx context.Context, e *exchange, began time.Time) *coordinateSpan {
+func (t *telemetry) startCoordinate(ctx context.Context, e *exchange, clock time.Time) *coordinateSpan {
 	l := t.listening(ctx)
 	if t != nil && t.stepTrace && e.runner.local != nil {
 		e.runner.local.inSteps.Store(l&listenSpans != 0)
@@ -1154,19 +1154,25 @@ func (t *telemetry) startCoordinate(ctx context.Context, e *exchange, began time
 	if l == 0 {
 		return nil
 	}
-	if e.runner.clock == nil {
-		began = e.runner.timeOf(e.began)
-	}
-	s := &coordinateSpan{telemetry: t, listeners: l, began: began, caller: ctx, ctx: ctx}
+	s := &coordinateSpan{telemetry: t, listeners: l, clock: clock, caller: ctx, ctx: ctx}
 	switch {
 	case l&listenSpans == 0:
 	case !t.stepTrace:
-		s.ctx, s.span = t.start(ctx, "fwd.coordinate", began, true, clientKind)
+		s.ctx, s.span = t.start(ctx, "fwd.coordinate", s.began(e), true, clientKind)
 	case t.parallel.DataParallelRank == 0:
-		s.ctx, e.step = t.startStep(ctx, e.runner, began)
+		s.ctx, e.step = t.startStep(ctx, e.runner, s.began(e))
 		e.draft.vote.SpanContext = e.step.span.SpanContext()
 	}
 	return s
+}
+
+// began returns the time of day at which the exchange began. Without a clock that takes two looks at the
+// time, which are spared if only metrics are wanted.
+func (s *coordinateSpan) began(e *exchange) time.Time {
+	if e.runner.clock != nil {
+		return s.clock
+	}
+	return e.runner.timeOf(e.began)
 }
 
 var clientKind = trace.WithSpanKind(trace.SpanKindClient)
@@ -1195,7 +1201,7 @@ func (s *coordinateSpan) endSpan(e *exchange, word string) {
 	t := s.telemetry
 	if s.span.Span == nil {
 		var step trace.SpanContext
-		began := s.began
+		began := s.began(e)
 		if e.agreement != nil {
 			step = e.agreement.SpanContext
 		}
@@ -1472,7 +1478,7 @@ func (s *coordinateSpan) tell(e *exchange) {
 	if e.err != nil {
 		rec := Record{
 			Name: t.name, Rank: t.parallel.DataParallelRank, Size: t.parallel.DataParallelSize,
-			Step: e.stepNumber(), Began: s.began, Wait: e.wait, LastRank: -1, Err: e.err,
+			Step: e.stepNumber(), Began: s.began(e), Wait: e.wait, LastRank: -1, Err: e.err,
 		}
 		t.tell(s.ctx, &rec, "", "exchange of votes failed")
 	} else if t.logger != nil && e.agreement.Step > e.draft.vote.Step {
