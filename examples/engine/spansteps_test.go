@@ -3,10 +3,16 @@
 package engine
 
 import (
+	"context"
 	"slices"
+	"strings"
+	"sync"
+	"time"
 
 	"github.com/forwardctx/fwd"
 	"go.opentelemetry.io/otel/attribute"
+	sdktrace "go.opentelemetry.io/otel/sdk/trace"
+	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
 )
 
@@ -313,6 +319,44 @@ func overlap(parts []*span) bool {
 				return true
 			}
 		}
+	}
+	return false
+}
+
+// meeting is a recorder that holds the first microbatch that begins until another one of its pass has
+// begun too: on a busy machine all may be too short to overlap. It gives up on those that run in turn.
+type meeting struct {
+	*tracetest.SpanRecorder
+	met chan struct{} // closed by the other one
+
+	mu   sync.Mutex
+	pass trace.SpanID // of the one that is held; invalid: none has begun
+	over bool         // met is closed
+}
+
+// OnStart implements [sdktrace.SpanProcessor].
+func (m *meeting) OnStart(ctx context.Context, s sdktrace.ReadWriteSpan) {
+	m.SpanRecorder.OnStart(ctx, s)
+	if !strings.HasPrefix(s.Name(), "fwd.ubatch ") || !m.join(s.Parent().SpanID()) {
+		return
+	}
+	select {
+	case <-m.met:
+	case <-time.After(30 * time.Second):
+	}
+}
+
+// join notes that a microbatch of a pass begins, and reports whether it must wait for another one.
+func (m *meeting) join(pass trace.SpanID) (wait bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if !m.pass.IsValid() {
+		m.pass = pass
+		return true
+	}
+	if m.pass == pass && !m.over {
+		m.over = true
+		close(m.met)
 	}
 	return false
 }

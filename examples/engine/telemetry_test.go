@@ -61,7 +61,8 @@ func checkTelemetry(t *testing.T, cfg Config, adapters int) {
 // checkTelemetryOf runs the engine over requests and returns its spans.
 func checkTelemetryOf(t *testing.T, cfg Config, adapters int, requests []Request) *spanView {
 	recorder, reader := tracetest.NewSpanRecorder(), metric.NewManualReader()
-	cfg.TracerProvider = sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
+	meeting := &meeting{SpanRecorder: recorder, met: make(chan struct{})}
+	cfg.TracerProvider = sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(meeting))
 	cfg.MeterProvider = metric.NewMeterProvider(metric.WithReader(reader))
 	cfg.StepTrace = true
 	cfg.Middleware = func(rank int) []fwd.Middleware { return []fwd.Middleware{inPass(t, rank)} }
